@@ -1,0 +1,3 @@
+"""Run SAM 3 once over your images; train heads on the cached features in seconds."""
+
+__version__ = "0.1.0"

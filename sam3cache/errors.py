@@ -1,0 +1,101 @@
+"""Every deliberate failure of sam3cache, as one tree.
+
+    Sam3CacheError
+    ├── ConfigError          an option or combination of options that cannot be used
+    ├── ManifestError        the manifest, folder or column map as a whole is unusable
+    ├── ImageError           one image or mask cannot be read; its sample is set aside
+    ├── WeightsError         a checkpoint of SAM 3 is absent, gated, or not what it claims
+    ├── InputSizeError       pixels that are not of the tower's own size
+    ├── NumericError         features that are not finite, or overflow the stored precision
+    ├── WorkerError          an extraction worker died and could not be replaced
+    ├── StoreError           a feature store cannot be used
+    │   ├── NotAStoreError       the path holds no feature store
+    │   ├── UnsealedStoreError   extraction has not finished
+    │   ├── CorruptStoreError    bytes on disk differ from what the receipts record
+    │   ├── MissingSampleError   a row that the store does not hold
+    │   ├── StoreBusyError       another process holds the store's lock
+    │   └── FingerprintError     features made differently from what is asked for
+    ├── HeadError            a head is unknown, or needs what the store lacks
+    └── CheckpointError      a head's checkpoint cannot be read or does not fit
+
+A message gives the value met, what was expected, and what to do next. The command line prints it
+as one line and exits with ``exit_code``; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+
+class Sam3CacheError(Exception):
+    """Root of all deliberate failures; ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class ConfigError(Sam3CacheError, ValueError):
+    """An option, or a combination of options, that cannot be used."""
+
+    exit_code = 2
+
+
+class ManifestError(Sam3CacheError, ValueError):
+    """The manifest, image folder or column map as a whole is unusable."""
+
+
+class ImageError(Sam3CacheError, ValueError):
+    """One image or mask cannot be read; extraction sets its sample aside and goes on."""
+
+
+class WeightsError(Sam3CacheError, RuntimeError):
+    """A checkpoint of SAM 3 is absent, gated, or not what it claims to be."""
+
+
+class InputSizeError(Sam3CacheError, ValueError):
+    """Pixels that are not of the tower's own size, layout or type."""
+
+
+class NumericError(Sam3CacheError, ArithmeticError):
+    """Features that are not finite, or that overflow the stored precision."""
+
+
+class WorkerError(Sam3CacheError, RuntimeError):
+    """An extraction worker died and could not be replaced."""
+
+
+class StoreError(Sam3CacheError, RuntimeError):
+    """A feature store cannot be used as asked."""
+
+
+class NotAStoreError(StoreError, FileNotFoundError):
+    """The path holds no feature store."""
+
+    def __str__(self) -> str:
+        """Return the message alone (OSError would format errno pairs)."""
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsealedStoreError(StoreError):
+    """Extraction into the store has not finished."""
+
+
+class CorruptStoreError(StoreError):
+    """Bytes on disk differ from what the store's receipts record."""
+
+
+class MissingSampleError(StoreError, LookupError):
+    """A row, level or label set that the store does not hold."""
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the store's lock."""
+
+
+class FingerprintError(StoreError):
+    """Stored features were made differently from what is asked for."""
+
+
+class HeadError(Sam3CacheError, ValueError):
+    """A head is unknown, or needs something that the store lacks."""
+
+
+class CheckpointError(Sam3CacheError, ValueError):
+    """A head's checkpoint cannot be read, or does not fit the store."""

@@ -1,0 +1,90 @@
+"""The values that cross module boundaries: plain, frozen, and free of behaviour.
+
+Shape legend for tensor suffixes: B batch, C channels, H height, W width, K classes,
+T side of the square target grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_LABEL = 255
+"""Mask value that neither loss nor metric counts."""
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a manifest, resolved: an image (or a frame of a cine) and what is known of it.
+
+    Attributes:
+        id: unique within the manifest.
+        source: path of the image relative to ``root``, with forward slashes.
+        root: folder that ``source`` and ``mask`` are relative to.
+        frame: index into a cine, or None for a still.
+        mask: path of the mask relative to ``root``, or None when there is none.
+        primary_angle_deg: LAO positive, RAO negative, in [-180, 180]; None when unknown.
+        secondary_angle_deg: cranial positive, caudal negative, in [-90, 90]; None when unknown.
+        split: "train", "val" or "test".
+        group: samples of one group (a patient) never fall into two splits.
+        extra: every other column of the manifest, as text.
+    """
+
+    id: str
+    source: str
+    root: Path
+    frame: int | None = None
+    mask: str | None = None
+    primary_angle_deg: float | None = None
+    secondary_angle_deg: float | None = None
+    split: str = "train"
+    group: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def image_path(self) -> Path:
+        """Absolute or working-directory-relative path of the image."""
+        return self.root / self.source
+
+    @property
+    def mask_path(self) -> Path | None:
+        """Path of the mask, or None when there is none."""
+        return None if self.mask is None else self.root / self.mask
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A sample that cannot be used, and why; it is listed and the run goes on."""
+
+    id: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a head sees, and in training what it is compared with.
+
+    Attributes:
+        levels: by level name, features (B, C, H, W) in float16, float32 or bfloat16, on the padded
+            square; ``image_1008`` is uint8 (B, 1 or 3, 1008, 1008).
+        angles_B2: float32, degrees, (primary, secondary); NaN where unknown.
+        content_B2: int64, (height, width) in input pixels of the part that is picture rather than
+            padding, at the top left of the 1008 px square.
+        target_BKTT: uint8 masks on a square grid over the padded input, 0 / 1 / 255 = ignore
+            (padding is ignored); None outside training.
+        rows: the store's row numbers, in batch order; empty for images that are in no store.
+    """
+
+    levels: Mapping[str, torch.Tensor]
+    angles_B2: torch.Tensor
+    content_B2: torch.Tensor
+    target_BKTT: torch.Tensor | None = None
+    rows: tuple[int, ...] = ()
