@@ -1,0 +1,116 @@
+"""The command line: one group, whose commands are imported only when they run.
+
+``--help`` must answer at once, so the group lists its commands from ``COMMANDS`` and imports
+``sam3cache.commands.<name>`` when that command is called. Deliberate failures, which are all
+``Sam3CacheError``, become one line on stderr and the error's own exit code.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from sam3cache import __version__
+from sam3cache.errors import Sam3CacheError
+
+COMMANDS = {
+    "extract": "Run SAM 3 over images and store its features.",
+    "train": "Train a head on stored features.",
+    "eval": "Measure a trained head on stored features.",
+    "phantom": "Draw artificial angiograms with exact masks, to try everything out.",
+    "doctor": "Check this machine: versions, devices, memory, disk, and the tower.",
+}
+"""By name, the one line that ``sam3cache --help`` shows."""
+
+# What a user's path can do to us at any time; anything else from the system is a bug of ours.
+_PATH_ADVICE = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "your quota is used up: free some space, or write to another disk",
+    errno.EROFS: "write to a path that is not mounted read-only",
+    errno.EACCES: "check the permissions of the path, or choose another",
+    errno.EPERM: "check the permissions of the path, or choose another",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and short texts without importing them."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; a console that lacks a character shows ``?`` instead of failing."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands, in the order of the road rather than of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command's module and return its command, or None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"sam3cache.commands.{cmd_name}")
+        # ``eval`` would hide Python's own, so that module calls its command ``eval_``.
+        command = getattr(module, "eval_" if cmd_name == "eval" else cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from ``COMMANDS`` alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, turning every deliberate failure into one line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except Sam3CacheError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except OSError as error:
+            if error.errno not in _PATH_ADVICE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{where}{error.strerror}; {_PATH_ADVICE[error.errno]}", exit_code=1)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted", exit_code=130)
+
+
+def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+    """End the program with one line; called while the failure is being handled."""
+    if ctx.params["debug"]:
+        traceback.print_exc()
+    line = " ".join(part.strip() for part in message.splitlines())
+    click.echo(f"sam3cache: error: {line}", err=True)
+    raise click.exceptions.Exit(exit_code) from None
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="sam3cache", message="%(prog)s %(version)s")
+@click.option(
+    "--debug",
+    is_flag=True,
+    envvar="SAM3CACHE_DEBUG",
+    help="Show the traceback of a failure, too (also SAM3CACHE_DEBUG=1).",
+)
+def main(debug: bool) -> None:
+    """Run SAM 3 once over your images; train heads on the cached features in seconds.
+
+    \b
+    The whole road, on artificial angiograms and a miniature of SAM 3:
+      sam3cache phantom phantoms
+      sam3cache extract phantoms --backbone sam3-mini
+      sam3cache train
+      sam3cache eval
+
+    Every command explains itself: sam3cache COMMAND --help.
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are

@@ -1,0 +1,198 @@
+"""The machine a command runs on: its devices, memory, threads and the versions installed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from sam3cache.errors import ConfigError
+
+REPORTED_PACKAGES = ("sam3cache", "sam3", "torch", "torchvision", "zarr", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What a device is called, and its memory.
+
+    Attributes:
+        name: as its driver calls it.
+        total_bytes: all memory of the device; for the CPU, of the machine.
+        free_bytes: what could be allocated now, by any process.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def parse_devices(text: str) -> list[str]:
+    """Resolve what the user wrote into torch device names, a worker each.
+
+    Args:
+        text: "all" (every CUDA device, or one CPU worker where there is none), "cpu",
+            "cpu:N" for N workers on the CPU, or CUDA devices as "0,1" or "cuda:0,cuda:1".
+
+    Returns:
+        "cpu" or "cuda:INDEX" in the order asked for; "cpu" once for each CPU worker.
+
+    Raises:
+        ConfigError: the text cannot be read, names a device twice, or one that is not there.
+    """
+    wanted = text.strip().lower()
+    if wanted == "all":
+        return [f"cuda:{index}" for index in range(num_cuda_devices())] or ["cpu"]
+    if wanted == "cpu":
+        return ["cpu"]
+    if wanted.startswith("cpu:"):
+        num_workers = wanted.removeprefix("cpu:")
+        if not _is_index(num_workers) or int(num_workers) < 1:
+            raise ConfigError(
+                f"device {text!r} does not say how many CPU workers: write cpu:2 for two of them"
+            )
+        return ["cpu"] * int(num_workers)
+    devices: list[str] = []
+    for part in wanted.split(","):
+        index = part.strip().removeprefix("cuda:")
+        if not _is_index(index):
+            raise ConfigError(
+                f"device {text!r} is not known: write all, cpu, cpu:2, or CUDA devices as 0,1"
+            )
+        device = f"cuda:{int(index)}"
+        if device in devices:
+            raise ConfigError(f"device {device} is named twice in {text!r}: name each device once")
+        _require_cuda(int(index))
+        devices.append(device)
+    return devices
+
+
+def pick_device(text: str = "auto") -> str:
+    """Resolve the one device that a command runs on.
+
+    Args:
+        text: "auto" (the first CUDA device, or the CPU where there is none), "cpu", "cuda", or a
+            CUDA device as "1" or "cuda:1".
+
+    Returns:
+        "cpu" or "cuda:INDEX".
+
+    Raises:
+        ConfigError: the text cannot be read, names several devices, or one that is not there.
+    """
+    wanted = text.strip().lower()
+    if wanted == "auto":
+        return parse_devices("all")[0]
+    devices = parse_devices("cuda:0" if wanted == "cuda" else wanted)
+    if len(devices) != 1 or wanted == "all":
+        raise ConfigError(f"device {text!r} names several: this command runs on one, like cuda:0")
+    return devices[0]
+
+
+def num_cuda_devices() -> int:
+    """Count the CUDA devices that the installed torch can use; 0 for a CPU-only build."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """Report a device's name and memory.
+
+    A CUDA device is initialised by the question, which takes some hundred megabytes of it for
+    as long as this process lives.
+
+    Args:
+        device: "cpu" or "cuda:INDEX", as ``parse_devices`` gives them.
+    """
+    if device == "cpu":
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return DeviceMemory(cpu_name(), int(memory.total), int(memory.available))
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return DeviceMemory(torch.cuda.get_device_name(device), total_bytes, free_bytes)
+
+
+def cpu_name() -> str:
+    """Name the processor, as its maker does where the system tells."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def num_cpu_cores() -> int:
+    """Count the logical cores this process may use: an affinity mask counts, a quota does not."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def peak_memory_bytes() -> int:
+    """Report the most memory that this process has held resident since it began.
+
+    Where the system keeps no such record (neither Linux nor Windows), what it holds now.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        for line in status.splitlines():
+            # VmHWM rather than getrusage: ru_maxrss starts from the parent's peak.
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Bound the CPU threads of torch in this process, and of what it starts from now on."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = str(num_threads)
+
+
+def environment_fields() -> dict[str, str]:
+    """List the versions that matter, to be written into what a command produces.
+
+    Read from the installed metadata, so that nothing heavy is imported. A package that is not
+    installed is left out.
+    """
+    fields = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in REPORTED_PACKAGES:
+        version = installed_version(package)
+        if version is not None:
+            fields[package] = version
+    return fields
+
+
+def installed_version(package: str) -> str | None:
+    """Look up a package's installed version without importing it; None when it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _require_cuda(index: int) -> None:
+    num_devices = num_cuda_devices()
+    if index < num_devices:
+        return
+    if num_devices:
+        present = ", ".join(f"cuda:{present}" for present in range(num_devices))
+        raise ConfigError(f"device cuda:{index} is not there: this machine offers {present}")
+    raise ConfigError(
+        f"device cuda:{index} is not there: torch sees no CUDA device; "
+        "use cpu, or run `sam3cache doctor` to learn why"
+    )
