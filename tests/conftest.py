@@ -1,0 +1,65 @@
+"""What all tests share: when to skip, how many threads, and two ways to call the program."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+# Before torch is imported, and inherited by the processes that tests start: the suite takes the
+# same road on a laptop and on a server with 100 cores.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+Invoke = Callable[..., Result]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine or this selection is not for, and say why."""
+    if "full_size" not in config.option.markexpr:
+        skip = pytest.mark.skip(
+            reason="full-size tower: minutes and 5 GB; select with -m full_size"
+        )
+        for item in items:
+            if "full_size" in item.keywords:
+                item.add_marker(skip)
+    needs_gpu = [item for item in items if "gpu" in item.keywords]
+    if needs_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needs_gpu:
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> RunCli:
+    """Run the program in a process of its own, in ``tmp_path``; returns what it wrote and its code."""
+
+    def run(*args: str | Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sam3cache", *map(str, args)],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout_s,
+        )
+
+    return run
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    """Run the program inside this process, which is quicker; an unforeseen exception is raised."""
+
+    def run(*args: str | Path) -> Result:
+        from sam3cache.commands import main
+
+        return CliRunner().invoke(main, [*map(str, args)], catch_exceptions=False)
+
+    return run
