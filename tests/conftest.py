@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def run_cli(tmp_path: Path) -> RunCli:
-    """Run the program in a process of its own, in ``tmp_path``; returns what it wrote and its code."""
+    """Run the program in a process of its own, in ``tmp_path``."""
 
     def run(*args: str | Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
