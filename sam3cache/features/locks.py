@@ -1,0 +1,82 @@
+"""Locks that die with their holder, so that a killed process leaves no claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sam3cache.errors import StoreBusyError
+from sam3cache.features.files import canonical_json
+
+
+@contextmanager
+def store_lock(root: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
+    """Hold the whole store for a change of its tables, metadata or seal.
+
+    Args:
+        root: the store; made if it is missing.
+        timeout_s: how long to wait for another holder.
+
+    Raises:
+        StoreBusyError: naming the holder, when it does not let go in time.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    holder = root / ".holder.json"
+    try:
+        with FileLock(root / ".lock", timeout=timeout_s):
+            me = {"pid": os.getpid(), "host": platform.node(), "since_unix_s": int(time.time())}
+            holder.write_bytes(canonical_json(me))
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except Timeout:
+        raise StoreBusyError(
+            f"{root} is being changed by {_describe(holder)}; wait for it, or end it, and run again"
+        ) from None
+
+
+def _describe(holder: Path) -> str:
+    try:
+        who = json.loads(holder.read_bytes())
+        return f"process {who['pid']} on {who['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+class BlockClaims:
+    """Claims on blocks of one store, by lock files that the operating system frees."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "claims"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def claim(self, block: int) -> Iterator[bool]:
+        """Hold a block for the length of the ``with``; yields False when another process has it."""
+        lock = FileLock(self._folder / f"{block:08d}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def sweep(self) -> None:
+        """Delete the lock files; for the holder of the whole store, once every block is done."""
+        for path in self._folder.glob("*.lock"):
+            # On Windows a file that is still held cannot be deleted, and need not be.
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError:
+                continue

@@ -1,0 +1,348 @@
+"""Changing a feature store: its description, its blocks, its seal.
+
+Shape legend: C channels, H height, W width, K planes of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam3cache.errors import NumericError
+from sam3cache.features.files import sweep_temporaries, write_atomic
+from sam3cache.features.fingerprint import Fingerprint
+from sam3cache.features.levels import (
+    BLOCK_ROWS,
+    LABEL_TILE_PX,
+    LabelSetSpec,
+    LevelSpec,
+    ShardGrid,
+    group_metadata,
+    write_array_metadata,
+)
+from sam3cache.features.locks import BlockClaims
+from sam3cache.features.receipts import (
+    SAMPLES_ITEM,
+    Receipt,
+    ReceiptKey,
+    ShardRecord,
+    break_seal,
+    read_receipts,
+    write_receipt,
+    write_seal,
+)
+from sam3cache.features.shards import crc32c, encode_shard
+from sam3cache.features.store import (
+    FORMAT_VERSION,
+    label_rows_of,
+    merge_sample_facts,
+    read_description,
+)
+from sam3cache.features.tables import (
+    ANNOTATIONS_FILE,
+    LABEL_ROWS_FILE,
+    SAMPLES_FILE,
+    AnnotationRow,
+    LabelRow,
+    SampleRow,
+    read_samples,
+    write_annotations,
+    write_label_rows,
+    write_samples,
+)
+
+
+def block_of(row: int) -> int:
+    """Return the block that a row lies in."""
+    return row // BLOCK_ROWS
+
+
+def num_blocks_of(rows: Sequence[SampleRow]) -> int:
+    """Return how many blocks a table of rows spans."""
+    return 1 + max((block_of(row.row) for row in rows), default=-1)
+
+
+def describe_store(
+    root: Path,
+    *,
+    settings: Mapping[str, Any],
+    levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
+    label_sets: Mapping[str, LabelSetSpec],
+    samples: Sequence[SampleRow],
+    annotations: Sequence[AnnotationRow],
+) -> None:
+    """Create a store, or change what an existing one describes; hold :func:`store_lock`.
+
+    The seal is broken first and the group's zarr.json written last, so that a crash in between
+    leaves an unsealed store (or no store yet) that the same call mends. Features stay as they are.
+
+    Args:
+        root: the store's folder.
+        settings: provenance, JSON values only.
+        levels: every level, old ones too, by name.
+        label_sets: every label set by name.
+        samples: the whole table, in row order.
+        annotations: the whole table, in row order.
+    """
+    break_seal(root)
+    num_blocks = num_blocks_of(samples)
+    num_rows = num_blocks * BLOCK_ROWS
+    write_atomic(root / "levels" / "zarr.json", group_metadata({}))
+    for spec, _ in levels.values():
+        write_array_metadata(root, spec.grid, num_rows, spec.shape)
+    write_atomic(root / "labels" / "zarr.json", group_metadata({}))
+    for label_set in label_sets.values():
+        folder = root / "labels" / label_set.name
+        write_atomic(folder / "zarr.json", group_metadata({"classes": list(label_set.classes)}))
+        write_array_metadata(root, label_set.grid, num_rows, label_set.shape)
+    write_samples(root, samples)
+    write_annotations(root, annotations)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "block_rows": BLOCK_ROWS,
+        "num_blocks": num_blocks,
+        "settings": dict(settings),
+        "levels": {
+            name: {
+                "fingerprint": dict(fingerprint.fields),
+                "digest": fingerprint.digest,
+                "samples_per_shard": spec.samples_per_shard,
+            }
+            for name, (spec, fingerprint) in levels.items()
+        },
+        "label_sets": sorted(label_sets),
+    }
+    write_atomic(root / "zarr.json", group_metadata(description))
+
+
+def write_level_block(
+    root: Path,
+    spec: LevelSpec,
+    digest: str,
+    block: int,
+    features: Mapping[int, NDArray[Any]],
+) -> Receipt:
+    """Write one level of one block, then its receipt.
+
+    Args:
+        root: the store's folder.
+        spec: the level.
+        digest: of the level's fingerprint.
+        block: number of the block.
+        features: by row, (C, H, W) in the level's dtype; only rows of the block.
+
+    Raises:
+        NumericError: when a value is not finite; nothing of the block is written then.
+        OSError: when the disk is full or read-only.
+    """
+    for row, values in features.items():
+        if spec.dtype == "float16" and not np.isfinite(values).all():
+            raise NumericError(
+                f"level {spec.name} of row {row} has values that are NaN or beyond float16's "
+                "±65504: the weights or the numeric path are wrong rather than the image; try "
+                "--numeric-path fp32, or check the weights' file"
+            )
+    shards: dict[int, dict[int, NDArray[Any]]] = {}
+    for row, values in features.items():
+        assert block_of(row) == block, (row, block)
+        shard, position = divmod(row, spec.samples_per_shard)
+        shards.setdefault(shard, {})[position] = values
+    records = [
+        _write_shard(root, spec.grid, (shard, 0, 0, 0), chunks)
+        for shard, chunks in sorted(shards.items())
+    ]
+    receipt = Receipt(spec.item, block, tuple(sorted(features)), digest, tuple(records))
+    write_receipt(root, receipt)
+    return receipt
+
+
+def write_label_block(
+    root: Path,
+    spec: LabelSetSpec,
+    block: int,
+    masks: Mapping[int, NDArray[np.uint8] | None],
+    sources: Mapping[int, LabelRow],
+) -> Receipt:
+    """Write one label set of one block, then its receipt.
+
+    Args:
+        root: the store's folder.
+        spec: the label set.
+        block: number of the block.
+        masks: by row, (K, H, W) uint8 on the mask's own grid, or None for a row without one.
+        sources: by row, where the mask came from; sizes are taken from ``masks``.
+
+    Raises:
+        OSError: when the disk is full or read-only.
+    """
+    tiles: dict[tuple[int, int, int, int], dict[int, NDArray[Any]]] = {}
+    facts = []
+    for row, mask in sorted(masks.items()):
+        height_px, width_px = (0, 0) if mask is None else mask.shape[1:]
+        source = sources[row]
+        facts.append(
+            asdict(
+                LabelRow(
+                    row,
+                    height_px,
+                    width_px,
+                    mask is not None,
+                    source.source,
+                    source.size_bytes,
+                    source.mtime_ns,
+                )
+            )
+        )
+        if mask is None:
+            continue
+        for k in range(spec.num_planes):
+            for y in range(0, height_px, LABEL_TILE_PX):
+                for x in range(0, width_px, LABEL_TILE_PX):
+                    tile = np.zeros(spec.grid.inner[1:], dtype=np.uint8)
+                    part = mask[k, y : y + LABEL_TILE_PX, x : x + LABEL_TILE_PX]
+                    tile[0, : part.shape[0], : part.shape[1]] = part
+                    index = (block, k, y // LABEL_TILE_PX, x // LABEL_TILE_PX)
+                    tiles.setdefault(index, {})[row % BLOCK_ROWS] = tile
+    records = [
+        _write_shard(root, spec.grid, index, chunks) for index, chunks in sorted(tiles.items())
+    ]
+    receipt = Receipt(spec.item, block, tuple(sorted(masks)), "", tuple(records), tuple(facts))
+    write_receipt(root, receipt)
+    return receipt
+
+
+def write_sample_facts(root: Path, block: int, rows: Sequence[SampleRow]) -> Receipt:
+    """Write what decoding found out about a block's rows: the receipt of the item "samples"."""
+    facts = tuple(
+        {
+            "row": row.row,
+            "status": row.status,
+            "reason": row.reason,
+            "height_px": row.height_px,
+            "width_px": row.width_px,
+            "num_channels": row.num_channels,
+            "size_bytes": row.size_bytes,
+            "mtime_ns": row.mtime_ns,
+            "pixel_sha256": row.pixel_sha256,
+        }
+        for row in rows
+    )
+    ok = tuple(row.row for row in rows if row.status == "ok")
+    receipt = Receipt(SAMPLES_ITEM, block, ok, "", (), facts)
+    write_receipt(root, receipt)
+    return receipt
+
+
+def missing_items(
+    rows: Sequence[SampleRow],
+    receipts: Mapping[ReceiptKey, Receipt],
+    root: Path,
+    *,
+    levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
+    label_sources: Mapping[str, Mapping[int, LabelRow]],
+) -> dict[int, frozenset[str]]:
+    """Return, by block, the items that are still to be written; finished blocks are absent.
+
+    Args:
+        rows: the whole table with the receipts' facts merged in.
+        receipts: all of them.
+        root: the store's folder, whose files' sizes are compared.
+        levels: every level.
+        label_sources: by label set and row, the mask file that the labels must have come from.
+    """
+    blocks: dict[int, list[SampleRow]] = {}
+    for row in rows:
+        if row.status in ("pending", "ok"):
+            blocks.setdefault(block_of(row.row), []).append(row)
+    missing: dict[int, frozenset[str]] = {}
+    for block, members in blocks.items():
+        items = {
+            spec.item
+            for spec, fingerprint in levels.values()
+            if not _level_done(receipts.get((spec.item, block)), members, fingerprint.digest, root)
+        }
+        for name, sources in label_sources.items():
+            receipt = receipts.get((f"labels.{name}", block))
+            if not _labels_done(receipt, members, sources, root):
+                items.add(f"labels.{name}")
+        if any(row.status == "pending" for row in members):
+            items.add(SAMPLES_ITEM)
+        if items:
+            missing[block] = frozenset(items)
+    return missing
+
+
+def _level_done(
+    receipt: Receipt | None, members: Sequence[SampleRow], digest: str, root: Path
+) -> bool:
+    return (
+        receipt is not None
+        and receipt.digest == digest
+        and {row.row for row in members if row.status == "ok"} <= set(receipt.rows)
+        and receipt.is_done(root)
+    )
+
+
+def _labels_done(
+    receipt: Receipt | None,
+    members: Sequence[SampleRow],
+    sources: Mapping[int, LabelRow],
+    root: Path,
+) -> bool:
+    if receipt is None or not receipt.is_done(root):
+        return False
+    written = {
+        fact["row"]: (fact["source"], fact["size_bytes"], fact["mtime_ns"])
+        for fact in receipt.facts
+    }
+    return all(
+        written.get(row.row)
+        == (
+            sources[row.row].source,
+            sources[row.row].size_bytes,
+            sources[row.row].mtime_ns,
+        )
+        for row in members
+        if row.status == "ok"
+    )
+
+
+def seal_store(root: Path) -> None:
+    """Fold facts into the tables and write the seal; hold :func:`store_lock` meanwhile.
+
+    The caller has made sure that nothing is missing (:func:`missing_items`).
+
+    Raises:
+        OSError: when the disk is full or read-only; the store stays unsealed and loses nothing.
+    """
+    description = read_description(root)
+    receipts = read_receipts(root)
+    write_samples(root, merge_sample_facts(read_samples(root), receipts))
+    hashed = ["zarr.json", "levels/zarr.json", "labels/zarr.json", SAMPLES_FILE, ANNOTATIONS_FILE]
+    hashed += [f"levels/{name}/zarr.json" for name in description["levels"]]
+    for name in description["label_sets"]:
+        folder = root / "labels" / name
+        write_label_rows(folder, label_rows_of(name, receipts).values())
+        hashed += [
+            f"labels/{name}/{file}" for file in ("zarr.json", "masks/zarr.json", LABEL_ROWS_FILE)
+        ]
+    write_seal(root, receipts, hashed)
+    BlockClaims(root).sweep()
+    sweep_temporaries(root)
+
+
+def _write_shard(
+    root: Path,
+    grid: ShardGrid,
+    index: tuple[int, int, int, int],
+    chunks: Mapping[int, NDArray[Any]],
+) -> ShardRecord:
+    data = encode_shard(grid, chunks)
+    key = grid.key(index)
+    write_atomic(root / key, data)
+    return ShardRecord(key, len(data), crc32c(data))
