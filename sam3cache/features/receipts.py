@@ -177,8 +177,8 @@ def check_seal(root: Path) -> dict[ReceiptKey, Receipt]:
     body = {name: value for name, value in content.items() if name != "seal"}
     if content.get("seal") != sha256_of_json(body):
         raise CorruptStoreError(
-            f"{path} does not match its own hash; delete it and run the same `sam3cache extract` "
-            "again, which finds what is done and seals the store anew"
+            f"{path} does not match its own hash; restore it from a copy, or delete it and run the "
+            "same `sam3cache extract` again, which then computes every block anew"
         )
     for name, expected in content["hashes"].items():
         try:

@@ -149,7 +149,7 @@ class ShardReader:
 def _read_exactly(file: FileIO, out: NDArray[np.uint8], path: Path) -> None:
     filled = 0
     while filled < out.size:
-        num = file.readinto(out[filled:])
+        num = file.readinto(out[filled:].data)
         if not num:
             raise _damaged(path, f"byte {filled} of a chunk, where the file ends")
         filled += num
