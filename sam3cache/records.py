@@ -35,6 +35,9 @@ class Sample:
         split: "train", "val" or "test".
         group: samples of one group (a patient) never fall into two splits.
         extra: every other column of the manifest, as text.
+        image_location: where the image is when it lies outside ``root``; it never enters a store,
+            and ``source`` is then a name with a hash.
+        mask_location: the same for the mask.
     """
 
     id: str
@@ -47,16 +50,18 @@ class Sample:
     split: str = "train"
     group: str = ""
     extra: Mapping[str, str] = field(default_factory=dict)
+    image_location: Path | None = None
+    mask_location: Path | None = None
 
     @property
     def image_path(self) -> Path:
         """Absolute or working-directory-relative path of the image."""
-        return self.root / self.source
+        return self.image_location or self.root / self.source
 
     @property
     def mask_path(self) -> Path | None:
         """Path of the mask, or None when there is none."""
-        return None if self.mask is None else self.root / self.mask
+        return self.mask_location or (None if self.mask is None else self.root / self.mask)
 
 
 @dataclass(frozen=True, slots=True)
