@@ -1,0 +1,41 @@
+# Every target sets up its own virtual environment first, where there is none yet or where
+# pyproject.toml is newer. Needs Python 3.11 or newer and GNU Make; on Windows see CONTRIBUTING.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help check lint test format clean
+
+help:
+	@echo "make check    what CI runs: format, lint, types, tests"
+	@echo "make lint     format, lint and types alone"
+	@echo "make test     the tests alone; ARGS='-k letterbox -x' goes to pytest"
+	@echo "make format   mend format and lint in place"
+	@echo "make clean    remove the virtual environment, caches and builds"
+
+check: lint test
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find sam3cache tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
