@@ -80,7 +80,8 @@ def offences(part: str, source: str) -> list[str]:
         top, _, rest = name.partition(".")
         if top == "sam3cache":
             other = rest.partition(".")[0]
-            if other == part or other.startswith("__"):
+            # The package itself, for its version.
+            if other in {part, "", "__version__"}:
                 continue
             if other not in MAY_IMPORT[part]:
                 found.append(f"{part} imports sam3cache.{other}")
