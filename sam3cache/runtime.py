@@ -118,6 +118,17 @@ def device_memory(device: str) -> DeviceMemory:
     return DeviceMemory(torch.cuda.get_device_name(device), total_bytes, free_bytes)
 
 
+def used_memory_bytes(device: str) -> int:
+    """Report what this process holds now: memory of a CUDA device, or resident memory for "cpu"."""
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    import torch
+
+    return torch.cuda.memory_reserved(device)
+
+
 def cpu_name() -> str:
     """Name the processor, as its maker does where the system tells."""
     if sys.platform == "linux":

@@ -1,1 +1,23 @@
-"""To be written."""
+"""The first pass: SAM 3's vision tower once over every image, into a feature store.
+
+``run`` tells the story; ``plan`` gives samples their rows, ``pool`` keeps a worker a device busy,
+and ``worker`` turns a block of samples into committed features.
+"""
+
+from sam3cache.extract.config import (
+    DEFAULT_LEVELS,
+    ExtractConfig,
+    ExtractProgress,
+    ExtractResult,
+    WorkerStatus,
+)
+from sam3cache.extract.run import extract
+
+__all__ = [
+    "DEFAULT_LEVELS",
+    "ExtractConfig",
+    "ExtractProgress",
+    "ExtractResult",
+    "WorkerStatus",
+    "extract",
+]

@@ -7,10 +7,26 @@ then :func:`seal_store`; ``sam3cache.extract`` does it.
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
-from sam3cache.features.store import FeatureStore, StoredSample, open_store
-from sam3cache.features.tables import AnnotationRow, LabelRow, SampleRow
+from sam3cache.features.receipts import is_sealed, read_receipts, receipt_done
+from sam3cache.features.store import (
+    FeatureStore,
+    StoredSample,
+    merge_sample_facts,
+    open_store,
+    read_description,
+    read_label_set_spec,
+)
+from sam3cache.features.tables import (
+    AnnotationRow,
+    LabelRow,
+    SampleRow,
+    read_annotations,
+    read_samples,
+)
 from sam3cache.features.writer import (
+    block_of,
     describe_store,
+    missing_items,
     seal_store,
     write_label_block,
     write_level_block,
@@ -28,8 +44,18 @@ __all__ = [
     "LevelSpec",
     "SampleRow",
     "StoredSample",
+    "block_of",
     "describe_store",
+    "is_sealed",
+    "merge_sample_facts",
+    "missing_items",
     "open_store",
+    "read_annotations",
+    "read_description",
+    "read_label_set_spec",
+    "read_receipts",
+    "read_samples",
+    "receipt_done",
     "seal_store",
     "store_lock",
     "write_label_block",

@@ -115,6 +115,12 @@ def read_receipt(root: Path, item: str, block: int) -> Receipt | None:
     return Receipt.from_json(_load(path), path)
 
 
+def receipt_done(root: Path, item: str, block: int) -> bool:
+    """Return whether a single receipt, with all its files, is there."""
+    receipt = read_receipt(root, item, block)
+    return receipt is not None and receipt.is_done(root)
+
+
 def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
     """Read every receipt, folded and single; a single one is the newer.
 

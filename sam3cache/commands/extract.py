@@ -1,0 +1,173 @@
+"""``sam3cache extract``: the first pass over the images."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sam3cache.commands.progress import Bar, progress
+
+if TYPE_CHECKING:
+    from sam3cache.extract import ExtractProgress, ExtractResult
+
+SET_ASIDE_EXIT_CODE = 3
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The store to write or go on with. [default: features/MANIFEST'S NAME.zarr]",
+)
+@click.option(
+    "--columns",
+    type=click.Path(path_type=Path),
+    help="TOML file that says which column of the CSV is what (docs/data.md).",
+)
+@click.option(
+    "--levels",
+    default="fpn_72,image_1008",
+    show_default=True,
+    help="What to store: some of trunk_72, fpn_72, fpn_144, fpn_288, image_1008.",
+)
+@click.option(
+    "--backbone",
+    default="sam3",
+    show_default=True,
+    help="sam3, sam3.1, or sam3-mini: the same classes in small, to try things out.",
+)
+@click.option(
+    "--weights",
+    help="Checkpoint file or hub repository; 'random' for tests. [default: the backbone's own]",
+)
+@click.option(
+    "--devices",
+    default="all",
+    show_default=True,
+    help="A worker process each: all, cpu, cpu:2, or CUDA devices as 0,1.",
+)
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Images a forward pass, 1 to 16. [default: the store's; else 8 on CUDA, 1 on a CPU]",
+)
+@click.option(
+    "--numeric-path",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Arithmetic of the tower; auto is bf16 on CUDA and fp32 on a CPU.",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["letterbox", "squash"]),
+    default="letterbox",
+    show_default=True,
+    help="Keep the aspect ratio and pad, or squash to the square as SAM 3's own processor does.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the split, if there is none given.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def extract(
+    manifest: Path,
+    output: Path | None,
+    columns: Path | None,
+    levels: str,
+    backbone: str,
+    weights: str | None,
+    devices: str,
+    batch_size: int | None,
+    numeric_path: str,
+    resize: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run SAM 3's vision tower once over the images of MANIFEST and store its features.
+
+    MANIFEST is a CSV with a line a sample, or a folder with images/ and perhaps masks/. Stop it at
+    any time: the same command goes on where it was. Samples that cannot be used are listed, and
+    the exit code is then 3.
+
+    \b
+    Examples:
+      sam3cache extract phantoms --backbone sam3-mini
+      sam3cache extract angio.csv --columns columns.toml -o features/angio.zarr
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.extract import ExtractConfig
+    from sam3cache.extract import extract as run
+    from sam3cache.runtime import parse_devices
+
+    config = ExtractConfig(
+        manifest=manifest,
+        output=output or Path("features") / f"{manifest.resolve().stem}.zarr",
+        columns=columns,
+        levels=tuple(name.strip() for name in levels.split(",") if name.strip()),
+        backbone=backbone,
+        weights=weights,
+        devices=tuple(parse_devices(devices)),
+        batch_size=batch_size,
+        resize_mode="squash" if resize == "squash" else "letterbox",
+        numeric_path="auto"
+        if numeric_path == "auto"
+        else ("bf16" if numeric_path == "bf16" else "fp32"),
+        seed=seed,
+    )
+    with ExitStack() as stack:
+        result = run(config, _Screen(stack).show)
+    for aside in result.set_aside:
+        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
+    for group in result.leaks:
+        click.echo(f"warning: group {group} is in more than one split", err=True)
+    if as_json:
+        click.echo(json.dumps(_as_json(result), indent=2))
+    else:
+        _print_summary(result)
+    if result.set_aside:
+        raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
+
+
+class _Screen:
+    """Shows an extraction's progress: one bar after the other, a line a worker below."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._stage = ""
+        self._num_done = 0
+        self._bar: Bar | None = None
+
+    def show(self, state: ExtractProgress) -> None:
+        """Take over a report of the extraction."""
+        if self._bar is None or state.stage != self._stage:
+            self._stack.close()
+            self._stage, self._num_done = state.stage, 0
+            title = state.stage.capitalize()
+            self._bar = self._stack.enter_context(
+                progress(title, total=state.num_total, unit="images")
+            )
+        self._bar.update(state.num_done - self._num_done)
+        self._num_done = state.num_done
+        self._bar.rows(
+            (worker.name, f"{worker.memory_bytes / 1e9:.1f} GB, {worker.use:.0%} in the tower")
+            for worker in state.workers.values()
+        )
+
+
+def _print_summary(result: ExtractResult) -> None:
+    state = "sealed" if result.sealed else "not sealed yet: another process is at work on it"
+    click.echo(
+        f"{result.store}: {result.num_samples} samples, {state}; {result.num_computed} computed in "
+        f"{result.elapsed_s:.1f} s, {result.num_kept} kept, {len(result.set_aside)} set aside, "
+        f"{result.num_removed} removed. {result.split_rule}"
+    )
+    if result.sealed:
+        click.echo(f"Next: sam3cache train {result.store} --head film-conv --name first")
+
+
+def _as_json(result: ExtractResult) -> dict[str, Any]:
+    return {**asdict(result), "store": result.store.as_posix()}

@@ -1,0 +1,129 @@
+"""What an extraction is asked to do, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sam3cache.errors import ConfigError
+from sam3cache.features import BLOCK_ROWS
+from sam3cache.records import SetAside
+
+IMAGE_LEVEL = "image_1008"
+DEFAULT_LEVELS = ("fpn_72", IMAGE_LEVEL)
+LABEL_SET = "mask"
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Settings of one extraction.
+
+    Attributes:
+        manifest: a CSV, or a folder with images/ and perhaps masks/.
+        output: the store's folder.
+        columns: TOML file that maps the CSV's columns to fields, or None.
+        levels: names of the levels to write; those that a store has already are kept up too.
+        backbone: "sam3", "sam3.1" or "sam3-mini".
+        weights: a checkpoint, a hub repository, "random", or None for the backbone's own.
+        devices: torch device names, a worker process each; "cpu" may stand there several times.
+        batch_size: images a forward pass, at most a block; None: the store's, else 8 on CUDA, 1 on
+            a CPU.
+        resize_mode: "letterbox" or "squash".
+        numeric_path: "fp32", "bf16", or "auto": the store's, else bf16 where every device is CUDA.
+        seed: of the split, where the manifest has none.
+    """
+
+    manifest: Path
+    output: Path
+    columns: Path | None = None
+    levels: tuple[str, ...] = DEFAULT_LEVELS
+    backbone: str = "sam3"
+    weights: str | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    batch_size: int | None = None
+    resize_mode: Literal["letterbox", "squash"] = "letterbox"
+    numeric_path: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching a file.
+
+        Raises:
+            ConfigError: when a value cannot be used.
+        """
+        if not self.levels:
+            raise ConfigError(f"no levels given; expected some, such as {','.join(DEFAULT_LEVELS)}")
+        if len(set(self.levels)) != len(self.levels):
+            raise ConfigError(f"levels {','.join(self.levels)}: one is named twice; name it once")
+        if self.batch_size is not None and not 1 <= self.batch_size <= BLOCK_ROWS:
+            raise ConfigError(
+                f"batch size {self.batch_size} is outside 1 to {BLOCK_ROWS}: a batch never crosses "
+                f"a block of {BLOCK_ROWS} samples"
+            )
+        if not self.devices:
+            raise ConfigError("no devices given; expected some, such as cpu or cuda:0")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What one worker was doing when it last reported.
+
+    Attributes:
+        name: of its device, with a number where several workers share it.
+        num_images: images that it has put through the tower.
+        memory_bytes: device memory reserved by the worker; on a CPU, memory resident.
+        use: share of its time that the tower was at work, 0 to 1.
+    """
+
+    name: str
+    num_images: int
+    memory_bytes: int
+    use: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractProgress:
+    """How far an extraction is.
+
+    Attributes:
+        stage: "checking" while files are looked at, "extracting" while workers run.
+        num_done: images done in this stage.
+        num_total: images of this stage.
+        workers: by worker number; empty before they report.
+    """
+
+    stage: Literal["checking", "extracting"]
+    num_done: int
+    num_total: int
+    workers: Mapping[int, WorkerStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractResult:
+    """What an extraction has done.
+
+    Attributes:
+        store: the store's folder.
+        sealed: whether the store is complete; not so while another process works on it.
+        num_samples: samples that can be used.
+        num_computed: images that this run put through the workers.
+        num_kept: images that were there before.
+        num_removed: rows that this run turned into tombstones.
+        set_aside: samples that could not be used, and why.
+        leaks: groups that the manifest puts into more than one split.
+        split_rule: where the splits come from, in words.
+        elapsed_s: of the whole run.
+    """
+
+    store: Path
+    sealed: bool
+    num_samples: int
+    num_computed: int
+    num_kept: int
+    num_removed: int
+    set_aside: tuple[SetAside, ...]
+    leaks: tuple[str, ...]
+    split_rule: str
+    elapsed_s: float

@@ -1,0 +1,156 @@
+"""The pool: a spawned process a device, blocks handed out one at a time, dead workers replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+from sam3cache.errors import WorkerError
+from sam3cache.extract.config import WorkerStatus
+from sam3cache.extract.worker import (
+    NUM_BLOCKS_HELD,
+    BlockReport,
+    BlockTask,
+    WorkerSetup,
+    run_worker,
+)
+
+MAX_DEATHS_OF_A_BLOCK = 2
+_HELD_PAUSE_S = 2.0
+
+
+@dataclass
+class _Member:
+    """A place in the pool; its process is replaced when it dies."""
+
+    setup: WorkerSetup
+    process: SpawnProcess
+    pipe: Connection
+    tasks: deque[BlockTask] = field(default_factory=deque)
+    told_to_end: bool = False
+
+
+def run_pool(
+    setups: Sequence[WorkerSetup],
+    tasks: Sequence[BlockTask],
+    report: Callable[[Mapping[int, WorkerStatus], int], None],
+) -> frozenset[int]:
+    """Do every task, and return the blocks that another process turned out to have or hold.
+
+    Args:
+        setups: a worker each.
+        tasks: the blocks to do.
+        report: called with the workers' states, by worker number, and the number of images put
+            through since the start.
+
+    Raises:
+        WorkerError: when a block has killed two workers.
+        Sam3CacheError: what a worker found wrong, as it was raised there.
+        OSError: likewise, such as a full disk.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = deque(tasks)
+    elsewhere: set[int] = set()
+    deaths: dict[int, int] = {}
+    states: dict[int, WorkerStatus] = {}
+    num_before: dict[int, int] = {}
+    members: dict[int, _Member] = {}
+
+    def start(number: int, setup: WorkerSetup) -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_worker, args=(setup, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        members[number] = _Member(setup, process, ours)
+        feed(number)
+
+    def feed(number: int) -> None:
+        member = members[number]
+        try:
+            # Near the end, one each: a second block would wait here while others are idle.
+            num_held = NUM_BLOCKS_HELD if len(queue) > len(setups) else 1
+            while queue and len(member.tasks) < num_held:
+                member.pipe.send(queue[0])
+                member.tasks.append(queue.popleft())
+            if not queue and not member.tasks and not member.told_to_end:
+                member.pipe.send(None)
+                member.told_to_end = True
+        except (BrokenPipeError, ConnectionResetError):
+            return  # It has died; its end of the pipe tells so in the loop below.
+
+    def take(number: int, message: object) -> None:
+        if isinstance(message, BaseException):
+            raise message
+        member = members[number]
+        if isinstance(message, BlockReport):
+            task = member.tasks.popleft()
+            assert task.block == message.block, (task.block, message.block)
+            if message.outcome != "written":
+                elsewhere.add(message.block)
+            states[number] = message.status
+            feed(number)
+        elif isinstance(message, WorkerStatus):
+            states[number] = message
+        report(states, sum(num_before.values()) + sum(s.num_images for s in states.values()))
+
+    def replace_dead(number: int) -> None:
+        member = members.pop(number)
+        member.process.join()
+        member.pipe.close()
+        if member.told_to_end and member.process.exitcode == 0:
+            return
+        lost = list(member.tasks)
+        if lost:
+            block = lost[0].block
+            deaths[block] = deaths.get(block, 0) + 1
+        if number in states:
+            num_before[number] = num_before.get(number, 0) + states.pop(number).num_images
+        culprit = lost[0] if lost else None
+        if culprit is None or deaths[culprit.block] >= MAX_DEATHS_OF_A_BLOCK:
+            raise WorkerError(_death_message(member, culprit))
+        queue.extendleft(reversed(lost))
+        start(number, member.setup)
+
+    try:
+        for number, setup in enumerate(setups[: max(1, len(tasks))]):
+            start(number, setup)
+        while members:
+            ready = wait([member.pipe for member in members.values()])
+            for number in [n for n, member in members.items() if member.pipe in ready]:
+                try:
+                    message = members[number].pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    replace_dead(number)
+                else:
+                    take(number, message)
+    finally:
+        for member in members.values():
+            member.process.terminate()
+        for member in members.values():
+            member.process.join()
+            member.pipe.close()
+    return frozenset(elsewhere)
+
+
+def pause_for_others() -> None:
+    """Wait a moment before looking again at blocks that another process holds."""
+    time.sleep(_HELD_PAUSE_S)
+
+
+def _death_message(member: _Member, culprit: BlockTask | None) -> str:
+    how = f"worker {member.setup.name} ended with exit code {member.process.exitcode}"
+    if culprit is None:
+        return (
+            f"{how} before its first block; see what it printed above, and try `sam3cache doctor`"
+        )
+    sources = ", ".join(sorted({sample.source for sample in culprit.samples.values()})[:3])
+    return (
+        f"{how}, the second to do so on block {culprit.block} ({sources}, …): too little memory, "
+        "or an image that crashes its decoder; try a smaller --batch-size, or take these images "
+        "out of the manifest; what is finished is kept"
+    )
