@@ -1,1 +1,27 @@
-"""To be written."""
+"""Images: from somebody's manifest to pixels on the square that the tower takes.
+
+``read_manifest`` finds the samples, ``probe`` reads headers, ``read_image`` and ``read_mask``
+decode, ``letterbox_image`` lays an image on the square.
+"""
+
+from sam3cache.images.manifest import Manifest, read_manifest
+from sam3cache.images.preprocessing import (
+    PREPROCESSING_VERSION,
+    letterbox_image,
+    pixel_hash,
+    preprocessing_fields,
+)
+from sam3cache.images.reading import ImageInfo, probe, read_image, read_mask
+
+__all__ = [
+    "PREPROCESSING_VERSION",
+    "ImageInfo",
+    "Manifest",
+    "letterbox_image",
+    "pixel_hash",
+    "preprocessing_fields",
+    "probe",
+    "read_image",
+    "read_manifest",
+    "read_mask",
+]

@@ -1,0 +1,302 @@
+"""One picture file of any format, as headers and raw frames.
+
+The format is what the first bytes say, whatever the name says. A file is a still or a cine; frames
+come out oriented, without alpha, palettes resolved, in the type that the file stores.
+
+Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+import tokenize
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from imagecodecs import png_decode
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from sam3cache.errors import ImageError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"})
+"""What counts as a picture in a folder; a file named in a CSV may be called anything."""
+
+MAX_PIXELS = 178_956_970
+"""Pixels of one frame beyond which a file is taken for a decompression bomb; Pillow's own limit."""
+
+PILLOW_FORMATS = ("PNG", "JPEG", "BMP")
+
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# What the decoders raise on damaged bytes; found by damaging files (tests/images/test_files.py).
+_DECODER_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zlib.error,
+)
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # damage is ours to report, once
+
+_warnings_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An open file: what its header says, and how to read a frame of it.
+
+    Attributes:
+        height_px: height of a frame, upright.
+        width_px: width of a frame, upright.
+        num_channels: 1 or 3.
+        num_frames: T of a cine, or None for a still.
+        is_lossy: whether the pixels went through JPEG.
+        read: the frame of an index (0 for a still) as (H, W, C), in the type that the file stores.
+    """
+
+    height_px: int
+    width_px: int
+    num_channels: int
+    num_frames: int | None
+    is_lossy: bool
+    read: Callable[[int], NDArray[Any]]
+
+    def frames(self) -> Iterator[NDArray[Any]]:
+        """Read every frame in turn."""
+        for index in range(self.num_frames or 1):
+            yield self.read(index)
+
+
+@contextmanager
+def open_picture(
+    path: Path, name: str, *, frame: int | None = None, is_mask: bool = False
+) -> Iterator[Picture]:
+    """Open a picture; whatever its decoder raises until it is closed becomes an ImageError.
+
+    Args:
+        path: where the file is.
+        name: what to call it in messages, which must not show where it is.
+        frame: index into a cine. It decides what a three-dimensional .npy is: with a frame
+            (T, H, W), without one (H, W, 1) or (H, W, 3).
+        is_mask: a three-dimensional .npy of a mask is (H, W, 1), (H, W, 3) or (1, H, W) whenever
+            its shape allows it, since it may be a still although its image is a cine.
+
+    Raises:
+        ImageError: no such file, an unknown format, a damaged file, or no pixels in it.
+    """
+    try:
+        with _opened(path, name, frame, is_mask) as picture:
+            if picture.height_px == 0 or picture.width_px == 0 or picture.num_frames == 0:
+                raise ImageError(
+                    f"{name}: no pixels ({picture.num_frames or 1} frame(s) of "
+                    f"{picture.height_px} x {picture.width_px}); export it again"
+                )
+            if picture.height_px * picture.width_px > MAX_PIXELS:
+                raise ImageError(
+                    f"{name}: {picture.height_px} x {picture.width_px} pixels, more than "
+                    f"{MAX_PIXELS:,}; shrink it first"
+                )
+            yield picture
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file; mend its path or restore the file") from None
+    except PermissionError:
+        raise ImageError(f"{name}: may not be read; change its permissions") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        is_bomb = isinstance(error, Image.DecompressionBombError)
+        detail = f"more than {MAX_PIXELS:,} pixels" if is_bomb else "not an image"
+        raise ImageError(
+            f"{name}: {detail}; expected PNG, JPEG, TIFF, BMP or .npy of a plausible size"
+        ) from None
+    except _DECODER_ERRORS as error:
+        detail = " ".join(str(error).replace(str(path), name).split())[:120]
+        raise ImageError(
+            f"{name}: damaged or truncated ({detail or type(error).__name__}); restore the file"
+        ) from None
+
+
+@contextmanager
+def _opened(path: Path, name: str, frame: int | None, is_mask: bool) -> Iterator[Picture]:
+    if path.is_dir():
+        raise ImageError(f"{name}: is a folder; name a file")
+    with path.open("rb") as file:
+        head = file.read(26)
+    if not head:
+        raise ImageError(f"{name}: empty file; restore it")
+    if head.startswith(b"\x93NUMPY"):
+        yield _open_npy(path, name, frame, is_mask)
+    elif head.startswith(_TIFF_MAGICS):
+        with tifffile.TiffFile(path) as tiff:
+            yield _open_tiff(tiff, name, path.stat().st_size)
+    else:
+        with quietly():
+            image = Image.open(path, formats=PILLOW_FORMATS)
+        with image:
+            yield _open_pillow(image, path, head)
+
+
+def _open_npy(path: Path, name: str, frame: int | None, is_mask: bool) -> Picture:
+    with quietly():
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    shape = array.shape
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"{name}: pixels of type {array.dtype}; expected bool, integers or floats")
+    may_be_still = is_mask or frame is None
+    num_frames: int | None = None
+    if len(shape) == 2:
+        array_THWC = array[None, :, :, None]
+    elif len(shape) == 3 and shape[-1] in (1, 3) and may_be_still:
+        array_THWC = array[None]
+    elif len(shape) == 3 and shape[0] == 1 and is_mask:
+        array_THWC = array[..., None]
+    elif len(shape) == 3:
+        array_THWC, num_frames = array[..., None], shape[0]
+    elif len(shape) == 4 and shape[-1] in (1, 3):
+        array_THWC, num_frames = array, shape[0]
+    else:
+        raise ImageError(f"{name}: array of shape {shape}; expected H x W (x 3) or T x H x W (x 3)")
+    height_px, width_px, num_channels = array_THWC.shape[1:]
+
+    def read(index: int) -> NDArray[Any]:
+        return np.array(array_THWC[index])  # out of the map: only this frame is read
+
+    return Picture(height_px, width_px, num_channels, num_frames, is_lossy=False, read=read)
+
+
+def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int) -> Picture:
+    series, page = tiff.series[0], tiff.series[0].keyframe
+    photometric = _tag_name(page.photometric)
+    if photometric not in ("MINISWHITE", "MINISBLACK", "RGB", "YCBCR", "PALETTE"):
+        raise ImageError(f"{name}: TIFF in {photometric}; expected grey, RGB or palette")
+    axes = page.axes
+    if axes not in ("YX", "YXS", "SYX"):
+        raise ImageError(f"{name}: TIFF with axes {axes}; expected height, width and samples")
+    num_samples = 1 if axes == "YX" else page.shape[axes.index("S")]
+    if num_samples > 4:
+        raise ImageError(f"{name}: TIFF of {num_samples} channels; expected 1 to 4")
+    ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if not ends or max(ends) > size_bytes:
+        raise ImageError(f"{name}: damaged or truncated (pixels beyond the end); restore the file")
+
+    orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
+    height_px, width_px = page.shape[axes.index("Y")], page.shape[axes.index("X")]
+    palette = page.colormap if photometric == "PALETTE" else None
+    if palette is None:
+        num_channels = 1 if num_samples < 3 else 3
+    else:
+        palette = (palette >> 8).astype(np.uint8).T
+        num_channels = _palette_channels(palette)
+
+    def read(index: int) -> NDArray[Any]:
+        pixels = series.pages[index].asarray()
+        if axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, -1)
+        if photometric == "MINISWHITE":
+            pixels = ~pixels if pixels.dtype.kind in "bu" else -pixels
+        if palette is not None:
+            pixels = palette[pixels.astype(np.intp)]
+        upright = _upright(_colour(pixels, num_channels), orientation)
+        if upright.shape != (height_px, width_px, num_channels):
+            raise ImageError(f"{name}: damaged (page {index} has another shape); restore the file")
+        return upright
+
+    if orientation >= 5:
+        height_px, width_px = width_px, height_px
+    return Picture(
+        height_px,
+        width_px,
+        num_channels,
+        len(series.pages) if len(series.pages) > 1 else None,
+        is_lossy=_tag_name(page.compression) in ("OJPEG", "JPEG", "JPEG_LOSSY"),
+        read=read,
+    )
+
+
+def _open_pillow(image: Image.Image, path: Path, head: bytes) -> Picture:
+    with quietly():
+        orientation = int(image.getexif().get(0x0112, 1))
+    # Pillow cuts 16-bit colour to 8 bits. In a PNG, byte 24 is the depth and byte 25 the colours.
+    is_png16 = image.format == "PNG" and head[24] == 16
+    palette: NDArray[np.uint8] | None = None
+    if is_png16:
+        num_channels = 3 if head[25] & 2 else 1
+    elif image.mode in ("P", "PA"):
+        palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        num_channels = _palette_channels(palette)
+    else:
+        num_channels = 1 if image.mode in ("1", "L", "LA") else 3
+
+    def read(index: int) -> NDArray[Any]:
+        assert index == 0, index
+        if is_png16:
+            pixels = png_decode(path.read_bytes())
+        elif palette is not None:
+            indices = np.asarray(image)
+            indices = indices if indices.ndim == 2 else indices[..., 0]
+            pixels = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))[indices]
+        elif image.mode in ("L", "LA", "RGB", "RGBA"):
+            pixels = np.array(image)
+        else:
+            pixels = np.array(image.convert("L" if num_channels == 1 else "RGB"))
+        return _upright(_colour(pixels, num_channels), orientation)
+
+    width_px, height_px = image.size if orientation < 5 else image.size[::-1]
+    is_lossy = image.format in ("JPEG", "MPO")
+    return Picture(height_px, width_px, num_channels, None, is_lossy, read)
+
+
+def _tag_name(value: Any) -> str:
+    """Return the name of a TIFF tag's value; one that TIFF does not define comes as a number."""
+    return str(getattr(value, "name", value))
+
+
+def _palette_channels(palette: NDArray[np.uint8]) -> int:
+    """1 for a palette of greys, else 3."""
+    return 1 if (palette == palette[:, :1]).all() else 3
+
+
+def _colour(pixels: NDArray[Any], num_channels: int) -> NDArray[Any]:
+    """(H, W) or (H, W, samples) → (H, W, num_channels): the leading samples, without alpha."""
+    return (pixels[..., None] if pixels.ndim == 2 else pixels)[..., :num_channels]
+
+
+def _upright(pixels_HWC: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undo the TIFF and EXIF orientation tag (TIFF 6.0, section 8; 1 = upright)."""
+    if orientation in (5, 6, 7, 8):
+        pixels_HWC = pixels_HWC.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels_HWC = pixels_HWC[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels_HWC = pixels_HWC[::-1]
+    return np.ascontiguousarray(pixels_HWC)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the decoders' warnings (odd EXIF, large pictures, old headers) out of the output.
+
+    Filters are global to the process, so threads take turns: keep what stands inside short.
+    """
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

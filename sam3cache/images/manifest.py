@@ -1,0 +1,319 @@
+"""What the user has: a CSV or a folder, resolved into samples."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from sam3cache.errors import ImageError, ManifestError
+from sam3cache.images.columns import (
+    ColumnMap,
+    RowReader,
+    is_absolute,
+    map_columns,
+    resolve_path,
+)
+from sam3cache.images.files import SUFFIXES
+from sam3cache.records import SPLITS, Sample, SetAside
+
+MAX_ANGLE_DEG = {"primary": 180, "secondary": 90}
+"""DICOM PS3.3, C.8.7.5.1.2: Positioner Primary and Secondary Angle."""
+
+SPLIT_SYNONYMS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "validation", "validate", "valid", "dev", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "tst", "holdout"), "test"),
+}
+
+_SPLIT_SHARES = ((0.70, "train"), (0.85, "val"), (1.0, "test"))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All samples of a manifest, and those that cannot be used.
+
+    Attributes:
+        root: folder that paths are relative to.
+        samples: in the manifest's order, with unique ids.
+        set_aside: what cannot be used, each with its reason.
+        split_rule: where the splits come from, in words.
+        leaks: groups that the manifest itself puts into more than one split.
+    """
+
+    root: Path
+    samples: tuple[Sample, ...]
+    set_aside: tuple[SetAside, ...]
+    split_rule: str
+    leaks: tuple[str, ...] = ()
+
+
+def read_manifest(path: Path, columns: Path | None = None, *, seed: int = 0) -> Manifest:
+    """Read a CSV, or a folder with ``images/`` and ``masks/`` matched by their stems.
+
+    No picture is opened; ``probe`` does that.
+
+    Args:
+        path: a CSV (comma, semicolon or tab) with a header, or a folder.
+        columns: a ``columns.toml`` that says which column is what.
+        seed: of the split by groups, where the manifest has none.
+
+    Raises:
+        ManifestError: the manifest as a whole cannot be used; nothing is set aside for that.
+    """
+    if path.is_dir():
+        if columns is not None:
+            raise ManifestError(
+                f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
+            )
+        return _read_folder(path, seed)
+    return _read_csv(path, columns, seed)
+
+
+def _read_folder(folder: Path, seed: int) -> Manifest:
+    root = folder.absolute()
+    has_parts = (root / "images").is_dir()
+    images = _pictures(root / "images", root) if has_parts else _pictures(root, root, deep=False)
+    if not images:
+        raise ManifestError(
+            f"{folder}: no pictures; put them into {folder / 'images'} and their masks, with the "
+            f"same stems, into {folder / 'masks'}; known are {', '.join(sorted(SUFFIXES))}"
+        )
+    masks = _pictures(root / "masks", root) if has_parts else {}
+    for stem, names in images.items():
+        if len(names) > 1:
+            raise ManifestError(
+                f"{folder}: {names[0]} and {names[1]} have one stem; rename one, or give a CSV"
+            )
+        if len(masks.get(stem, ())) > 1:
+            raise ManifestError(
+                f"{folder}: {masks[stem][0]} and {masks[stem][1]} are both masks of {names[0]}; "
+                "remove one"
+            )
+    strays = [name for stem in masks if stem not in images for name in masks[stem]]
+    if masks and not masks.keys() & images.keys():
+        raise ManifestError(
+            f"{folder}: no mask matches an image (the first is {strays[0]}); name a mask like its "
+            "image"
+        )
+    samples = [
+        Sample(stem, names[0], root, mask=masks.get(stem, [None])[0], group=names[0])
+        for stem, names in images.items()
+    ]
+    set_aside = [
+        SetAside(name, name, "mask without an image of its stem; rename it or remove it")
+        for name in strays
+    ]
+    return _with_splits(root, samples, [""] * len(samples), set_aside, "", seed)
+
+
+def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[str]]:
+    """Return picture names relative to ``root`` by their path in ``folder`` without suffix."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
+        is_hidden = path.name.startswith(".")
+        if path.suffix.lower() in SUFFIXES and not is_hidden and path.is_file():
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            found[stem].append(path.relative_to(root).as_posix())
+    return dict(found)
+
+
+def _read_csv(path: Path, columns: Path | None, seed: int) -> Manifest:
+    header, rows = _read_rows(path)
+    column_map = map_columns(header, columns, path.name)
+    root = path.parent.absolute()
+    reader = RowReader(column_map, root)
+
+    samples: list[Sample] = []
+    splits: list[str] = []
+    set_aside: list[SetAside] = []
+    lines: dict[str, int] = {}
+    for line, cells in rows:
+        row = dict(zip(header, cells, strict=True))
+        source = given_id = ""
+        try:
+            given_id = reader.value(row, "id")
+            source, _ = resolve_path(reader.value(row, "image"), root)
+            sample = _sample(reader, row, column_map, root)
+            split = reader.value(row, "split")
+        except ImageError as error:
+            row_id = given_id or f"line {line}"
+            set_aside.append(SetAside(row_id, source, str(error)))
+            _claim(lines, [row_id], line, path.name)
+            continue
+        derived = _derived_ids(sample)
+        row_id = _claim(lines, [given_id] if given_id else derived, line, path.name)
+        samples.append(replace(sample, id=row_id))
+        splits.append(split)
+    if not samples:
+        raise ManifestError(
+            f"{path}: none of its {len(rows)} rows can be used; the first: {set_aside[0].reason}"
+        )
+    source_of_split = column_map.fields.get("split")
+    where = ""
+    if source_of_split is not None:
+        column = source_of_split.column
+        where = f"constant {splits[0]!r}" if column is None else f"column {column!r}"
+    return _with_splits(root, samples, splits, set_aside, where, seed)
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the header, and (line, cells) of the rows that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such file or folder; check the path") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{path}: not UTF-8 text (byte {error.start}); expected a CSV; save it as 'CSV UTF-8'"
+        ) from None
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if any(cells[len(header) :]):
+                raise ManifestError(
+                    f"{path}: line {reader.line_num} has {len(cells)} cells under {len(header)} "
+                    f"columns; quote cells that contain {delimiter!r}"
+                )
+            cells += [""] * (len(header) - len(cells))
+            rows.append((reader.line_num, cells[: len(header)]))
+    except csv.Error as error:
+        raise ManifestError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one")
+    if not rows:
+        raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
+    return header, rows
+
+
+def _sample(reader: RowReader, row: dict[str, str], column_map: ColumnMap, root: Path) -> Sample:
+    """Resolve one row, all but its id and split."""
+    image = reader.value(row, "image")
+    if not image:
+        raise ImageError("no image; fill the cell or remove the row")
+    source, image_location = resolve_path(image, root)
+    mask_text = reader.value(row, "mask")
+    mask, mask_location = resolve_path(mask_text, root) if mask_text else (None, None)
+    return Sample(
+        id="",
+        source=source,
+        root=root,
+        frame=_frame(reader.value(row, "frame")),
+        mask=mask,
+        primary_angle_deg=_angle("primary", reader.value(row, "primary_angle")),
+        secondary_angle_deg=_angle("secondary", reader.value(row, "secondary_angle")),
+        group=reader.value(row, "group") or source,
+        extra={column: _portable(row[column], root) for column in column_map.extra},
+        image_location=image_location,
+        mask_location=mask_location,
+    )
+
+
+def _portable(cell: str, root: Path) -> str:
+    """Keep other columns as they are, but for paths of this machine."""
+    return resolve_path(cell, root)[0] if is_absolute(cell) else cell
+
+
+def _frame(text: str) -> int | None:
+    if not text:
+        return None
+    try:
+        number = float(text)  # tables with gaps write 12 as 12.0
+    except ValueError:
+        number = -1.0
+    if number < 0 or not number.is_integer():
+        raise ImageError(f"frame {text!r}: expected a whole number from 0, or nothing for a still")
+    return int(number)
+
+
+def _angle(which: str, text: str) -> float | None:
+    """Return degrees, or None for an empty cell."""
+    if not text:
+        return None
+    limit = MAX_ANGLE_DEG[which]
+    try:
+        angle_deg = float(text)
+    except ValueError:
+        angle_deg = float("nan")
+    if angle_deg != angle_deg:
+        raise ImageError(
+            f"{which} angle {text!r} is not a number; expected degrees in [-{limit}, {limit}], or "
+            "nothing when it is unknown"
+        )
+    if abs(angle_deg) > limit:
+        raise ImageError(
+            f"{which} angle {text} is outside [-{limit}, {limit}] degrees; correct it, or empty "
+            "the cell when it is unknown"
+        )
+    return angle_deg
+
+
+def _derived_ids(sample: Sample) -> list[str]:
+    """Return ids to try for a row without one: image and frame; then the mask's name with them."""
+    plain = PurePosixPath(sample.source).with_suffix("").as_posix()
+    if sample.frame is not None:
+        plain += f"#{sample.frame}"
+    return [plain] if sample.mask is None else [plain, f"{plain}@{PurePosixPath(sample.mask).stem}"]
+
+
+def _claim(lines: dict[str, int], candidates: Sequence[str], line: int, manifest: str) -> str:
+    """Return the first id that no earlier row has."""
+    for candidate in candidates:
+        if candidate not in lines:
+            lines[candidate] = line
+            return candidate
+    taken = candidates[-1]
+    raise ManifestError(
+        f"{manifest}: lines {lines[taken]} and {line} both have the id {taken!r}; make ids unique, "
+        "or remove the row that is there twice"
+    )
+
+
+def _with_splits(
+    root: Path,
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    set_aside: Iterable[SetAside],
+    where: str,
+    seed: int,
+) -> Manifest:
+    """Give every sample its split: as the manifest says, else by hashing its group."""
+    if not any(texts):
+        samples = [replace(s, split=_hashed_split(s.group, seed)) for s in samples]
+        rule = f"70/15/15 by hash of the group, seed {seed}"
+        return Manifest(root, tuple(samples), tuple(set_aside), rule)
+    splits = [SPLIT_SYNONYMS.get(text.lower(), text) for text in texts]
+    for sample, split in zip(samples, splits, strict=True):
+        if split not in SPLITS:
+            raise ManifestError(
+                f"sample {sample.id!r} has the split {split!r} ({where}); expected train, val or "
+                "test in every row; rename values in columns.toml: split = { column = …, values = "
+                "{ … } }"
+            )
+    splits_by_group = defaultdict(set)
+    for sample, split in zip(samples, splits, strict=True):
+        splits_by_group[sample.group].add(split)
+    leaks = tuple(sorted(group for group, found in splits_by_group.items() if len(found) > 1))
+    samples = [replace(s, split=split) for s, split in zip(samples, splits, strict=True)]
+    return Manifest(root, tuple(samples), tuple(set_aside), where, leaks)
+
+
+def _hashed_split(group: str, seed: int) -> str:
+    """Return a group's split; it depends on nothing else, so new samples move no old group."""
+    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return next(split for limit, split in _SPLIT_SHARES if share < limit)

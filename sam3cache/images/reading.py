@@ -1,0 +1,239 @@
+"""A sample's pixels and mask, as extraction wants them: 8 bits, upright, one frame.
+
+Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam3cache.errors import ImageError
+from sam3cache.images.files import Picture, open_picture
+from sam3cache.records import Sample
+
+WINDOW_PERMILLE = (5, 995)
+"""Beyond 8 bits, this share of a file's values is mapped to 0 and to 255."""
+
+LOSSY_MASK_THRESHOLD = 128
+"""JPEG blurs a mask of 0 and 255, so the middle decides."""
+
+MAX_ASPECT_DIFFERENCE = 0.01
+"""Share by which a mask's aspect ratio may differ from its image's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What the headers of a sample's files say.
+
+    Attributes:
+        height_px: height of the image, upright.
+        width_px: width of the image, upright.
+        num_channels: 1 for grey, 3 for RGB.
+        mask_height_px: height of the mask's own grid, or None when there is no mask.
+        mask_width_px: width of the mask's own grid, or None when there is no mask.
+        size_bytes: size of the image's file.
+        mtime_ns: when the image's file was last changed.
+    """
+
+    height_px: int
+    width_px: int
+    num_channels: int
+    mask_height_px: int | None
+    mask_width_px: int | None
+    size_bytes: int
+    mtime_ns: int
+
+
+def probe(sample: Sample) -> ImageInfo:
+    """Read the headers of a sample's files, and check all that they can tell.
+
+    Raises:
+        ImageError: a file that is missing, damaged or of no known format; a frame that the file
+            lacks; a mask of another shape than the image.
+    """
+    with _open_image(sample) as picture:
+        _frame_index(picture, sample.frame, sample.source)
+        height_px, width_px = picture.height_px, picture.width_px
+        num_channels = picture.num_channels
+    mask_height_px = mask_width_px = None
+    if sample.mask_path is not None:
+        with _open_mask(sample) as mask:
+            _mask_index(mask, sample)
+            mask_height_px, mask_width_px = mask.height_px, mask.width_px
+        _check_aspect(sample, (height_px, width_px), (mask_height_px, mask_width_px))
+    stat = sample.image_path.stat()
+    return ImageInfo(
+        height_px,
+        width_px,
+        num_channels,
+        mask_height_px,
+        mask_width_px,
+        stat.st_size,
+        stat.st_mtime_ns,
+    )
+
+
+def read_image(sample: Sample) -> NDArray[np.uint8]:
+    """Decode a sample's image, or its frame of a cine.
+
+    8-bit pixels stay as they are. Of any other type, the 0.5 and 99.5 percentiles of the whole
+    file (all frames of a cine, all channels) become 0 and 255, so that the frames of a cine share
+    one window.
+
+    Returns:
+        uint8 (H, W, 1) or (H, W, 3), upright, without alpha.
+
+    Raises:
+        ImageError: a file that is missing, damaged or of no known format; a frame that the file
+            lacks; values that are not finite.
+    """
+    with _open_image(sample) as picture:
+        pixels_HWC = picture.read(_frame_index(picture, sample.frame, sample.source))
+        if pixels_HWC.dtype == np.uint8:
+            return pixels_HWC
+        if pixels_HWC.dtype == np.bool_:
+            return pixels_HWC.astype(np.uint8) * 255
+        if picture.num_frames is None:
+            window = _window([pixels_HWC], pixels_HWC.dtype, sample.source)
+        else:
+            stat = sample.image_path.stat()
+            window = _cine_window(
+                sample.image_path, sample.source, pixels_HWC.dtype, stat.st_size, stat.st_mtime_ns
+            )
+    return _apply_window(pixels_HWC, *window)
+
+
+def read_mask(sample: Sample) -> NDArray[np.uint8] | None:
+    """Decode a sample's mask to 0 and 1, on its own grid.
+
+    Foreground is: True; an integer above 0; a float of at least 0.5; in a JPEG, at least 128. Of a
+    colour mask, any channel counts. Of a mask cine, the sample's own frame is taken.
+
+    Returns:
+        uint8 (1, H, W) of 0 and 1, or None when the sample has no mask.
+
+    Raises:
+        ImageError: a file that is missing, damaged or of no known format; another aspect ratio
+            than the image's; floats that are no probabilities.
+    """
+    if sample.mask_path is None:
+        return None
+    with _open_image(sample) as picture:
+        image_size = (picture.height_px, picture.width_px)
+    with _open_mask(sample) as mask:
+        _check_aspect(sample, image_size, (mask.height_px, mask.width_px))
+        values_HWC = mask.read(_mask_index(mask, sample))
+        is_lossy = mask.is_lossy
+    if values_HWC.dtype.kind == "f":
+        if not np.isfinite(values_HWC).all() or values_HWC.min() < 0:
+            raise ImageError(
+                f"{sample.mask}: float mask with values below 0 or not finite; expected "
+                "probabilities in [0, 1]; apply the sigmoid or the threshold first"
+            )
+        foreground_HWC = np.greater_equal(values_HWC, 0.5)
+    else:
+        foreground_HWC = np.greater_equal(values_HWC, LOSSY_MASK_THRESHOLD if is_lossy else 1)
+    mask_HW: NDArray[np.uint8] = foreground_HWC.any(axis=-1).astype(np.uint8)
+    return mask_HW[None]
+
+
+def _open_image(sample: Sample) -> AbstractContextManager[Picture]:
+    return open_picture(sample.image_path, sample.source, frame=sample.frame)
+
+
+def _open_mask(sample: Sample) -> AbstractContextManager[Picture]:
+    assert sample.mask_path is not None
+    assert sample.mask is not None
+    return open_picture(sample.mask_path, sample.mask, frame=sample.frame, is_mask=True)
+
+
+def _frame_index(picture: Picture, frame: int | None, name: str) -> int:
+    """Check that the picture has this frame."""
+    if picture.num_frames is None:
+        if frame not in (None, 0):
+            raise ImageError(f"{name}: frame {frame} of a still; leave its frame empty")
+        return 0
+    if frame is None:
+        raise ImageError(
+            f"{name}: a cine of {picture.num_frames} frames; say which frame, from 0, in the "
+            "manifest"
+        )
+    if not 0 <= frame < picture.num_frames:
+        raise ImageError(
+            f"{name}: no frame {frame}; it has 0 to {picture.num_frames - 1}; mend the manifest"
+        )
+    return frame
+
+
+def _mask_index(mask: Picture, sample: Sample) -> int:
+    """Return the mask's frame: a mask that is a still belongs to whichever frame is used."""
+    frame = None if mask.num_frames is None else sample.frame
+    return _frame_index(mask, frame, str(sample.mask))
+
+
+def _check_aspect(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Refuse a mask that no resize of the image could have, but for one pixel's rounding."""
+    expected_width = image[1] * mask[0] / image[0]
+    expected_height = image[0] * mask[1] / image[1]
+    if (
+        abs(mask[1] / expected_width - 1) > MAX_ASPECT_DIFFERENCE
+        and abs(mask[1] - expected_width) > 1
+        and abs(mask[0] - expected_height) > 1
+    ):
+        raise ImageError(
+            f"{sample.mask}: mask of {mask[0]} x {mask[1]} for an image of {image[0]} x {image[1]} "
+            "(height x width); expected the same aspect ratio; check that it belongs to this image"
+        )
+
+
+@lru_cache(maxsize=64)
+def _cine_window(
+    path: Path, name: str, dtype: np.dtype[Any], size_bytes: int, mtime_ns: int
+) -> tuple[float, float]:
+    """Window of a whole cine; once a file, since its samples usually follow one another."""
+    del size_bytes, mtime_ns  # part of the cache's key: a changed file has a new window
+    with open_picture(path, name, frame=0) as picture:
+        return _window(picture.frames(), dtype, name)
+
+
+def _window(frames: Iterable[NDArray[Any]], dtype: np.dtype[Any], name: str) -> tuple[float, float]:
+    """Return the exact percentiles of all values: the smallest that so many do not exceed."""
+    if dtype.kind in "iu" and dtype.itemsize <= 2:
+        offset = int(np.iinfo(dtype).min)
+        histogram = np.zeros(1 << 16, dtype=np.int64)
+        for frame in frames:
+            histogram += np.bincount(frame.ravel().astype(np.int64) - offset, minlength=1 << 16)
+        ranks = _ranks(int(histogram.sum()))
+        low, high = np.searchsorted(histogram.cumsum(), [rank + 1 for rank in ranks]) + offset
+    else:
+        values = np.concatenate([frame.ravel() for frame in frames])
+        if not np.isfinite(values).all():
+            raise ImageError(f"{name}: holds values that are not finite; export it again")
+        ranks = _ranks(values.size)
+        low, high = np.partition(values, ranks)[list(ranks)]
+    return float(low), float(high)
+
+
+def _ranks(num_values: int) -> tuple[int, int]:
+    """Positions of the window's ends among the sorted values."""
+    low, high = (max(0, math.ceil(num_values * p / 1000) - 1) for p in WINDOW_PERMILLE)
+    return low, high
+
+
+def _apply_window(pixels: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Map [low, high] to [0, 255] and clip; where both are one value, only more is white."""
+    if high > low:
+        scaled = (pixels.astype(np.float64) - low) / (high - low) * 255.0
+    else:
+        scaled = np.where(pixels > low, 255.0, 0.0)
+    result: NDArray[np.uint8] = np.rint(scaled.clip(0.0, 255.0)).astype(np.uint8)
+    return result
