@@ -1,1 +1,28 @@
-"""To be written."""
+"""Heads: small networks over cached features, their registry, and their checkpoints.
+
+A head maps a ``Batch`` to mask logits on the padded square. ``HEADS`` holds those that come with
+the package; a user's own is named "package.module:Class", both to train it and to load it.
+"""
+
+from sam3cache.heads.checkpoint import (
+    CheckpointInfo,
+    check_fingerprints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from sam3cache.heads.head import Head, count_parameters
+from sam3cache.heads.registry import HEADS, build_head
+from sam3cache.heads.view import FiLM, ViewEncoder
+
+__all__ = [
+    "HEADS",
+    "CheckpointInfo",
+    "FiLM",
+    "Head",
+    "ViewEncoder",
+    "build_head",
+    "check_fingerprints",
+    "count_parameters",
+    "load_checkpoint",
+    "save_checkpoint",
+]

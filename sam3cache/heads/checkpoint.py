@@ -1,0 +1,275 @@
+"""A trained head on disk: a folder of ``model.safetensors`` and ``checkpoint.json``.
+
+The record of what was trained, on which features and how, stands in the header of
+``model.safetensors``, so that one rename commits weights and record together and a crash leaves
+the checkpoint before or the one after, never half of each. ``checkpoint.json`` is the same record
+for people and for other tools.
+
+Reading imports and runs nothing that a checkpoint names: the heads of this package are looked up
+in ``HEADS``, and a user's own head has to be named again by whoever loads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import sam3cache
+from sam3cache.errors import CheckpointError, FingerprintError, HeadError
+from sam3cache.heads.head import Head
+from sam3cache.heads.registry import HEADS, build_head
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+RECORD_FILE = "checkpoint.json"
+_HEADER_KEY = "checkpoint"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Everything a checkpoint records beside its weights; all of it plain JSON values.
+
+    Attributes:
+        head: name in ``HEADS``, or "package.module:Class".
+        head_options: keyword arguments that the head was built with.
+        num_classes: K, planes of the masks.
+        levels: by level that the head reads: ``shape`` [C, H, W], ``digest`` and ``fields`` of its
+            fingerprint.
+        label_set: label set of the store that was learned.
+        epoch: epochs trained, from 1.
+        metrics: of the validation split after that epoch.
+        settings: the training's configuration.
+        seed: of weights, order and dropout.
+        threshold: probability from which a pixel counts as mask.
+        weights_sha256: of names and bytes of the weights; filled in by writing.
+        sam3cache_version: version that wrote it.
+        torch_version: version that trained it.
+        format_version: of this record.
+    """
+
+    head: str
+    head_options: Mapping[str, Any]
+    num_classes: int
+    levels: Mapping[str, Mapping[str, Any]]
+    label_set: str
+    epoch: int
+    metrics: Mapping[str, float | int | None] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    threshold: float = 0.5
+    weights_sha256: str = ""
+    sam3cache_version: str = sam3cache.__version__
+    torch_version: str = str(torch.__version__)
+    format_version: int = FORMAT_VERSION
+
+
+def save_checkpoint(folder: Path, head: nn.Module, info: CheckpointInfo) -> CheckpointInfo:
+    """Write a checkpoint, atomically replacing one that is there.
+
+    Returns:
+        The record as written, ``weights_sha256`` filled in.
+    """
+    weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
+    info = dataclasses.replace(info, weights_sha256=_weights_sha256(weights))
+    record = dataclasses.asdict(info)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / MODEL_FILE, save(weights, {_HEADER_KEY: json.dumps(record)}))
+    write_atomically(folder / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    return info
+
+
+def read_record(path: Path) -> CheckpointInfo:
+    """Read what a checkpoint says of itself, without its weights.
+
+    Raises:
+        CheckpointError: no checkpoint is there, or it is corrupt or of an unknown version.
+    """
+    metadata, _ = _read(path, weights=False)
+    return _parse_record(path, metadata)
+
+
+def load_checkpoint(
+    path: Path, *, head: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Head, CheckpointInfo]:
+    """Rebuild a trained head.
+
+    Args:
+        path: the checkpoint's folder.
+        head: the user's own head, as "package.module:Class", if the checkpoint is of one.
+        device: where the head goes.
+
+    Returns:
+        The head in evaluation mode, and its record.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, corrupt, of an unknown version, or of a head
+            that is not named or does not fit its weights.
+    """
+    metadata, weights = _read(path, weights=True)
+    info = _parse_record(path, metadata)
+    if _weights_sha256(weights) != info.weights_sha256:
+        raise CheckpointError(
+            f"the weights in {path / MODEL_FILE} are not those its record describes (sha256 "
+            f"differs from {info.weights_sha256[:12]}); restore the file, or train again"
+        )
+    shapes = {level: tuple(entry["shape"]) for level, entry in info.levels.items()}
+    try:
+        rebuilt = build_head(
+            _trusted_name(path, info, head), shapes, info.head_options, num_classes=info.num_classes
+        )
+    except HeadError as error:
+        raise CheckpointError(f"the head of {path} cannot be rebuilt: {error}") from error
+    _check_shapes(path, info.head, rebuilt.state_dict(), weights)
+    rebuilt.load_state_dict(weights)
+    return rebuilt.to(device).eval(), info
+
+
+def check_fingerprints(
+    checkpoint_levels: Mapping[str, Mapping[str, Any]],
+    store_levels: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse features that were made differently from those a head was trained on.
+
+    Args:
+        checkpoint_levels: ``CheckpointInfo.levels``.
+        store_levels: by level of the store, ``digest`` and ``fields`` of its fingerprint.
+
+    Raises:
+        FingerprintError: a level is missing, or was made differently; every differing field is
+            given as old → new.
+    """
+    for level, trained in checkpoint_levels.items():
+        if level not in store_levels:
+            raise FingerprintError(
+                f"the head reads level {level}, which is not among the store's levels "
+                f"({', '.join(store_levels) or 'none'}); extract it into the store"
+            )
+        stored = store_levels[level]
+        if trained["digest"] == stored["digest"]:
+            continue
+        old, new = trained["fields"], stored["fields"]
+        differences = [
+            f"{name} {old.get(name, 'absent')} → {new.get(name, 'absent')}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        raise FingerprintError(
+            f"level {level} was made differently from the features the head was trained on: "
+            f"{'; '.join(differences)}; use a store extracted with the old values, or train again"
+        )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by another in one step; after a crash one of the two is there, whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read a safetensors file's header and tensors.
+
+    Raises:
+        CheckpointError: the file is missing or is no safetensors file.
+    """
+    return _open_tensors(path, with_tensors=True)
+
+
+def _read(path: Path, *, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not (path / MODEL_FILE).is_file():
+        raise CheckpointError(
+            f"no checkpoint at {path}: expected a folder with {MODEL_FILE}, such as "
+            "checkpoints/RUN/best; `sam3cache train` writes one"
+        )
+    return _open_tensors(path / MODEL_FILE, with_tensors=weights)
+
+
+def _open_tensors(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys() if with_tensors else []
+            # clone(): the tensors would map the file, which Windows then refuses to replace.
+            return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); restore the file, or train "
+            "again"
+        ) from error
+
+
+def _parse_record(path: Path, metadata: Mapping[str, str]) -> CheckpointInfo:
+    try:
+        record = json.loads(metadata[_HEADER_KEY])
+        version = record["format_version"]
+        if version == FORMAT_VERSION:
+            return CheckpointInfo(**record)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path / MODEL_FILE} has no record of a trained head in its header; expected one "
+            "written by `sam3cache train`"
+        ) from error
+    raise CheckpointError(
+        f"{path} is of checkpoint format {version!r}; this sam3cache reads {FORMAT_VERSION}; "
+        "install the sam3cache that wrote it"
+    )
+
+
+def _trusted_name(path: Path, info: CheckpointInfo, named: str | None) -> str:
+    """Return the head to build: from ``HEADS``, or what the caller, not the file, names."""
+    if info.head in HEADS:
+        if named not in (None, info.head):
+            raise CheckpointError(
+                f"{path} is a checkpoint of head {info.head}, not of {named}; leave --head out"
+            )
+        return info.head
+    if named is None:
+        raise CheckpointError(
+            f"{path} is a checkpoint of the head {info.head!r}, which is not part of sam3cache "
+            "and is not imported unasked; if you trust it, name it again with --head"
+        )
+    if named != info.head:
+        raise CheckpointError(
+            f"{path} is a checkpoint of head {info.head!r}, not of {named!r}; name that one"
+        )
+    return named
+
+
+def _check_shapes(
+    path: Path, name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    def shape(weights: Mapping[str, Tensor], key: str) -> str:
+        return str(tuple(weights[key].shape)) if key in weights else "absent"
+
+    differences = [
+        f"{key} {shape(found, key)} where the head has {shape(expected, key)}"
+        for key in sorted({*expected, *found})
+        if shape(expected, key) != shape(found, key)
+    ]
+    if differences:
+        rest = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise CheckpointError(
+            f"the weights in {path} do not fit head {name}: {differences[0]}{rest}; the head's "
+            "code has changed since: restore it, or train again"
+        )
+
+
+def _weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

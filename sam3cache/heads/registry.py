@@ -1,0 +1,151 @@
+"""From a head's name to the head, with every way that can go wrong said in one line.
+
+Shape legend: B batch, K mask planes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from sam3cache.errors import HeadError
+from sam3cache.geometry import INPUT_SIZE_PX
+from sam3cache.heads.film_conv import FilmConv
+from sam3cache.heads.head import Head, LevelShapes
+from sam3cache.heads.linear import Linear
+from sam3cache.records import Batch
+
+HEADS: dict[str, Callable[..., Head]] = {"film-conv": FilmConv, "linear": Linear}
+"""The heads that come with the package, by the name that ``--head`` takes."""
+
+
+def build_head(
+    name: str,
+    level_shapes: LevelShapes,
+    options: Mapping[str, Any] | None = None,
+    *,
+    num_classes: int = 1,
+) -> Head:
+    """Build a head for features of given shapes, and try it on one blank sample.
+
+    Args:
+        name: a key of ``HEADS``, or "package.module:Class" (found from the working directory too).
+        level_shapes: (C, H, W) of every level at hand.
+        options: keyword arguments of the head's own, plain JSON values.
+        num_classes: K, planes of the masks.
+
+    Returns:
+        The head, in training mode, on the CPU.
+
+    Raises:
+        HeadError: the name is unknown, the class cannot be imported or is no head, an option or a
+            level is missing, or the head does not fit the features.
+    """
+    head_class = find_head(name)
+    needs = cast(tuple[str, ...], head_class.needs)  # type: ignore[attr-defined]
+    if missing := [level for level in needs if level not in level_shapes]:
+        raise HeadError(
+            f"head {name} needs {', '.join(missing)}, which is not among the store's levels "
+            f"({', '.join(level_shapes) or 'none'}); run `sam3cache extract` with "
+            f"--levels {','.join([*level_shapes, *missing])}"
+        )
+    options = dict(options or {})
+    _check_options(name, head_class, options)
+    try:
+        head = head_class(level_shapes, num_classes=num_classes, **options)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise HeadError(
+            f"head {name} cannot be built with options {options}: {_one_line(error)}; correct the "
+            "options, or the class's __init__(level_shapes, *, num_classes, ...)"
+        ) from error
+    _try_on_blank(name, head, level_shapes, num_classes)
+    return head
+
+
+def find_head(name: str) -> Callable[..., Head]:
+    """Return the class that a name stands for, importing a user's own.
+
+    Raises:
+        HeadError: the name is unknown, or its class cannot be imported or is no head.
+    """
+    if name in HEADS:
+        return HEADS[name]
+    module_name, colon, class_name = name.partition(":")
+    if not (colon and module_name and class_name):
+        raise HeadError(
+            f"no head is named {name!r}; take one of {', '.join(HEADS)}, or name your own as "
+            "package.module:Class"
+        )
+    # As `python -m` would: a user's heads usually lie beside their data, not in site-packages.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        head_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, SyntaxError, AttributeError) as error:
+        raise HeadError(
+            f"head {name} cannot be imported: {_one_line(error)}; expected a class {class_name} "
+            f"in a module {module_name} on PYTHONPATH or in {here}"
+        ) from error
+    is_module = inspect.isclass(head_class) and issubclass(head_class, nn.Module)
+    needs = getattr(head_class, "needs", None)
+    if not is_module or not isinstance(needs, tuple) or not needs:
+        raise HeadError(
+            f"{name} is no head: expected a torch.nn.Module class with `needs`, a tuple of the "
+            "levels it reads such as ('fpn_72',); derive it from sam3cache.heads.Head"
+        )
+    return cast(Callable[..., Head], head_class)
+
+
+def _check_options(name: str, head_class: Callable[..., Head], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(head_class).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    accepted = [p.name for p in parameters if p.name not in ("level_shapes", "num_classes")]
+    if unknown := [option for option in options if option not in accepted]:
+        raise HeadError(
+            f"head {name} has no option {', '.join(unknown)}; it takes "
+            f"{', '.join(accepted) or 'none'}"
+        )
+
+
+def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes: int) -> None:
+    """Run the head once, so that a misfit shows before the store is read."""
+    levels = {
+        level: torch.zeros(
+            (1, *level_shapes[level]),
+            dtype=torch.uint8 if level.startswith("image_") else torch.float16,
+        )
+        for level in head.needs
+    }
+    content_12 = torch.full((1, 2), INPUT_SIZE_PX)
+    batch = Batch(levels, angles_B2=torch.zeros(1, 2), content_B2=content_12)
+    head.eval()
+    try:
+        with torch.no_grad():
+            logits = head(batch)
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(f"{level} {tuple(level_shapes[level])}" for level in head.needs)
+        raise HeadError(
+            f"head {name} does not fit the features {shapes}: {_one_line(error)}; build its layers "
+            "from level_shapes"
+        ) from error
+    head.train()
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(logits, torch.Tensor) or shape[:2] != (1, num_classes) or logits.ndim != 4:
+        raise HeadError(
+            f"head {name} returned {shape} for one sample; expected logits of shape "
+            f"(1, {num_classes}, H, W)"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    """Return an exception's type and the first line of its text."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
