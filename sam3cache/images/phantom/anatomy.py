@@ -13,6 +13,7 @@ All positions are in the patient frame of ``projection``, mm. Shape legend: N po
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -202,7 +203,7 @@ def _grow_left(heart: Heart, ostium: Array, rng: np.random.Generator) -> tuple[B
     main_mm = np.full(len(points), np.cbrt(lad_mm**3 + lcx_mm**3))
     main = _vessel("LM", "LAD", points, main_mm, rng)
 
-    lad = _walk(heart, fork[0], (0.5, -0.05), 10.0, _size_mm(heart, 100.0, 130.0, rng), rng)
+    lad = _walk(heart, fork[0], (0.2, -0.12), 10.0, _size_mm(heart, 100.0, 130.0, rng), rng)
     num_diagonals, num_septals = int(rng.integers(2, 4)), int(rng.integers(2, 5))
     diagonals = _spread("D", num_diagonals, 0.14, 0.60, rng)
     septals = _spread("S", num_septals, 0.10, 0.62, rng)
@@ -337,14 +338,14 @@ def _walk(
     course_N2 = np.empty((num_steps, 2))
     for step in range(num_steps):
         course_N2[step] = longitude, latitude
-        fade = np.exp(-step * STEP_MM / turn_mm)
+        fade = math.exp(-step * STEP_MM / turn_mm)
         heading = fade * heading_rad[0] + (1.0 - fade) * (heading_rad[1] + drift)
-        cos_lat, sin_lat = np.cos(latitude), np.sin(latitude)
-        per_latitude_mm = np.hypot(heart.length_mm * cos_lat, heart.radius_mm * sin_lat)
+        cos_lat, sin_lat = math.cos(latitude), math.sin(latitude)
+        per_latitude_mm = math.hypot(heart.length_mm * cos_lat, heart.radius_mm * sin_lat)
         # Near the apex a step sideways would spin round the pole; keep the circle from vanishing.
         per_longitude_mm = heart.radius_mm * max(abs(cos_lat), 0.2)
-        latitude += STEP_MM * np.cos(heading) / per_latitude_mm
-        longitude += STEP_MM * np.sin(heading) / per_longitude_mm
+        latitude += STEP_MM * math.cos(heading) / per_latitude_mm
+        longitude += STEP_MM * math.sin(heading) / per_longitude_mm
     points_N3 = heart.surface(course_N2[:, 0], course_N2[:, 1])
 
     at_mm_N = STEP_MM * np.arange(num_steps, dtype=np.float64)
