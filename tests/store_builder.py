@@ -48,7 +48,7 @@ def build_store(
         name: (
             LevelSpec(name, shape, "uint8" if name.startswith("image") else "float16"),
             Fingerprint(
-                {"level": name, "weights_sha256": "test", "preprocessing.mode": "letterbox"}
+                {"level": name, "weights_sha256": "test", "preprocessing.resize_mode": "letterbox"}
             ),
         )
         for name, shape in shapes.items()

@@ -58,13 +58,16 @@ def read_manifest(path: Path, columns: Path | None = None, *, seed: int = 0) -> 
     No picture is opened; ``probe`` does that.
 
     Args:
-        path: a CSV (comma, semicolon or tab) with a header, or a folder.
+        path: a CSV (comma, semicolon or tab) with a header; a folder with a ``manifest.csv``, which
+            then speaks for it; or a folder of pictures.
         columns: a ``columns.toml`` that says which column is what.
         seed: of the split by groups, where the manifest has none.
 
     Raises:
         ManifestError: the manifest as a whole cannot be used; nothing is set aside for that.
     """
+    if path.is_dir() and (path / "manifest.csv").is_file():
+        path = path / "manifest.csv"
     if path.is_dir():
         if columns is not None:
             raise ManifestError(
