@@ -54,18 +54,16 @@ def parse_devices(text: str) -> list[str]:
                 f"device {text!r} does not say how many CPU workers: write cpu:2 for two of them"
             )
         return ["cpu"] * int(num_workers)
-    devices: list[str] = []
-    for part in wanted.split(","):
-        index = part.strip().removeprefix("cuda:")
-        if not _is_index(index):
-            raise ConfigError(
-                f"device {text!r} is not known: write all, cpu, cpu:2, or CUDA devices as 0,1"
-            )
-        device = f"cuda:{int(index)}"
-        if device in devices:
+    indices = [part.strip().removeprefix("cuda:") for part in wanted.split(",")]
+    if not all(map(_is_index, indices)):
+        raise ConfigError(
+            f"device {text!r} is not known: write all, cpu, cpu:2, or CUDA devices as 0,1"
+        )
+    devices = [f"cuda:{int(index)}" for index in indices]
+    for device in devices:
+        if devices.count(device) > 1:
             raise ConfigError(f"device {device} is named twice in {text!r}: name each device once")
-        _require_cuda(int(index))
-        devices.append(device)
+        _require_cuda(device)
     return devices
 
 
@@ -196,14 +194,13 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _require_cuda(index: int) -> None:
-    num_devices = num_cuda_devices()
-    if index < num_devices:
+def _require_cuda(device: str) -> None:
+    present = [f"cuda:{index}" for index in range(num_cuda_devices())]
+    if device in present:
         return
-    if num_devices:
-        present = ", ".join(f"cuda:{present}" for present in range(num_devices))
-        raise ConfigError(f"device cuda:{index} is not there: this machine offers {present}")
+    if present:
+        raise ConfigError(f"device {device} is not there: this machine offers {', '.join(present)}")
     raise ConfigError(
-        f"device cuda:{index} is not there: torch sees no CUDA device; "
+        f"device {device} is not there: torch sees no CUDA device; "
         "use cpu, or run `sam3cache doctor` to learn why"
     )

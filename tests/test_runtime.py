@@ -1,0 +1,109 @@
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+
+from sam3cache import runtime
+from sam3cache.errors import ConfigError
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [("cpu", ["cpu"]), (" CPU ", ["cpu"]), ("cpu:1", ["cpu"]), ("cpu:3", ["cpu", "cpu", "cpu"])],
+)
+def test_cpu_workers_are_counted_out(text: str, devices: list[str]) -> None:
+    assert runtime.parse_devices(text) == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not known"),
+        ("gpu", "not known"),
+        ("cuda", "not known"),
+        ("0,cpu", "not known"),
+        ("-1", "not known"),
+        ("0;1", "not known"),
+        ("cpu:0", "how many CPU workers"),
+        ("cpu:two", "how many CPU workers"),
+        ("99", "cuda:99 is not there"),
+        ("cuda:99", "cuda:99 is not there"),
+        ("²", "not known"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        runtime.parse_devices(text)
+
+
+@NO_CUDA
+def test_without_cuda_all_is_the_cpu() -> None:
+    assert runtime.parse_devices("all") == ["cpu"]
+    assert runtime.pick_device() == "cpu"
+
+
+@NO_CUDA
+def test_without_cuda_the_refusal_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="use cpu, or run `sam3cache doctor`"):
+        runtime.pick_device("cuda")
+
+
+@pytest.mark.gpu
+def test_with_cuda_all_is_every_device() -> None:
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    assert runtime.parse_devices("all") == devices
+    assert runtime.parse_devices(",".join(devices)) == devices
+    assert runtime.pick_device() == runtime.pick_device("cuda") == runtime.pick_device("0")
+    with pytest.raises(ConfigError, match="named twice"):
+        runtime.parse_devices("0,cuda:0")
+    memory = runtime.device_memory("cuda:0")
+    assert 0 < memory.free_bytes <= memory.total_bytes
+
+
+@pytest.mark.parametrize("text", ["cpu:2", "all"])
+def test_one_device_is_one(text: str) -> None:
+    with pytest.raises(ConfigError, match="names several"):
+        runtime.pick_device(text)
+
+
+def test_the_cpu_has_the_memory_of_the_machine() -> None:
+    memory = runtime.device_memory("cpu")
+    assert memory.name
+    assert memory.total_bytes == psutil.virtual_memory().total
+    assert 0 < memory.free_bytes < memory.total_bytes
+
+
+def test_the_peak_remembers_what_was_given_back() -> None:
+    before_bytes = runtime.peak_memory_bytes()
+    # More than was ever held, so that the peak must rise.
+    size = before_bytes - psutil.Process().memory_info().rss + 2**26
+    block = bytearray(os.urandom(1)) * size
+    del block
+    assert runtime.peak_memory_bytes() >= before_bytes + 2**25
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads(), dict(os.environ)
+    yield
+    torch.set_num_threads(before[0])
+    os.environ.clear()
+    os.environ.update(before[1])
+
+
+@pytest.mark.usefixtures("_threads")
+def test_threads_are_bounded_here_and_in_what_is_started() -> None:
+    runtime.set_num_threads(1)
+    assert torch.get_num_threads() == 1
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_environment_names_versions_and_leaves_out_what_is_absent() -> None:
+    fields = runtime.environment_fields()
+    assert set(runtime.REPORTED_PACKAGES) <= set(fields)
+    assert fields["torch"] == torch.__version__.partition("+")[0] or "+" in fields["torch"]
+    assert runtime.installed_version("no-such-package-at-all") is None
