@@ -33,12 +33,12 @@ MIN_SIZE_PX = 64
 
 @dataclass(frozen=True, slots=True)
 class Phantom:
-    """One rendered view; arrays are (H, W) uint8.
+    """One rendered view; arrays are (H, W).
 
     Attributes:
         image: grey values.
-        branches: labels as in ``anatomy.BRANCHES``, 0 where there is no vessel.
-        is_open: bool, False behind the collimator.
+        branches: a branch's place in ``anatomy.BRANCHES`` plus one, 0 where there is no vessel.
+        is_open: False behind the collimator.
     """
 
     image: NDArray[np.uint8]
