@@ -55,6 +55,11 @@ class Bar:
         if not self.live and now_s >= self._line_due_s:
             self.write_line()
 
+    def report(self, num_done: int, num_total: int) -> None:
+        """Take absolute counts, as the callbacks of long functions give them."""
+        self._total = num_total
+        self.update(num_done - self._num_done)
+
     def rows(self, rows: Iterable[tuple[str, str]]) -> None:
         """Replace the rows under the bar, such as ("cuda:0", "31.2 GB, 98 % busy")."""
         self._rows = tuple(rows)
@@ -101,7 +106,7 @@ class Bar:
 def progress(
     title: str,
     *,
-    total: int,
+    total: int = 0,
     unit: str = "items",
     num_done: int = 0,
     console: Console | None = None,
@@ -111,7 +116,7 @@ def progress(
 
     Args:
         title: what is being done, such as "Extracting".
-        total: how many items there are in all.
+        total: how many items there are in all; may be left to ``Bar.report``.
         unit: what the items are, in the plural.
         num_done: items that an earlier run has done; they do not count into the rate.
         console: where to write; stderr unless a test says otherwise.

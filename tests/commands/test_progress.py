@@ -60,6 +60,19 @@ def test_what_an_earlier_run_did_is_no_speed_of_this_one() -> None:
     assert "60/100 images, 1 images/s, 0:40 left, a.png" in output.getvalue()
 
 
+def test_counts_may_come_from_a_callback() -> None:
+    output, clock = io.StringIO(), Clock()
+    console = Console(file=output, width=120)
+    with progress("Drawing", unit="images", console=console, clock_s=clock) as bar:
+        for num_done in (1, 2, 3):
+            clock.now_s += 5
+            bar.report(num_done, 3)
+    assert output.getvalue().splitlines() == [
+        "Drawing: 2/3 images, 0.2 images/s, 0:05 left",
+        "Drawing: 3/3 images, 0.2 images/s",
+    ]
+
+
 def test_rows_stand_in_the_line_where_there_is_no_terminal() -> None:
     output, clock = io.StringIO(), Clock()
     with bar_in(output, clock) as bar:
