@@ -38,7 +38,7 @@ def _download(spec: TowerSpec, repo: str) -> Path:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -56,11 +56,12 @@ def _download(spec: TowerSpec, repo: str) -> Path:
     except GatedRepoError:
         problem = "access is gated and this account has none"
     except RepositoryNotFoundError:
-        problem = "no such repository, or it is private"
+        problem = "neither a file here nor a repository that this account can see"
     except LocalEntryNotFoundError:
         problem = "not in the local cache, and the hub cannot be reached"
     except EntryNotFoundError:
         problem = f"the repository holds no {spec.hub_file}"
-    except HfHubHTTPError as error:
-        problem = f"the hub answers {error.response.status_code}"
+    # The hub's client, its HTTP library and its transfer library each have their own failures.
+    except (OSError, HTTPError, RuntimeError) as error:
+        problem = f"the download failed ({str(error).partition(chr(10))[0]})"
     raise WeightsError(f"{repo}/{spec.hub_file}: {problem}; {advice}")

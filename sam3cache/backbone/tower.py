@@ -38,7 +38,8 @@ class Tower(nn.Module):
         spec: what the tower is made of.
         levels: the levels it computes; weights of others are not kept.
         weights_sha256: hash of the weights as loaded; see ``weights.read_and_hash``.
-        numeric_path: "fp32" (TF32 off) or "bf16" (weights, activations and output).
+        numeric_path: as loaded, "fp32" (TF32 and autocast off) or "bf16" (weights, activations
+            and output in bfloat16).
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Tower(nn.Module):
         weight = next(self.trunk.parameters())
         pixels_BCHW = image_BCHW.to(weight.device).float().div_(255).sub_(0.5).div_(0.5)
         pixels_BCHW = pixels_BCHW.to(weight.dtype).expand(-1, 3, -1, -1)
-        with tf32(False):
+        with tf32(False), torch.autocast(weight.device.type, enabled=False):
             trunk_BCHW = self.trunk(pixels_BCHW)[-1]
             features = {level: neck(trunk_BCHW) for level, neck in self.necks.items()}
         features["trunk_72"] = trunk_BCHW
@@ -196,23 +197,21 @@ def _hash_text(hasher: hashlib._Hash, weights: str | Path | None) -> str:
 def tf32(allowed: bool | None) -> Iterator[None]:
     """Switch TensorFloat-32 on or off (None: as it is), and set it back afterwards.
 
-    PyTorch 2.9 began a new interface and refuses to read the old one once both were used. The
-    new one is safe to read, and the old one sets both.
+    PyTorch 2.9 began a new interface and refuses to read the old one once the two disagree. The
+    new one can always be read, and writing the old one sets both.
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
-        if hasattr(matmul, "fp32_precision"):
-            before = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
-        else:
-            before = matmul.allow_tf32, cudnn.allow_tf32
-        if allowed is not None:
-            matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+    if hasattr(matmul, "fp32_precision"):
+        before = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+    else:
+        before = matmul.allow_tf32, cudnn.allow_tf32
+    if allowed is not None:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _import_sam3_modules() -> ModuleType:
@@ -222,8 +221,8 @@ def _import_sam3_modules() -> ModuleType:
         ConfigError: the installation is broken.
     """
     try:
-        with tf32(None), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        with warnings.catch_warnings(), tf32(None):
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             warnings.filterwarnings("ignore", "CUDA is not available or torch_xla", UserWarning)
             from sam3cache.backbone import sam3_modules
     # A torchvision of another build fails in each of these ways, depending on the versions.

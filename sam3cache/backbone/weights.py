@@ -86,14 +86,15 @@ class SeededWeights:
             is_scale = name.endswith(".weight")
             return torch.ones(shape) if is_scale else torch.zeros(shape)
         if name == POSITIONS:
-            std = 0.02
+            variance = 0.02**2
         elif "dconv" in name:  # (in, out, 2, 2) of stride 2: an output sees one tap
-            std = shape[0] ** -0.5
+            variance = 1 / shape[0]
         else:
-            std = math.prod(shape[1:]) ** -0.5
+            variance = 1 / math.prod(shape[1:])
         digest = hashlib.sha256(f"{_SEED}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return (torch.rand(shape, generator=generator) * 2 - 1) * (std * math.sqrt(3))
+        uniform = torch.rand(shape, generator=generator) * 2 - 1
+        return uniform * math.sqrt(3 * variance)
 
 
 @dataclass(frozen=True, slots=True)
