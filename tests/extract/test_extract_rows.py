@@ -1,0 +1,131 @@
+"""Extraction of the picture level alone, which needs no tower: what changes, and what does not."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from picture_folder import write_images
+from PIL import Image
+
+from sam3cache.errors import ManifestError, StoreError
+from sam3cache.extract import ExtractConfig, extract
+from sam3cache.features import open_store
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder of five pictures, one of them broken, and the store made from it."""
+    folder = write_images(tmp_path_factory.mktemp("base") / "pictures", num_images=5)
+    (folder / "images/03.png").write_bytes((folder / "images/03.png").read_bytes()[:200])
+    result = run(folder)
+    assert result.sealed
+    return folder.parent
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    shutil.copytree(base, tmp_path / "copy")
+    return tmp_path / "copy" / "pictures"
+
+
+def run(folder):
+    return extract(
+        ExtractConfig(
+            folder, folder.parent / "x.zarr", levels=("image_1008",), backbone="sam3-mini"
+        )
+    )
+
+
+def test_a_broken_picture_is_set_aside_and_the_rest_is_stored(base):
+    store = open_store(base / "x.zarr")
+    assert [sample.id for sample in store.samples] == ["s00", "s01", "s02", "s04"]
+    (aside,) = store.set_aside
+    assert aside.id == "s03"
+    assert "03.png" in aside.reason
+    assert "\n" not in aside.reason
+    array = zarr.open_group(base / "x.zarr", mode="r")["levels/image_1008"]
+    assert array[4].any()
+    assert not array[3].any()
+
+
+def test_an_unchanged_manifest_leaves_every_file_as_it_is(copy):
+    store = copy.parent / "x.zarr"
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    result = run(copy)
+    assert (result.num_computed, result.num_kept, result.sealed) == (0, 4, True)
+    after = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    ignored = {store / ".lock"}
+    assert {p: t for p, t in after.items() if p not in ignored} == {
+        p: t for p, t in before.items() if p not in ignored
+    }
+
+
+def test_a_corrected_mask_is_taken_over_without_touching_a_feature(copy):
+    store = copy.parent / "x.zarr"
+    shard = store / "levels/image_1008/c/0/0/0/0"
+    before = shard.stat().st_mtime_ns
+    Image.fromarray(np.full((56, 56), 255, np.uint8)).save(copy / "masks/02.png")
+    result = run(copy)
+    assert result.sealed
+    assert shard.stat().st_mtime_ns == before
+    assert open_store(store).read_mask(2).all()
+
+
+def test_a_corrected_angle_is_taken_over_without_computing_anything(copy):
+    path = copy / "manifest.csv"
+    path.write_text(path.read_text(encoding="utf-8").replace(",-17,17,", ",-30,,"), "utf-8")
+    result = run(copy)
+    assert (result.num_computed, result.sealed) == (0, True)
+    sample = open_store(copy.parent / "x.zarr").samples[0]
+    assert sample.primary_angle_deg == -30
+    assert np.isnan(sample.secondary_angle_deg)
+
+
+def test_a_changed_picture_is_computed_anew_and_alone(copy):
+    store = copy.parent / "x.zarr"
+    Image.fromarray(np.full((96, 128), 200, np.uint8)).save(copy / "images/00.png")
+    result = run(copy)
+    assert (result.num_computed, result.num_removed, result.sealed) == (1, 1, True)
+    after = open_store(store)
+    (sample,) = [sample for sample in after.samples if sample.id == "s00"]
+    assert sample.row == 16
+    assert (after.read("image_1008", 16)[0, :700] == 200).all()
+
+
+def test_a_lost_shard_is_rebuilt(copy):
+    store = copy.parent / "x.zarr"
+    shard = store / "levels/image_1008/c/0/0/0/0"
+    before = shard.read_bytes()
+    shard.unlink()
+    result = run(copy)
+    assert (result.num_computed, result.sealed) == (4, True)
+    assert shard.read_bytes() == before
+
+
+def test_a_folder_that_is_something_else_is_left_alone(copy):
+    store = copy.parent / "x.zarr"
+    (store / "zarr.json").unlink()
+    (store / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(StoreError, match="not empty and not a feature store"):
+        run(copy)
+    assert (store / "notes.txt").exists()
+
+
+def test_a_manifest_of_which_nothing_can_be_read_stops_before_it_starts(copy):
+    shutil.rmtree(copy / "images")
+    before = (copy.parent / "x.zarr/complete.json").read_bytes()
+    with pytest.raises(ManifestError, match="none of its 5 samples can be used"):
+        run(copy)
+    assert (copy.parent / "x.zarr/complete.json").read_bytes() == before
+
+
+def test_the_command_lists_what_it_set_aside_and_says_so_by_its_exit_code(copy, run_cli):
+    result = run_cli(
+        *("extract", copy, "-o", copy.parent / "x.zarr", "--levels", "image_1008"),
+        *("--backbone", "sam3-mini", "--devices", "cpu", "--json"),
+    )
+    assert result.returncode == 3
+    assert result.stderr.count("set aside: s03 (images/03.png)") == 1
+    assert json.loads(result.stdout)["num_samples"] == 4
