@@ -28,6 +28,9 @@ def letterbox_image(
 ) -> tuple[torch.Tensor, Letterbox]:
     """Lay an image on the square input, as SAM 3's own processor resizes: uint8, antialiased.
 
+    torchvision rounds by another road on processors without AVX2, so there a pixel may differ by
+    one step of 255.
+
     Args:
         pixels_HWC: uint8 (H, W, 1) or (H, W, 3).
         mode: "letterbox" keeps the aspect ratio and pads bottom and right; "squash" does neither.
