@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from sam3cache.backbone.spec import TowerSpec
@@ -33,7 +34,11 @@ def find_weights(spec: TowerSpec, weights: str | Path | None) -> Weights:
 
 
 def _download(spec: TowerSpec, repo: str) -> Path:
-    """Return the hub's file for a backbone, from the local cache when it is there."""
+    """Return the hub's file for a backbone; once it is in the local cache, without the network.
+
+    Asking the hub each time whether the file has changed would fail on compute nodes without a
+    network, and could give the workers of one extraction different weights.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -51,6 +56,8 @@ def _download(spec: TowerSpec, repo: str) -> Path:
         f"accept the licence at https://huggingface.co/{repo} and run `hf auth login`, "
         "or name a downloaded file with --weights PATH"
     )
+    with suppress(LocalEntryNotFoundError):
+        return Path(hf_hub_download(repo, spec.hub_file, local_files_only=True))
     try:
         return Path(hf_hub_download(repo, spec.hub_file))
     except GatedRepoError:
