@@ -142,7 +142,7 @@ class Letterbox:
         height_edges = self._cell_edges(self.content_height_px, target_size_px, mask_KHW.shape[-2])
         width_edges = self._cell_edges(self.content_width_px, target_size_px, mask_KHW.shape[-1])
         num_rows, num_columns = height_edges.shape[0], width_edges.shape[0]
-        # Ascending, so that >= lets the highest label win a tie; torch.unique takes ten times longer.
+        # Ascending, so that >= lets the highest label win a tie; torch.unique takes far longer.
         labels = torch.bincount(mask_KHW.flatten(), minlength=256).nonzero()[:, 0].to(torch.uint8)
 
         areas = [
