@@ -1,1 +1,28 @@
-"""To be written."""
+"""Measuring trained heads on stored features, and whether they use the view angle."""
+
+from sam3cache.evaluation.angle_use import AngleUse, Difference, format_view
+from sam3cache.evaluation.evaluate import (
+    EvalConfig,
+    checkpoint_folder,
+    evaluate,
+    fingerprints_of,
+)
+from sam3cache.evaluation.report import METRICS, EvalResult, ImageScore
+from sam3cache.evaluation.statistics import Interval, Summary, bootstrap_interval, summarise
+
+__all__ = [
+    "METRICS",
+    "AngleUse",
+    "Difference",
+    "EvalConfig",
+    "EvalResult",
+    "ImageScore",
+    "Interval",
+    "Summary",
+    "bootstrap_interval",
+    "checkpoint_folder",
+    "evaluate",
+    "fingerprints_of",
+    "format_view",
+    "summarise",
+]

@@ -1,0 +1,220 @@
+"""``sam3cache eval``: what a trained head is worth, and whether it uses the view angle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sam3cache.commands.progress import Bar, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sam3cache.evaluation import AngleUse, EvalResult, Interval, Summary
+
+
+@click.command("eval")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    default="test",
+    show_default=True,
+    help="Images to measure on.",
+)
+@click.option(
+    "--threshold",
+    type=float,
+    help="Probability from which a pixel counts as mask. [default: the checkpoint's, mostly 0.5]",
+)
+@click.option(
+    "--label-set", help="Masks to compare with. [default: those that the head was trained on]"
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the results. [default: CHECKPOINT/eval-SPLIT]",
+)
+@click.option(
+    "--head",
+    help="Your own head as package.module:Class; a checkpoint never makes us import one unasked.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--batch-size", default=16, show_default=True, help="Images a forward pass.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Of the bootstrap and of the shuffled angles."
+)
+@click.option(
+    "--angles-check/--no-angles-check",
+    default=True,
+    show_default=True,
+    help="Predict with shuffled and constant angles, too: does the head use them?",
+)
+@click.option(
+    "--allow-unsealed", is_flag=True, help="Use what an unfinished extraction has written so far."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def eval_(
+    store: Path,
+    checkpoint: Path,
+    split: Any,
+    threshold: float | None,
+    label_set: str | None,
+    output: Path | None,
+    head: str | None,
+    device: str,
+    batch_size: int,
+    seed: int,
+    angles_check: bool,
+    allow_unsealed: bool,
+    as_json: bool,
+) -> None:
+    """Measure the head of CHECKPOINT on the images of STORE.
+
+    CHECKPOINT is a run's folder, whose best checkpoint is taken, or that of one checkpoint. STORE
+    may be another than the head was trained on, if its features were made the same way.
+
+    Dice, IoU, precision and recall are taken image by image, on the mask's own grid, and written
+    to per_image.csv; their means, with 95% bootstrap intervals over groups (patients), to
+    summary.json.
+
+    \b
+    Examples:
+      sam3cache eval features/angio.zarr checkpoints/first
+      sam3cache eval features/other.zarr checkpoints/first --split all -o other-hospital
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.evaluation import EvalConfig, evaluate
+    from sam3cache.runtime import pick_device
+
+    config = EvalConfig(
+        store=store,
+        checkpoint=checkpoint,
+        split=split,
+        threshold=threshold,
+        batch_size=batch_size,
+        device=pick_device(device),
+        seed=seed,
+        label_set=label_set,
+        output=output,
+        head=head,
+        allow_unsealed=allow_unsealed,
+        check_angles=angles_check,
+    )
+    with ExitStack() as stack:
+        result = evaluate(config, _Screen(stack).show)
+    if as_json:
+        click.echo(json.dumps(result.record(), indent=2, allow_nan=False))
+    else:
+        _print(result)
+
+
+class _Screen:
+    """Shows progress, from the first report on."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._bar: Bar | None = None
+        self._num_done = 0
+
+    def show(self, num_done: int, num_total: int) -> None:
+        """Take over a report of the evaluation."""
+        if self._bar is None:
+            self._bar = self._stack.enter_context(
+                progress("Evaluating", total=num_total, unit="images")
+            )
+        self._bar.update(num_done - self._num_done)
+        self._num_done = num_done
+
+
+def _print(result: EvalResult) -> None:
+    """Print the tables and the sentence, for people."""
+    from rich.console import Console
+
+    # soft_wrap: a path or sentence is one line, for whoever copies or greps it.
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {result.store}, "
+        f"split {result.split}"
+    )
+    console.print(_counts(result))
+    for name, summaries in result.classes.items():
+        console.print(_metrics_table(name, summaries))
+    if result.angle_use is not None:
+        console.print(result.angle_use.sentence)
+        if result.angle_use.true_minus_shuffled is not None:
+            console.print(_angles_table(result.angle_use))
+    console.print(f"Written: {result.output / 'per_image.csv'}, {result.output / 'summary.json'}")
+
+
+def _counts(result: EvalResult) -> str:
+    counts = [f"{result.num_images} images of {result.num_groups} groups"]
+    if result.num_without_mask:
+        counts.append(f"{result.num_without_mask} without a mask")
+    if result.num_empty_against_empty:
+        counts.append(
+            f"{result.num_empty_against_empty} empty against empty, left out of the means"
+        )
+    return "; ".join(counts)
+
+
+def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
+    table = _table(name, "images", "mean", "std", "median", "95% interval", "min", "max")
+    for metric, s in summaries.items():
+        table.add_row(
+            {"dice": "Dice", "iou": "IoU"}.get(metric, metric),
+            str(s.num_values),
+            _number(s.mean),
+            _number(s.std),
+            _number(s.median),
+            _range(s.interval),
+            _number(s.minimum),
+            _number(s.maximum),
+        )
+    return table
+
+
+def _angles_table(use: AngleUse) -> Table:
+    from sam3cache.evaluation import format_view
+
+    assert use.constant_angles_deg is not None
+    table = _table("angles", "Dice", "true angles' gain", "95% interval")
+    table.add_row("true", _number(use.dice_true, 4), "", "")
+    for name, dice, gain in (
+        (f"shuffled ({use.num_shuffles} times)", use.dice_shuffled, use.true_minus_shuffled),
+        (
+            f"constant ({format_view(*use.constant_angles_deg)})",
+            use.dice_constant,
+            use.true_minus_constant,
+        ),
+    ):
+        assert gain is not None
+        table.add_row(name, _number(dice, 4), f"{gain.mean:+.4f}", _range(gain.interval, 4))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None, num_digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{num_digits}f}"
+
+
+def _range(interval: Interval | None, num_digits: int = 3) -> str:
+    if interval is None:
+        return "–"
+    return f"{interval.low:.{num_digits}f} to {interval.high:.{num_digits}f}"

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from sam3cache.evaluation import Interval, Summary, bootstrap_interval, summarise
+
+
+def test_a_summary_states_the_sample_deviation_and_leaves_out_what_has_no_value() -> None:
+    summary = summarise([0.2, None, 0.4, 0.9], ["a", "b", "b", "c"], seed=0)
+    assert summary.num_values == 3
+    assert summary.mean == pytest.approx(0.5)
+    assert summary.std == pytest.approx(0.36055512754)  # sqrt(((.3)^2 + (.1)^2 + (.4)^2) / 2)
+    assert summary.median == pytest.approx(0.4)
+    assert (summary.minimum, summary.maximum) == (0.2, 0.9)
+    assert summary.interval is not None
+    assert 0.2 <= summary.interval.low < 0.5 < summary.interval.high <= 0.9
+
+
+@pytest.mark.parametrize("values", [[], [None, None]])
+def test_nothing_to_summarise_gives_no_numbers(values: list[float | None]) -> None:
+    assert summarise(values, ["a"] * len(values), seed=0) == Summary(0)
+
+
+def test_one_value_has_neither_deviation_nor_interval() -> None:
+    assert summarise([0.5], ["a"], seed=0) == Summary(1, 0.5, None, 0.5, None, 0.5, 0.5)
+
+
+def test_the_interval_is_that_of_the_normal_law_for_many_independent_values() -> None:
+    values = np.random.default_rng(1).normal(0.7, 0.1, size=400)
+    interval = bootstrap_interval(values, [str(i) for i in range(400)], seed=0)
+    assert interval is not None
+    half_width = 1.96 * values.std(ddof=1) / 20
+    assert interval.low == pytest.approx(values.mean() - half_width, abs=0.15 * half_width)
+    assert interval.high == pytest.approx(values.mean() + half_width, abs=0.15 * half_width)
+
+
+def test_copies_of_a_patients_image_do_not_narrow_the_interval() -> None:
+    values = np.random.default_rng(2).uniform(size=12)
+    patients = [f"p{i}" for i in range(12)]
+    single = bootstrap_interval(values, patients, seed=3)
+    tenfold = bootstrap_interval(np.repeat(values, 10), list(np.repeat(patients, 10)), seed=3)
+    ungrouped = bootstrap_interval(np.repeat(values, 10), [str(i) for i in range(120)], seed=3)
+    assert single is not None
+    assert tenfold is not None
+    assert ungrouped is not None
+    assert (tenfold.low, tenfold.high) == pytest.approx((single.low, single.high))
+    assert ungrouped.high - ungrouped.low < 0.5 * (single.high - single.low)
+
+
+def test_a_seed_gives_the_same_interval_again_and_another_seed_another() -> None:
+    values, groups = np.array([0.1, 0.5, 0.6, 0.9]), list("abcd")
+    first = bootstrap_interval(values, groups, seed=0)
+    assert first == bootstrap_interval(values, groups, seed=0)
+    assert first != bootstrap_interval(values, groups, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "expected"),
+    [
+        ([0.3, 0.5], ["a", "a"], None),
+        ([0.3, 0.3, 0.3], ["a", "b", "b"], Interval(0.3, 0.3)),
+        ([0.0, 1.0], ["a", "b"], Interval(0.0, 1.0)),
+    ],
+)
+def test_the_interval_of_few_groups(
+    values: list[float], groups: list[str], expected: Interval | None
+) -> None:
+    assert bootstrap_interval(np.array(values), groups, seed=0) == expected
