@@ -35,6 +35,7 @@ def build_store(
     splits: tuple[str, ...] = ("train", "val", "test"),
     seed: int = 0,
     seal: bool = True,
+    weights: str = "test",
 ) -> Path:
     """Write a store whose features hint at its masks, so that heads can learn something.
 
@@ -48,7 +49,7 @@ def build_store(
         name: (
             LevelSpec(name, shape, "uint8" if name.startswith("image") else "float16"),
             Fingerprint(
-                {"level": name, "weights_sha256": "test", "preprocessing.resize_mode": "letterbox"}
+                {"level": name, "weights_sha256": weights, "preprocessing.resize_mode": "letterbox"}
             ),
         )
         for name, shape in shapes.items()

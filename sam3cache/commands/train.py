@@ -1,0 +1,225 @@
+"""``sam3cache train``: a head on stored features."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sam3cache.commands.progress import Bar, format_duration, progress
+from sam3cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sam3cache.training import Progress, TrainResult
+
+_GROUPS = {
+    "What to train": ("head", "head_options", "label_set", "loss_size_px", "bce_weight"),
+    "How": ("epochs", "batch_size", "learning_rate", "seed"),
+    "Where it runs": ("device", "precision", "residency"),
+    "The run": ("name", "output", "resume", "overwrite", "allow_unsealed", "as_json"),
+}
+
+
+class _GroupedCommand(click.Command):
+    """Shows its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, group by group; those of no group are click's own."""
+        options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
+        rest = {option.name: option for option in options}
+        groups = {title: [rest.pop(name) for name in names] for title, names in _GROUPS.items()}
+        for title, parameters in (*groups.items(), ("Other", list(rest.values()))):
+            records = [parameter.get_help_record(ctx) for parameter in parameters]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
+
+
+@click.command(cls=_GroupedCommand)
+@click.argument("store", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--head",
+    default="film-conv",
+    show_default=True,
+    help="film-conv, linear, or your own as package.module:Class.",
+)
+@click.option(
+    "--head-option",
+    "head_options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="An argument of the head's own, such as embedding_dim=128; may be repeated.",
+)
+@click.option("--label-set", default="mask", show_default=True, help="Masks of the store to learn.")
+@click.option(
+    "--loss-size",
+    "loss_size_px",
+    default=1008,
+    show_default=True,
+    help="Side of the grid, in pixels, that logits and masks are compared on.",
+)
+@click.option(
+    "--bce-weight",
+    default=0.5,
+    show_default=True,
+    help="Share of cross-entropy in the loss; the rest is Dice (0: Dice alone).",
+)
+@click.option("--epochs", default=30, show_default=True, help="Passes over the training split.")
+@click.option("--batch-size", default=16, show_default=True, help="Samples a step.")
+@click.option(
+    "--lr",
+    "learning_rate",
+    default=1e-4,
+    show_default=True,
+    help="Of AdamW at the first step; a cosine takes it to 0.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of weights, order and dropout.")
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, or a CUDA device as cuda:1."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="What the head computes in; auto is half precision on a GPU, fp32 on a CPU.",
+)
+@click.option(
+    "--residency",
+    type=click.Choice(["auto", "device", "ram", "stream"]),
+    default="auto",
+    show_default=True,
+    help="Where samples lie; auto takes the fastest that fits.",
+)
+@click.option("--name", help="Of the run: its folder below the output. [default: the head's name]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("checkpoints"),
+    show_default=True,
+    help="Folder of all runs.",
+)
+@click.option("--resume", is_flag=True, help="Go on after the run's last finished epoch.")
+@click.option("--overwrite", is_flag=True, help="Replace a run of this name.")
+@click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished extraction.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def train(
+    store: Path | None,
+    head_options: tuple[str, ...],
+    name: str | None,
+    output: Path,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train a head on STORE's training split, keeping the best by validation Dice.
+
+    STORE is what `sam3cache extract` wrote; it may be left out if features/ holds just one.
+    Checkpoints go to checkpoints/NAME/best and checkpoints/NAME/last, the course of the training
+    to metrics.jsonl and, for TensorBoard, to tensorboard/ beside them. An interrupted run goes on
+    with --resume.
+
+    \b
+    Examples:
+      sam3cache train features/angio.zarr --head film-conv --name first
+      sam3cache train features/angio.zarr --head linear --name floor
+      sam3cache train features/angio.zarr --name first --resume
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.training import TrainConfig
+    from sam3cache.training import train as run
+
+    config = TrainConfig(
+        store=str(store or _only_store()),
+        name=settings["head"].replace(":", ".") if name is None else name,
+        head_options=dict(_parse_option(option) for option in head_options),
+        output=str(output),
+        **settings,
+    )
+    with ExitStack() as stack:
+        result = run(config, _Screen(stack).show)
+    if as_json:
+        click.echo(json.dumps(_as_json(result), indent=2))
+    else:
+        _print_summary(result, config.store)
+
+
+class _Screen:
+    """Shows a training's progress: a bar while samples are loaded, then one over all epochs."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._stage = ""
+        self._num_done = 0
+        self._bar: Bar | None = None
+
+    def show(self, state: Progress) -> None:
+        """Take over a report of the training."""
+        if self._bar is None or state.stage != self._stage:
+            self._stack.close()
+            self._stage = state.stage
+            title = "Loading" if state.stage == "load" else "Training"
+            # What an earlier part of the run has done does not count into the rate.
+            self._num_done = state.num_done
+            self._bar = self._stack.enter_context(
+                progress(title, total=state.num_total, unit="images", num_done=state.num_done)
+            )
+        note = None
+        if state.loss is not None:
+            best = "" if state.best_dice is None else f", best val Dice {state.best_dice:.4f}"
+            note = f"epoch {state.epoch}, loss {state.loss:.4f}{best}"
+        self._bar.update(state.num_done - self._num_done, note)
+        self._num_done = state.num_done
+
+
+def _only_store() -> Path:
+    """Return the store in features/ if there is just one.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    stores = sorted(Path("features").glob("*.zarr"))
+    if len(stores) == 1:
+        return stores[0]
+    found = ", ".join(path.as_posix() for path in stores) or "none"
+    raise ConfigError(
+        f"no store is named and features/ does not hold just one ({found}); give the path of one, "
+        "or make one with `sam3cache extract`"
+    )
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, where the value is JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ConfigError(f"--head-option {text!r}: expected NAME=VALUE, such as embedding_dim=128")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _print_summary(result: TrainResult, store: str) -> None:
+    speed = "" if result.images_per_s is None else f", {result.images_per_s:.1f} images/s"
+    click.echo(
+        f"Best validation Dice {result.best_dice:.4f} in epoch {result.best_epoch} of "
+        f"{result.epochs}, over {result.num_val} images; trained on {result.num_train} samples "
+        f"({result.residency}, {result.resident_bytes / 1e9:.2f} GB) in "
+        f"{format_duration(result.elapsed_s)}{speed}."
+    )
+    if result.num_without_mask:
+        click.echo(f"{result.num_without_mask} samples without a mask were left out.")
+    if result.num_empty_masks:
+        click.echo(f"{result.num_empty_masks} validation images with an empty mask do not count.")
+    click.echo(f"Checkpoint: {result.best_checkpoint.as_posix()}")
+    click.echo(f"Next: sam3cache eval {Path(store).as_posix()} {result.run_dir.as_posix()}")
+
+
+def _as_json(result: TrainResult) -> dict[str, Any]:
+    return {
+        **asdict(result),
+        "run_dir": result.run_dir.as_posix(),
+        "best_checkpoint": result.best_checkpoint.as_posix(),
+    }

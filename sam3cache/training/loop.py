@@ -1,0 +1,458 @@
+"""The training loop: what happens in an epoch, and what is on disk after it.
+
+Shape legend: B batch, K mask planes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from sam3cache.errors import ConfigError, NumericError
+from sam3cache.features import FeatureStore, open_store
+from sam3cache.heads import (
+    CheckpointInfo,
+    Head,
+    build_head,
+    check_fingerprints,
+    count_parameters,
+    save_checkpoint,
+)
+from sam3cache.heads.checkpoint import write_atomically
+from sam3cache.loading import CachedSamples
+from sam3cache.metrics import dice_iou_precision_recall
+from sam3cache.records import Batch
+from sam3cache.runtime import peak_memory_bytes, pick_device
+from sam3cache.training.config import TrainConfig, check_same_run, resolve_precision
+from sam3cache.training.loss import dice_bce_loss
+from sam3cache.training.state import STATE_FILE, RunState, read_state, restore, save_state
+
+METRICS_FILE = "metrics.jsonl"
+MAX_GRADIENT_NORM = 1.0
+THRESHOLD = 0.5
+
+# How often the loss is fetched to be shown: each time, a GPU has to catch up.
+_REPORT_INTERVAL_S = 0.2
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a training is doing now.
+
+    Attributes:
+        stage: "load" counts samples read; "train" counts images seen, over all epochs.
+        num_done: how many so far.
+        num_total: how many in all.
+        epoch: the present one, from 1; 0 while loading.
+        loss: of the latest step; None before the first.
+        best_dice: best validation Dice so far; None before the first.
+    """
+
+    stage: Literal["load", "train"]
+    num_done: int
+    num_total: int
+    epoch: int = 0
+    loss: float | None = None
+    best_dice: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a training.
+
+    Attributes:
+        run_dir: the run's folder.
+        best_checkpoint: folder of the checkpoint with the best validation Dice.
+        best_dice: mean over the validation images of Dice on their masks' own grids.
+        best_epoch: epoch of it, from 1.
+        epochs: epochs trained.
+        num_train: samples trained on.
+        num_val: images that the Dice is a mean of.
+        num_without_mask: samples of both splits left out for want of a mask.
+        num_empty_masks: validation images left out because their mask is empty.
+        parameters: number of the head's parameters by part.
+        precision: what the head computed in.
+        residency: where the training samples lay.
+        resident_bytes: memory that they took there.
+        load_s: time that reading them took.
+        elapsed_s: time that training and validation took, over all parts of a resumed run.
+        images_per_s: training speed in the last epoch; None if there was none to train.
+        peak_memory_bytes: of the GPU's tensors, or of the process on a CPU.
+    """
+
+    run_dir: Path
+    best_checkpoint: Path
+    best_dice: float
+    best_epoch: int
+    epochs: int
+    num_train: int
+    num_val: int
+    num_without_mask: int
+    num_empty_masks: int
+    parameters: dict[str, int]
+    precision: str
+    residency: str
+    resident_bytes: int
+    load_s: float
+    elapsed_s: float
+    images_per_s: float | None
+    peak_memory_bytes: int
+
+
+def train(
+    config: TrainConfig, report: Callable[[Progress], None] = lambda progress: None
+) -> TrainResult:
+    """Train a head on the store's training split, keeping the best by validation Dice.
+
+    Args:
+        config: what to train.
+        report: called as the work goes on.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        ConfigError: settings, splits or an existing run stand against it.
+        HeadError: the head is unknown or does not fit the store.
+        StoreError: the store cannot be used, or (to resume) is not the one of before.
+        CheckpointError: the run to resume is damaged.
+        NumericError: the loss is no longer finite.
+    """
+    return _Run(config, report).train()
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(self, config: TrainConfig, report: Callable[[Progress], None]) -> None:
+        self.config, self.report = config, report
+        self.device = pick_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        store = open_store(config.store, allow_unsealed=config.allow_unsealed)
+        self.num_planes = _num_planes(store, config)
+        torch.manual_seed(config.seed)
+        self.head: Head = build_head(
+            config.head,
+            {name: spec.shape for name, spec in store.levels.items()},
+            config.head_options,
+            num_classes=self.num_planes,
+        ).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(
+            torch.device(self.device).type, enabled=self.precision == "fp16"
+        )
+        train_rows = _rows(store, config, "train")
+        val_rows = _rows(store, config, "val")
+        with_mask = [row for row in val_rows if store.has_mask(row, config.label_set)]
+        levels = {
+            level: {
+                "shape": list(store.levels[level].shape),
+                "digest": store.fingerprint(level).digest,
+                "fields": dict(store.fingerprint(level).fields),
+            }
+            for level in self.head.needs
+        }
+        settings = config.settings() | {
+            "precision": self.precision,
+            "num_train": sum(store.has_mask(row, config.label_set) for row in train_rows),
+            "num_val": len(with_mask),
+        }
+        # Before anything is loaded: what stands against the run is said at once.
+        self.state = self._begin(RunState(settings, levels))
+
+        def report_load(num_done: int, num_total: int) -> None:
+            report(Progress("load", num_done, num_total))
+
+        self.train_samples = CachedSamples(
+            store,
+            train_rows,
+            self.head.needs,
+            device=self.device,
+            residency=config.residency,
+            target_size_px=config.loss_size_px,
+            label_set=config.label_set,
+            report=report_load,
+        )
+        self.val_samples = CachedSamples(
+            store,
+            with_mask,
+            self.head.needs,
+            device=self.device,
+            residency=config.residency,
+            label_set=config.label_set,
+        )
+        self.val_masks = [self._val_mask(index) for index in range(len(self.val_samples))]
+        self.num_empty_masks = sum(not (mask == 1).any() for mask in self.val_masks)
+        self.num_without_mask = self.train_samples.num_without_mask + len(val_rows) - len(with_mask)
+        if self.num_empty_masks == len(self.val_masks):
+            raise ConfigError(
+                f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
+                "undefined; check the masks, or the split"
+            )
+
+    def train(self) -> TrainResult:
+        """Go through the epochs that are left."""
+        if self.state.epoch == 0:
+            self._clear()
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._report_train(self.state.epoch, self.state.epoch * len(self.train_samples))
+        images_per_s = None
+        log_dir = self.config.run_dir / "tensorboard"
+        with SummaryWriter(str(log_dir), purge_step=self.state.epoch + 1) as tensorboard:
+            for epoch in range(self.state.epoch + 1, self.config.epochs + 1):
+                images_per_s = self._epoch(epoch, tensorboard)
+        config, state = self.config, self.state
+        return TrainResult(
+            run_dir=config.run_dir,
+            best_checkpoint=config.run_dir / "best",
+            best_dice=state.best_dice,
+            best_epoch=state.best_epoch,
+            epochs=state.epoch,
+            num_train=len(self.train_samples),
+            num_val=len(self.val_samples) - self.num_empty_masks,
+            num_without_mask=self.num_without_mask,
+            num_empty_masks=self.num_empty_masks,
+            parameters=count_parameters(self.head),
+            precision=self.precision,
+            residency=self.train_samples.residency,
+            resident_bytes=self.train_samples.resident_bytes,
+            load_s=self.train_samples.load_s,
+            elapsed_s=state.elapsed_s,
+            images_per_s=images_per_s,
+            peak_memory_bytes=self._peak_memory_bytes(),
+        )
+
+    def _begin(self, fresh: RunState) -> RunState:
+        """Return the state to go on from, unless what is in the run's folder forbids it."""
+        run_dir = self.config.run_dir
+        state_file = run_dir / "last" / STATE_FILE
+        exists = run_dir.exists() and any(run_dir.iterdir())
+        if self.config.resume:
+            if not exists:
+                raise ConfigError(
+                    f"there is no run to resume in {run_dir}; leave --resume out, or check --name"
+                )
+            if state_file.exists():
+                return self._resume(state_file, fresh)
+        elif exists and not self.config.overwrite:
+            raise ConfigError(
+                f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
+                "with it, or --overwrite to replace it"
+            )
+        return fresh
+
+    def _clear(self) -> None:
+        """Make the run's folder ready for a run from the start."""
+        run_dir = self.config.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for part in ("best", "last", "tensorboard"):
+            if (run_dir / part).exists():
+                shutil.rmtree(run_dir / part)
+        (run_dir / METRICS_FILE).unlink(missing_ok=True)
+
+    def _resume(self, state_file: Path, fresh: RunState) -> RunState:
+        state, tensors = read_state(state_file)
+        check_same_run(state.settings, fresh.settings)
+        check_fingerprints(state.levels, fresh.levels)
+        restore(tensors, self.head, self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(state.scaler))
+        metrics = self.config.run_dir / METRICS_FILE
+        if metrics.exists():
+            # Lines of epochs that were not committed are written anew.
+            lines = metrics.read_bytes().splitlines(keepends=True)
+            write_atomically(metrics, b"".join(lines[: state.epoch]))
+        return dataclasses.replace(state, settings=fresh.settings)
+
+    def _epoch(self, epoch: int, tensorboard: SummaryWriter) -> float:
+        """Train and validate once, write what there is to write; return images a second."""
+        started_s = time.monotonic()
+        train_loss = self._train_epoch(epoch)
+        train_s = time.monotonic() - started_s
+        val_dice = self._validate()
+        elapsed_s = self.state.elapsed_s + time.monotonic() - started_s
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        metrics = {"train_loss": train_loss, "val_dice": val_dice}
+        best = val_dice > self.state.best_dice
+        self.state = dataclasses.replace(
+            self.state,
+            epoch=epoch,
+            best_epoch=epoch if best else self.state.best_epoch,
+            best_dice=val_dice if best else self.state.best_dice,
+            elapsed_s=elapsed_s,
+            scaler=self.scaler.state_dict(),
+        )
+        images_per_s = len(self.train_samples) / max(train_s, 1e-9)
+        line = {
+            "epoch": epoch,
+            "lr": learning_rate,
+            **metrics,
+            "images_per_s": images_per_s,
+            "elapsed_s": elapsed_s,
+            "peak_memory_bytes": self._peak_memory_bytes(),
+        }
+        for name, value in line.items():
+            if name != "epoch":
+                tensorboard.add_scalar(name, value, epoch)
+        tensorboard.flush()
+        run_dir, info = self.config.run_dir, self._info(epoch, metrics)
+        for folder in ("best", "last") if best else ("last",):
+            save_checkpoint(run_dir / folder, self.head, info)
+        with (run_dir / METRICS_FILE).open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(line) + "\n")
+        # Last, as it commits the epoch: whatever came before is written again after a crash.
+        save_state(run_dir / "last" / STATE_FILE, self.state, self.head, self.optimizer)
+        self._report_train(epoch, epoch * len(self.train_samples), train_loss)
+        return images_per_s
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Take a step a batch; return the mean loss over the images."""
+        config, num_images = self.config, len(self.train_samples)
+        steps_per_epoch = math.ceil(num_images / config.batch_size)
+        step = (epoch - 1) * steps_per_epoch
+        num_seen, reported_s = 0, -math.inf
+        total_loss = torch.zeros((), device=self.device)
+        self.head.train()
+        batches = self.train_samples.iterate(
+            config.batch_size, seed=config.seed, epoch=epoch, shuffle=True
+        )
+        for batch in batches:
+            # The cosine of CosineAnnealingLR, as a function of the step: nothing to save.
+            cosine = math.cos(math.pi * step / (steps_per_epoch * config.epochs))
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * 0.5 * (1 + cosine)
+            loss = self._step(batch)
+            step += 1
+            num_seen += len(batch.rows)
+            total_loss += loss * len(batch.rows)
+            if num_seen == num_images or time.monotonic() - reported_s > _REPORT_INTERVAL_S:
+                reported_s = time.monotonic()
+                self._report_train(epoch, (epoch - 1) * num_images + num_seen, loss.item())
+        mean_loss = total_loss.item() / num_images
+        if not math.isfinite(mean_loss):
+            raise NumericError(
+                f"the training loss became {mean_loss} in epoch {epoch}; lower --lr, or take "
+                "--precision fp32"
+            )
+        return mean_loss
+
+    def _report_train(self, epoch: int, num_done: int, loss: float | None = None) -> None:
+        self.report(
+            Progress(
+                "train",
+                num_done=num_done,
+                num_total=self.config.epochs * len(self.train_samples),
+                epoch=epoch,
+                loss=loss,
+                best_dice=self.state.best_dice if self.state.best_epoch else None,
+            )
+        )
+
+    def _step(self, batch: Batch) -> Tensor:
+        assert batch.target_BKTT is not None
+        loss = dice_bce_loss(self._forward(batch), batch.target_BKTT, self.config.bce_weight)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), MAX_GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with torch.autocast(
+            torch.device(self.device).type,
+            dtype=_AUTOCAST.get(self.precision),
+            enabled=self.precision in _AUTOCAST,
+        ):
+            logits_BKHW: Tensor = self.head(batch)
+        return logits_BKHW.float()
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Return the mean over images of Dice, each on its mask's own grid.
+
+        A plane that is empty in the mask has no part in its image's Dice, and an image without
+        any other has no part in the mean.
+        """
+        self.head.eval()
+        dice_by_image, index = [], 0
+        for batch in self.val_samples.iterate(self.config.batch_size):
+            for logits_KHW in self._forward(batch):
+                mask_KHW = self.val_masks[index].to(logits_KHW.device)
+                box = self.val_samples.letterbox(index)
+                on_grid_KHW = box.logits_to_grid(logits_KHW, *mask_KHW.shape[-2:])
+                dice = [
+                    dice_iou_precision_recall(plane_HW.sigmoid() >= THRESHOLD, mask_HW).dice
+                    for plane_HW, mask_HW in zip(on_grid_KHW, mask_KHW, strict=True)
+                    if (mask_HW == 1).any()
+                ]
+                if dice:
+                    dice_by_image.append(sum(d or 0.0 for d in dice) / len(dice))
+                index += 1
+        return sum(dice_by_image) / len(dice_by_image)
+
+    def _val_mask(self, index: int) -> Tensor:
+        mask_KHW = self.val_samples.mask(index)
+        assert mask_KHW is not None
+        return mask_KHW
+
+    def _info(self, epoch: int, metrics: dict[str, float]) -> CheckpointInfo:
+        return CheckpointInfo(
+            head=self.config.head,
+            head_options=self.state.settings["head_options"],
+            num_classes=self.num_planes,
+            levels=self.state.levels,
+            label_set=self.config.label_set,
+            epoch=epoch,
+            metrics=metrics,
+            settings=self.state.settings,
+            seed=self.config.seed,
+            threshold=THRESHOLD,
+        )
+
+    def _peak_memory_bytes(self) -> int:
+        if self.device == "cpu":
+            return peak_memory_bytes()
+        return int(torch.cuda.max_memory_allocated(self.device))
+
+
+def _num_planes(store: FeatureStore, config: TrainConfig) -> int:
+    if config.label_set not in store.label_sets:
+        raise ConfigError(
+            f"{config.store} has no label set {config.label_set!r} (it has "
+            f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or give masks "
+            "in the manifest and extract again"
+        )
+    return store.label_sets[config.label_set].num_planes
+
+
+def _rows(store: FeatureStore, config: TrainConfig, split: str) -> list[int]:
+    """Return the rows of a split, of which at least one has to have a mask."""
+    rows = [sample.row for sample in store.samples if sample.split == split]
+    if not any(store.has_mask(row, config.label_set) for row in rows):
+        counts = Counter(sample.split for sample in store.samples)
+        there = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
+        missing = "with a mask " if rows else ""
+        raise ConfigError(
+            f"{config.store} has no sample {missing}in split {split!r} (samples: {there}); "
+            "training needs both train and val: set the manifest's split column and extract again"
+        )
+    return rows

@@ -1,0 +1,88 @@
+"""``sam3cache train`` as it is typed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from store_builder import build_store
+
+Invoke = Callable[..., Result]
+
+QUICK = ("--epochs", "1", "--loss-size", "24", "--device", "cpu")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small store in features/ of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return build_store(Path("features/x.zarr"), num_samples=7, level_shapes={"fpn_72": (8, 6, 6)})
+
+
+def test_the_only_store_is_found_and_the_summary_says_what_comes_next(
+    store: Path, invoke: Invoke
+) -> None:
+    result = invoke("train", *QUICK)
+    assert result.exit_code == 0
+    assert "Checkpoint: checkpoints/film-conv/best" in result.stdout
+    assert "Next: sam3cache eval features/x.zarr checkpoints/film-conv" in result.stdout
+    assert "1 samples without a mask were left out" in result.stdout
+    assert "Training: 2/2 images" in result.stderr
+    assert Path("checkpoints/film-conv/best/model.safetensors").exists()
+
+
+def test_json_on_stdout_is_the_summary_alone(store: Path, invoke: Invoke) -> None:
+    result = invoke("train", store, "--head", "linear", "--name", "floor", *QUICK, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["best_checkpoint"] == "checkpoints/floor/best"
+    assert summary["epochs"] == 1
+    assert 0 <= summary["best_dice"] <= 1
+
+
+def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
+    options = ("--head-option", "widths=[6,4]", "--head-option", "embedding_dim=32")
+    assert invoke("train", store, *options, *QUICK).exit_code == 0
+    record = json.loads(Path("checkpoints/film-conv/best/checkpoint.json").read_text("utf-8"))
+    assert record["head_options"] == {"widths": [6, 4], "embedding_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "expected"),
+    [
+        (["features/y.zarr"], 1, "features/y.zarr is not a feature store"),
+        (["features/x.zarr", "--epochs", "0"], 2, "epochs is 0: expected at least 1"),
+        (["features/x.zarr", "--head", "unet"], 1, "no head is named 'unet'"),
+        (["features/x.zarr", "--head-option", "wide"], 2, "expected NAME=VALUE"),
+        (["features/x.zarr", "--resume"], 2, "there is no run to resume"),
+    ],
+)
+def test_a_mistake_is_answered_by_one_line(
+    store: Path, invoke: Invoke, arguments: list[str], exit_code: int, expected: str
+) -> None:
+    result = invoke("train", *arguments)
+    assert result.exit_code == exit_code
+    assert result.stderr.startswith("sam3cache: error: ")
+    assert result.stderr.count("\n") == 1
+    assert expected in result.stderr
+
+
+@pytest.mark.parametrize("num_stores", [0, 2])
+def test_without_a_store_there_must_be_just_one_to_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke, num_stores: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(num_stores):
+        Path(f"features/{number}.zarr").mkdir(parents=True)
+    found = "none" if num_stores == 0 else "features/0.zarr, features/1.zarr"
+    result = invoke("train")
+    assert result.exit_code == 2
+    assert f"features/ does not hold just one ({found})" in result.stderr
+
+
+def test_every_option_stands_under_a_heading_of_the_help(invoke: Invoke) -> None:
+    text = invoke("train", "--help").stdout
+    for heading in ("What to train:", "How:", "Where it runs:", "The run:"):
+        assert heading in text
+    other = text[text.index("\nOther:") :]
+    assert other.count("--") == 1, "an option is in no group"

@@ -1,0 +1,59 @@
+"""Values that a training refuses before it reads anything."""
+
+from typing import Any
+
+import pytest
+
+from sam3cache.errors import ConfigError
+from sam3cache.training import TrainConfig
+from sam3cache.training.config import check_same_run, resolve_precision
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"epochs": 0}, r"epochs is 0: expected at least 1"),
+        ({"batch_size": 0}, r"batch_size is 0"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0.0: expected above 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate is nan"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1.0"),
+        ({"bce_weight": 1.5}, r"bce_weight is 1.5: expected between 0"),
+        ({"loss_size_px": 0}, r"loss_size_px is 0"),
+        ({"seed": -1}, r"seed is -1"),
+        ({"precision": "fp8"}, r"precision is 'fp8': expected auto, fp32, bf16 or fp16"),
+        ({"residency": "tape"}, r"residency is 'tape'"),
+        ({"name": ""}, r"run name ''"),
+        ({"name": "../up"}, r"run name '../up'"),
+        ({"name": "C:run"}, r"run name 'C:run'"),
+        ({"resume": True, "overwrite": True}, r"resume and overwrite exclude each other"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_in_one_line(
+    values: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        TrainConfig(**({"store": "x.zarr", "name": "run"} | values))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_plain_json_and_leave_out_how_the_run_was_started() -> None:
+    settings = TrainConfig("x.zarr", "run", head_options={"widths": (8, 4)}, resume=True).settings()
+    assert settings["head_options"] == {"widths": [8, 4]}
+    assert settings["store"] == "x.zarr"
+    assert settings["learning_rate"] == 1e-4
+    assert "resume" not in settings
+
+
+def test_only_settings_that_make_the_result_have_to_be_the_same_on_resuming() -> None:
+    old = TrainConfig("x.zarr", "run").settings()
+    moved = {"store": "/elsewhere/x.zarr", "output": "y", "name": "z", "residency": "stream"}
+    check_same_run(old, old | moved)
+    with pytest.raises(ConfigError, match=r"\(batch_size 16 → 8; head film-conv → linear\)"):
+        check_same_run(old, old | {"batch_size": 8, "head": "linear"})
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise_and_never_in_fp16() -> None:
+    assert resolve_precision("auto", "cpu") == "fp32"
+    assert resolve_precision("bf16", "cpu") == "bf16"
+    with pytest.raises(ConfigError, match="fp16 needs a CUDA device"):
+        resolve_precision("fp16", "cpu")

@@ -1,0 +1,365 @@
+"""Whole trainings on small stores: what they write, what they refuse, and going on to the bit."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from store_builder import build_store
+
+from sam3cache.errors import (
+    CheckpointError,
+    ConfigError,
+    FingerprintError,
+    HeadError,
+    NumericError,
+    UnsealedStoreError,
+)
+from sam3cache.features import open_store
+from sam3cache.heads import load_checkpoint
+from sam3cache.heads.checkpoint import read_record
+from sam3cache.metrics import dice_iou_precision_recall
+from sam3cache.training import Progress, TrainConfig, train
+
+SHAPES = {"fpn_72": (8, 12, 12)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four samples: eight train, eight val (one of them without a mask in test)."""
+    root = tmp_path_factory.mktemp("training") / "x.zarr"
+    return build_store(root, num_samples=24, level_shapes=SHAPES, mask_width_px=40)
+
+
+def config_for(store: Path, output: Path, **values: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "name": "run",
+        "epochs": 4,
+        "batch_size": 3,
+        "learning_rate": 3e-3,
+        "loss_size_px": 48,
+        "head_options": {"embedding_dim": 16},
+        "device": "cpu",
+    }
+    return TrainConfig(store=str(store), output=str(output), **(defaults | values))
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, random state and losses of two runs are equal to the bit."""
+    for file in ("best/model.safetensors", "last/model.safetensors", "last/training.safetensors"):
+        first, second = load_file(one / file), load_file(other / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), file
+    for name in ("epoch", "lr", "train_loss", "val_dice"):
+        assert [m[name] for m in metrics_of(one)] == [m[name] for m in metrics_of(other)]
+
+
+@pytest.fixture(scope="module")
+def straight(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four epochs without an interruption."""
+    return train(config_for(store, tmp_path_factory.mktemp("straight"))).run_dir
+
+
+def test_a_run_learns_and_writes_what_is_needed_to_use_it(store: Path, tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    config = config_for(store, tmp_path, epochs=8)
+    result = train(config, reports.append)
+    metrics = metrics_of(result.run_dir)
+    assert [line["epoch"] for line in metrics] == list(range(1, 9))
+    assert metrics[-1]["train_loss"] < 0.8 * metrics[0]["train_loss"]
+    assert result.best_dice == max(line["val_dice"] for line in metrics) > 0.6
+    assert result.best_dice == metrics[result.best_epoch - 1]["val_dice"]
+    assert (result.num_train, result.num_val, result.residency) == (8, 8, "ram")
+    assert all(line["images_per_s"] > 0 and line["peak_memory_bytes"] > 1e8 for line in metrics)
+    elapsed_s = [line["elapsed_s"] for line in metrics]
+    assert elapsed_s == sorted(elapsed_s)
+    assert list((result.run_dir / "tensorboard").glob("events.out.tfevents.*"))
+
+    assert {report.stage for report in reports} == {"load", "train"}
+    assert (reports[-1].num_done, reports[-1].num_total) == (64, 64)
+    assert reports[-1].best_dice == result.best_dice
+
+    for folder, epoch in (("best", result.best_epoch), ("last", 8)):
+        info = read_record(result.run_dir / folder)
+        assert info.epoch == epoch
+        assert info.metrics["val_dice"] == metrics[epoch - 1]["val_dice"]
+        assert info.settings["learning_rate"] == 3e-3
+        assert info.settings["store"] == str(store)
+        assert info.settings["precision"] == "fp32"
+        assert info.levels["fpn_72"]["digest"] == open_store(store).fingerprint("fpn_72").digest
+        assert (info.head, info.label_set, info.threshold) == ("film-conv", "mask", 0.5)
+
+
+def test_the_best_dice_is_the_mean_over_images_on_their_masks_own_grid(
+    store: Path, straight: Path
+) -> None:
+    """Computed again from the checkpoint, an image at a time, by the shortest way."""
+    from sam3cache.loading import CachedSamples
+
+    head, info = load_checkpoint(straight / "best")
+    opened = open_store(store)
+    rows = [sample.row for sample in opened.samples if sample.split == "val"]
+    samples = CachedSamples(opened, rows, head.needs)
+    dice = []
+    for index in range(len(samples)):
+        mask_KHW = samples.mask(index)
+        assert mask_KHW is not None
+        assert mask_KHW.shape == (1, 48, 40)
+        with torch.no_grad():
+            logits_KHW = head(samples.batch([index]))[0]
+        on_grid = samples.letterbox(index).logits_to_grid(logits_KHW, 48, 40)
+        dice.append(dice_iou_precision_recall(on_grid[0].sigmoid() >= 0.5, mask_KHW[0]).dice)
+    assert info.metrics["val_dice"] == pytest.approx(
+        sum(d or 0 for d in dice) / len(dice), abs=1e-6
+    )
+
+
+def test_the_learning_rate_is_pytorchs_cosine(straight: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    # The last of the three steps of each epoch.
+    assert [line["lr"] for line in metrics_of(straight)] == pytest.approx(rates[2::3])
+
+
+def test_the_same_seed_gives_the_same_run_wherever_the_samples_lie(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    again = train(config_for(store, tmp_path, residency="stream"))
+    assert again.residency == "stream"
+    one, other = (
+        load_file(run / "best" / "model.safetensors") for run in (straight, again.run_dir)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class _StopError(Exception):
+    """Ends a run from its report, as an interruption would."""
+
+
+def stop_in_epoch(epoch: int) -> Any:
+    def report(progress: Progress) -> None:
+        if progress.epoch == epoch:
+            raise _StopError
+
+    return report
+
+
+DROPOUT_HEAD = """
+from torch import nn
+from sam3cache.heads import Head
+
+class Noisy(Head):
+    needs = ("fpn_72",)
+    def __init__(self, level_shapes, *, num_classes=1):
+        super().__init__()
+        self.layer = nn.Conv2d(level_shapes["fpn_72"][0], num_classes, 3, padding=1)
+    def forward(self, batch):
+        return self.layer(nn.functional.dropout(self.feature(batch, "fpn_72"), 0.5, self.training))
+"""
+
+
+@pytest.mark.parametrize("own_head", [False, True], ids=["film-conv", "own head with dropout"])
+def test_a_resumed_run_equals_one_without_interruption_to_the_bit(
+    store: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_head: bool
+) -> None:
+    values: dict[str, Any] = {}
+    if own_head:
+        (tmp_path / "noisy_heads.py").write_text(DROPOUT_HEAD, encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        values = {"head": "noisy_heads:Noisy", "head_options": {}}
+        straight = train(config_for(store, tmp_path / "straight", **values)).run_dir
+    config = config_for(store, tmp_path, **values)
+    with pytest.raises(_StopError):
+        train(config, stop_in_epoch(3))
+    assert len(metrics_of(config.run_dir)) == 2
+    torch.manual_seed(99)  # whatever happened in between
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_same_run(straight, resumed.run_dir)
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_bit(
+    store: Path, tmp_path: Path
+) -> None:
+    # Enough epochs that the kill cannot come too late.
+    straight = train(config_for(store, tmp_path / "straight", epochs=12)).run_dir
+    config = config_for(store, tmp_path, epochs=12)
+    options = {
+        "--name": config.name,
+        "--epochs": config.epochs,
+        "--batch-size": config.batch_size,
+        "--lr": config.learning_rate,
+        "--loss-size": config.loss_size_px,
+        "--device": config.device,
+        "--head-option": "embedding_dim=16",
+        "-o": tmp_path,
+    }
+    command = [sys.executable, "-m", "sam3cache", "train", store]
+    command += [part for option in options.items() for part in option]
+    # The order of additions, and with it the last bit, depends on the number of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.DEVNULL)
+    state = config.run_dir / "last" / "training.safetensors"
+    deadline_s = time.monotonic() + 90
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert state.exists()
+    assert len(metrics_of(config.run_dir)) < 12, "it finished before it was killed"
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_same_run(straight, resumed.run_dir)
+
+
+def test_a_crash_between_writing_and_committing_an_epoch_is_made_good(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = config_for(store, tmp_path)
+    with pytest.raises(_StopError):
+        train(config, stop_in_epoch(3))
+    # Epoch 3 has written its checkpoints and half its line when the power fails.
+    for folder in ("best", "last"):
+        (config.run_dir / folder / "model.safetensors").write_bytes(b"torn")
+    with (config.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"epoch": 3, "lr"')
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert load_checkpoint(resumed.run_dir / "last")[1].epoch == 4
+    assert [line["epoch"] for line in metrics_of(resumed.run_dir)] == [1, 2, 3, 4]
+
+
+def test_resuming_a_finished_run_only_tells_its_result(straight: Path, store: Path) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    result = train(config_for(store, straight.parent, resume=True))
+    assert result.epochs == 4
+    assert result.images_per_s is None
+    assert result.best_dice == max(line["val_dice"] for line in metrics_of(straight))
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"head": "linear", "head_options": {}}, r"head film-conv → linear; head_options"),
+        ({"batch_size": 4}, r"other settings \(batch_size 3 → 4\); resume with the old ones"),
+        ({"epochs": 9}, r"\(epochs 4 → 9\)"),
+    ],
+)
+def test_resuming_with_other_settings_names_them(
+    store: Path, straight: Path, values: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        train(config_for(store, straight.parent, resume=True, **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_resuming_on_other_features_is_refused(straight: Path, tmp_path: Path) -> None:
+    other = build_store(
+        tmp_path / "x.zarr", num_samples=24, level_shapes=SHAPES, mask_width_px=40, weights="other"
+    )
+    with pytest.raises(FingerprintError, match=r"weights_sha256 test → other"):
+        train(config_for(other, straight.parent, resume=True))
+
+
+def test_a_damaged_run_is_not_resumed(store: Path, tmp_path: Path) -> None:
+    config = config_for(store, tmp_path)
+    (config.run_dir / "last").mkdir(parents=True)
+    (config.run_dir / "last" / "training.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"training.safetensors cannot be read"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_a_run_that_was_killed_before_its_first_epoch_is_resumed_from_the_start(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = config_for(store, tmp_path)
+    with pytest.raises(_StopError):
+        train(config, stop_in_epoch(1))
+    assert_same_run(straight, train(dataclasses.replace(config, resume=True)).run_dir)
+
+
+def test_an_existing_run_is_replaced_only_when_told_to(store: Path, tmp_path: Path) -> None:
+    first = config_for(store, tmp_path, epochs=2)
+    train(first)
+    with pytest.raises(ConfigError, match=r"holds a run already; .*--resume .* or --overwrite"):
+        train(first)
+    train(dataclasses.replace(first, epochs=1, overwrite=True))
+    assert len(metrics_of(first.run_dir)) == 1
+    assert len(list((first.run_dir / "tensorboard").iterdir())) == 1
+
+
+def test_a_run_that_is_refused_leaves_the_old_one_alone(store: Path, tmp_path: Path) -> None:
+    first = config_for(store, tmp_path, epochs=1)
+    train(first)
+    before = metrics_of(first.run_dir)
+    with pytest.raises(HeadError):
+        train(dataclasses.replace(first, head="unet", overwrite=True))
+    assert metrics_of(first.run_dir) == before
+
+
+def test_one_sample_a_split_and_a_batch_larger_than_that_are_enough(tmp_path: Path) -> None:
+    tiny = build_store(tmp_path / "x.zarr", num_samples=2, level_shapes=SHAPES)
+    result = train(
+        config_for(tiny, tmp_path, epochs=2, batch_size=16, head="linear", head_options={})
+    )
+    assert (result.num_train, result.num_val, result.epochs) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("store_values", "values", "error", "expected"),
+    [
+        (
+            {"splits": ("train",)},
+            {},
+            ConfigError,
+            r"no sample in split 'val' \(samples: train 6\)",
+        ),
+        ({"splits": ("val",)}, {}, ConfigError, r"no sample in split 'train'"),
+        (
+            {"splits": ("train", "train", "train", "train", "train", "val")},
+            {},
+            ConfigError,
+            r"no sample with a mask in split 'val'",
+        ),
+        ({}, {"label_set": "vessels"}, ConfigError, r"no label set 'vessels' \(it has mask\)"),
+        ({}, {"resume": True}, ConfigError, r"there is no run to resume"),
+        ({}, {"device": "cuda:9"}, ConfigError, r"cuda:9 is not there"),
+        ({"seal": False}, {}, UnsealedStoreError, r"is not sealed"),
+        ({}, {"learning_rate": 1e30}, NumericError, r"the training loss became .* lower --lr"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_in_one_line(
+    tmp_path: Path,
+    store_values: dict[str, Any],
+    values: dict[str, Any],
+    error: type[Exception],
+    expected: str,
+) -> None:
+    root = build_store(tmp_path / "x.zarr", num_samples=6, level_shapes=SHAPES, **store_values)
+    with pytest.raises(error, match=expected) as caught:
+        train(config_for(root, tmp_path / "out", **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unsealed_store_is_trained_on_when_allowed(tmp_path: Path) -> None:
+    root = build_store(tmp_path / "x.zarr", num_samples=6, level_shapes=SHAPES, seal=False)
+    result = train(config_for(root, tmp_path, epochs=1, allow_unsealed=True))
+    assert math.isfinite(result.best_dice)
