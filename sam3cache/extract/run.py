@@ -78,6 +78,8 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
             f"{wanted[0].reason}; correct the manifest or its files"
         )
     root = config.output
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"{root} is a file; give -o a folder, such as features/NAME.zarr")
     # Before the folder is made: absent weights shall leave nothing behind.
     digest = _weights_digest(config) if set(config.levels) != {IMAGE_LEVEL} else None
     with store_lock(root):
