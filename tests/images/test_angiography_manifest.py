@@ -1,75 +1,17 @@
 """An angiography manifest as it really is: cines, frames, smaller masks, angles inside JSON."""
 
-import csv
-import json
 import re
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from angiography import write_data
 
 from sam3cache.images import letterbox_image, probe, read_image, read_manifest, read_mask
 
 REPOSITORY = Path(__file__).parents[2]
 COLUMNS = REPOSITORY / "examples" / "angiography_columns.toml"
-HEADER = [
-    "patient_id",
-    "vessel_pattern",
-    "phase",
-    "vessel_name",
-    "cine_path",
-    "frame_index",
-    "contours_path",
-    "vessel_mask_actual_path",
-    "deepsa_pseudo_label_path",
-    "cass_segment",
-    "split",
-]
-
-PATIENTS = (
-    # patient, vessel, cine's shape, frame, angles, segment, split
-    ("Doe^Jane", "LAD", (4, 1016, 1016), 2, (17.3, -4.3), 6, "train"),
-    ("Doe^Jane", "LAD", (4, 1016, 1016), 3, (17.3, -4.3), 7, "train"),
-    ("Roe^Rita", "RCA", (3, 512, 512, 3), 0, (-30, 25), 1, "validation"),
-    ("Poe^Paul", "LCX", (2, 512, 512), 1, (None, None), 11, "test"),
-    ("Coe^Carl", "LCX", (2, 512, 512), 1, (400, 0), 11, "test"),
-)
-
-
-def write_data(root: Path) -> Path:
-    """Write cines, masks, contours and a CSV as Excel under Windows saves it."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for patient, vessel, shape, frame, (primary, secondary), segment, split in PATIENTS:
-        name = f"{patient[:3].lower()}_{vessel}"
-        for folder in ("cines", "contours", "masks", "deepsa"):
-            (root / folder).mkdir(exist_ok=True)
-        np.save(root / "cines" / f"{name}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
-        contours = {"view_angles": {"primary_angle": primary, "secondary_angle": secondary}}
-        (root / "contours" / f"{name}.json").write_text(json.dumps(contours), encoding="utf-8")
-        mask = np.zeros((512, 512), bool)
-        mask[100 : 100 + 10 * segment, 40:60] = True
-        np.save(root / "masks" / f"{name}_{frame}.npy", mask)
-        np.save(root / "deepsa" / f"{name}_{frame}.npy", mask.astype(np.float32))
-        rows.append(
-            [
-                patient,
-                "right dominant",
-                "diastole",
-                vessel,
-                f"cines\\{name}.npy",
-                frame,
-                f"contours\\{name}.json",
-                str(root / "masks" / f"{name}_{frame}.npy"),
-                f"deepsa\\{name}_{frame}.npy",
-                segment,
-                split,
-            ]
-        )
-    with (root / "samples.csv").open("w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file).writerows([HEADER, *rows, [""] * len(HEADER)])
-    return root / "samples.csv"
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +21,10 @@ def manifest(tmp_path_factory):
 
 def test_every_good_row_is_a_sample(manifest):
     assert [(s.id, s.frame, s.split) for s in manifest.samples] == [
-        ("cines/doe_LAD#2", 2, "train"),
-        ("cines/doe_LAD#3", 3, "train"),
-        ("cines/roe_RCA#0", 0, "val"),
-        ("cines/poe_LCX#1", 1, "test"),
+        ("cines/p0317_LAD#2", 2, "train"),
+        ("cines/p0317_LAD#3", 3, "train"),
+        ("cines/p0318_RCA#0", 0, "val"),
+        ("cines/p0319_LCX#1", 1, "test"),
     ]
     assert manifest.leaks == ()
 
@@ -94,7 +36,7 @@ def test_angles_come_out_of_the_contours(manifest):
 
 def test_an_impossible_angle_sets_its_sample_aside(manifest):
     (bad,) = manifest.set_aside
-    assert bad.source == "cines/coe_LCX.npy"
+    assert bad.source == "cines/p0320_LCX.npy"
     assert "primary angle 400 is outside [-180, 180]" in bad.reason
 
 
