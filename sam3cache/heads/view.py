@@ -59,7 +59,9 @@ class ViewEncoder(nn.Module):
         known_B2F = torch.cat((phase_B2F.sin(), phase_B2F.cos()), dim=-1)
         # where() with NaN on the branch not taken is safe here: angles carry no gradient.
         features_B2F = torch.where(angles_B2.isnan()[..., None], self.unknown_2F, known_B2F)
-        embedding_BD: Tensor = self.mlp(features_B2F.flatten(1))
+        # Eight bits of bfloat16 would round neighbouring views together; this costs nothing.
+        with torch.autocast(angles_B2.device.type, enabled=False):
+            embedding_BD: Tensor = self.mlp(features_B2F.flatten(1))
         return embedding_BD
 
 
@@ -81,8 +83,10 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.scale_shift.bias)
 
     def coefficients(self, embedding_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (1 + γ, β), each (B, C)."""
-        gamma_BC, beta_BC = self.scale_shift(embedding_BD).chunk(2, dim=1)
+        """Return (1 + γ, β), each float32 (B, C)."""
+        # In bfloat16, 1 + γ is a multiple of 1/128: a small γ would be lost.
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            gamma_BC, beta_BC = self.scale_shift(embedding_BD.float()).chunk(2, dim=1)
         return 1 + gamma_BC, beta_BC
 
     def forward(self, feature_BCHW: Tensor, embedding_BD: Tensor) -> Tensor:

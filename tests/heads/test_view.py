@@ -89,3 +89,11 @@ def test_film_is_near_identity_at_first_yet_differs_by_view(encoder: ViewEncoder
     assert change.max() < 0.5
     assert change.min() > 0.01
     assert (modulated[1:] - modulated[:1]).abs().mean() > 0.01
+
+
+def test_autocast_does_not_round_views_together(encoder: ViewEncoder) -> None:
+    film = FiLM(256, 32)
+    exact = film.coefficients(encoder(VIEWS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = film.coefficients(encoder(VIEWS))
+    assert all(torch.equal(*pair) for pair in zip(exact, under_autocast, strict=True))

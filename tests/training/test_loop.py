@@ -151,6 +151,30 @@ def test_the_same_seed_gives_the_same_run_wherever_the_samples_lie(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_bfloat16_trains_on_a_cpu_when_asked_for(store: Path, tmp_path: Path) -> None:
+    result = train(config_for(store, tmp_path, epochs=2, precision="bf16"))
+    assert result.precision == "bf16"
+    first, last = metrics_of(result.run_dir)
+    assert last["train_loss"] < first["train_loss"]
+    weights = load_file(result.best_checkpoint / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
+@pytest.mark.parametrize("residency", ["device", "ram", "stream"])
+def test_a_gpu_learns_the_same_task(
+    store: Path, tmp_path: Path, precision: str, residency: str
+) -> None:
+    values: dict[str, Any] = {"device": "cuda", "precision": precision, "residency": residency}
+    config = config_for(store, tmp_path, epochs=8, **values)
+    with pytest.raises(_StopError):
+        train(config, stop_in_epoch(4))
+    result = train(dataclasses.replace(config, resume=True))
+    assert result.best_dice > 0.6
+    assert 0 < result.peak_memory_bytes < 1e9
+
+
 class _StopError(Exception):
     """Ends a run from its report, as an interruption would."""
 
