@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from sam3cache.errors import ConfigError
 from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Summary
+from sam3cache.heads.checkpoint import write_atomically
 
 METRICS = ("dice", "iou", "precision", "recall")
 IMAGES_FILE = "per_image.csv"
@@ -137,7 +140,7 @@ def prepare_output(folder: Path, store: str) -> Path:
     summary = folder / SUMMARY_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / IMAGES_FILE).open("a", encoding="utf-8"):
+        with tempfile.TemporaryFile(dir=folder):
             pass
         earlier = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     except OSError as error:
@@ -146,7 +149,7 @@ def prepare_output(folder: Path, store: str) -> Path:
             "--output"
         ) from None
     except ValueError:
-        earlier = {}  # Half a file of an evaluation that was stopped.
+        earlier = {}  # Not ours, or damaged: it will be replaced.
     if Path(earlier.get("store", store)).resolve() != Path(store).resolve():
         raise ConfigError(
             f"{folder} holds the results on another store, {earlier['store']}; name another folder "
@@ -158,12 +161,13 @@ def prepare_output(folder: Path, store: str) -> Path:
 def write_result(result: EvalResult) -> None:
     """Write per_image.csv, a line an image and class, then summary.json."""
     names = [field.name for field in dataclasses.fields(ImageScore)]
-    with (result.output / IMAGES_FILE).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(image) for image in result.images)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(image) for image in result.images)
+    write_atomically(result.output / IMAGES_FILE, table.getvalue().encode())
     text = json.dumps(result.record(), indent=2, allow_nan=False) + "\n"
-    (result.output / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    write_atomically(result.output / SUMMARY_FILE, text.encode())
 
 
 def known_or_none(angle_deg: float) -> float | None:
