@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sam3cache.commands.defaults import only_run, only_store
 from sam3cache.commands.progress import Bar, progress
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test", "all"]),
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def eval_(
-    store: Path,
-    checkpoint: Path,
+    store: Path | None,
+    checkpoint: Path | None,
     split: Any,
     threshold: float | None,
     label_set: str | None,
@@ -79,7 +80,8 @@ def eval_(
     """Measure the head of CHECKPOINT on the images of STORE.
 
     CHECKPOINT is a run's folder, whose best checkpoint is taken, or that of one checkpoint. STORE
-    may be another than the head was trained on, if its features were made the same way.
+    may be another than the head was trained on, if its features were made the same way. Both may
+    be left out where checkpoints/ and features/ hold just one.
 
     Dice, IoU, precision and recall are taken image by image, on the mask's own grid, and written
     to per_image.csv; their means, with 95% bootstrap intervals over groups (patients), to
@@ -94,8 +96,8 @@ def eval_(
     from sam3cache.runtime import pick_device
 
     config = EvalConfig(
-        store=store,
-        checkpoint=checkpoint,
+        store=store or only_store(),
+        checkpoint=checkpoint or only_run(),
         split=split,
         threshold=threshold,
         batch_size=batch_size,
@@ -150,7 +152,12 @@ def _print(result: EvalResult) -> None:
         console.print(result.angle_use.sentence)
         if result.angle_use.true_minus_shuffled is not None:
             console.print(_angles_table(result.angle_use))
-    console.print(f"Written: {result.output / 'per_image.csv'}, {result.output / 'summary.json'}")
+            console.print(
+                f"{result.angle_use.num_images} images of {result.angle_use.num_groups} groups "
+                "compared; shuffling changes probabilities by up to "
+                f"{result.angle_use.max_probability_change:.2g}"
+            )
+    console.print(f"Written: {result.output.as_posix()}/per_image.csv and summary.json")
 
 
 def _counts(result: EvalResult) -> str:
@@ -184,12 +191,12 @@ def _angles_table(use: AngleUse) -> Table:
     from sam3cache.evaluation import format_view
 
     assert use.constant_angles_deg is not None
-    table = _table("angles", "Dice", "true angles' gain", "95% interval")
+    table = _table("angles", "Dice", "true gains", "95% interval")
     table.add_row("true", _number(use.dice_true, 4), "", "")
     for name, dice, gain in (
         (f"shuffled ({use.num_shuffles} times)", use.dice_shuffled, use.true_minus_shuffled),
         (
-            f"constant ({format_view(*use.constant_angles_deg)})",
+            f"constant mean ({format_view(*use.constant_angles_deg)})",
             use.dice_constant,
             use.true_minus_constant,
         ),

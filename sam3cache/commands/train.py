@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sam3cache.commands.defaults import only_store
 from sam3cache.commands.progress import Bar, format_duration, progress
 from sam3cache.errors import ConfigError
 
@@ -132,7 +133,7 @@ def train(
     from sam3cache.training import train as run
 
     config = TrainConfig(
-        store=str(store or _only_store()),
+        store=str(store or only_store()),
         name=settings["head"].replace(":", ".") if name is None else name,
         head_options=dict(_parse_option(option) for option in head_options),
         output=str(output),
@@ -172,22 +173,6 @@ class _Screen:
             note = f"epoch {state.epoch}, loss {state.loss:.4f}{best}"
         self._bar.update(state.num_done - self._num_done, note)
         self._num_done = state.num_done
-
-
-def _only_store() -> Path:
-    """Return the store in features/ if there is just one.
-
-    Raises:
-        ConfigError: there is none, or more than one.
-    """
-    stores = sorted(Path("features").glob("*.zarr"))
-    if len(stores) == 1:
-        return stores[0]
-    found = ", ".join(path.as_posix() for path in stores) or "none"
-    raise ConfigError(
-        f"no store is named and features/ does not hold just one ({found}); give the path of one, "
-        "or make one with `sam3cache extract`"
-    )
 
 
 def _parse_option(text: str) -> tuple[str, Any]:

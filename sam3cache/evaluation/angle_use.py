@@ -195,7 +195,12 @@ def judge(
     groups_here = [groups[i] for i in image_indices]
     against_shuffled = _difference(true - shuffled, groups_here, seed)
     num_groups = len(set(groups_here))
-    verdict, sentence = _verdict(against_shuffled, num_groups, max_probability_change)
+    verdict, sentence = _verdict(
+        against_shuffled,
+        num_groups,
+        max_probability_change,
+        finds_nothing=max(true.mean(), shuffled.mean()) <= NEGLIGIBLE_DICE,
+    )
     return AngleUse(
         verdict,
         sentence,
@@ -216,7 +221,11 @@ def _difference(values: NDArray[np.float64], groups: Sequence[str], seed: int) -
 
 
 def _verdict(
-    difference: Difference, num_groups: int, max_probability_change: float
+    difference: Difference,
+    num_groups: int,
+    max_probability_change: float,
+    *,
+    finds_nothing: bool,
 ) -> tuple[Verdict, str]:
     mean, interval = difference.mean, difference.interval
     if max_probability_change <= SAME_OUTPUT:
@@ -225,6 +234,11 @@ def _verdict(
             "stay the same."
         )
     changes = f"probabilities change by up to {max_probability_change:.2g}"
+    if finds_nothing:
+        return "undecided", (
+            "Whether the head gains from the view angle cannot be told: it finds next to nothing "
+            f"with any angles, although {changes}."
+        )
     if interval is None or num_groups < MIN_GROUPS:
         return "undecided", (
             f"Whether the head gains from the view angle cannot be told from {num_groups} "

@@ -122,9 +122,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
             f"the head of {folder} predicts {info.num_classes} planes, label set {label_set} of "
             f"{store.path} has {len(classes)} ({', '.join(classes)}); name another by --label-set"
         )
-    output = prepare_output(
-        config.output or config.checkpoint / f"eval-{config.split}", str(store.path)
-    )
+    output = prepare_output(config.output or config.checkpoint / f"eval-{config.split}", store.path)
 
     threshold = info.threshold if config.threshold is None else config.threshold
     cached = CachedSamples(
@@ -150,9 +148,9 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
 
     groups = [sample.group for sample in samples]
     result = EvalResult(
-        store=str(store.path),
+        store=store.path.as_posix(),
         sealed=store.sealed,
-        checkpoint=str(folder),
+        checkpoint=folder.as_posix(),
         weights_sha256=info.weights_sha256,
         head=info.head,
         epoch=info.epoch,

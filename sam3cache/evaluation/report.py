@@ -117,7 +117,7 @@ class EvalResult:
         """Return everything but the single images, as plain JSON values."""
         record = dataclasses.asdict(dataclasses.replace(self, images=()))
         del record["images"]
-        record["output"] = str(self.output)
+        record["output"] = self.output.as_posix()
         record["bootstrap"] = {
             "unit": "group",
             "num_resamples": NUM_RESAMPLES,
@@ -127,7 +127,7 @@ class EvalResult:
         return record
 
 
-def prepare_output(folder: Path, store: str) -> Path:
+def prepare_output(folder: Path, store: Path) -> Path:
     """Make the folder of the results, before anything is computed for it.
 
     Args:
@@ -150,7 +150,7 @@ def prepare_output(folder: Path, store: str) -> Path:
         ) from None
     except ValueError:
         earlier = {}  # Not ours, or damaged: it will be replaced.
-    if Path(earlier.get("store", store)).resolve() != Path(store).resolve():
+    if Path(earlier.get("store", store)).resolve() != store.resolve():
         raise ConfigError(
             f"{folder} holds the results on another store, {earlier['store']}; name another folder "
             "by --output, or remove it"

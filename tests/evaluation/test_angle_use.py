@@ -118,6 +118,16 @@ def test_the_verdict_follows_from_the_interval(
     assert words in use.sentence
 
 
+def test_a_head_that_finds_nothing_is_not_said_to_ignore_the_angle() -> None:
+    nothing_NK = np.zeros((10, 1))
+    trial = AngleTrial(np.zeros((2, 10, 2)), np.zeros(2))
+    groups = [f"g{i}" for i in range(10)]
+    shuffled_SNK = np.stack([nothing_NK] * 2)
+    use = judge(trial, nothing_NK, shuffled_SNK, nothing_NK, groups, 0.01, seed=0)
+    assert use.verdict == "undecided"
+    assert "cannot be told: it finds next to nothing" in use.sentence
+
+
 def test_the_figures_are_paired_means_over_what_can_be_compared() -> None:
     trial = AngleTrial(np.zeros((2, 4, 2)), np.array([20.0, -5.0]))
     true_NK = np.array([[0.8], [0.6], [NAN], [0.9]])  # the third has an empty mask

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from store_builder import build_store
 from torch.nn import functional as F
 from view_store import (
     FINGERPRINT,
@@ -31,6 +32,7 @@ from sam3cache.features import open_store
 from sam3cache.heads import load_checkpoint
 from sam3cache.heads.film_conv import FilmConv
 from sam3cache.loading import CachedSamples
+from sam3cache.training import TrainConfig, train
 
 VIEWS: list[View] = [(-30.0 + 70.0 * (i % 2), float(i)) for i in range(12)]
 SIDED = "view_store:Sided"
@@ -281,8 +283,15 @@ def test_one_view_or_none_leaves_the_question_open(
     assert reason in use.sentence
 
 
-def test_an_untrained_head_hardly_uses_the_angle(store: Path, tmp_path: Path) -> None:
-    run = write_checkpoint(tmp_path / "run", "film-conv", options=SMALL)
+def test_a_head_whose_masks_the_angle_does_not_change_hardly_uses_it(
+    store: Path, tmp_path: Path
+) -> None:
+    def predict_everything(head: torch.nn.Module) -> None:
+        """Shift the logits of an untrained head, which the angle moves a little, away from 0."""
+        assert isinstance(head, FilmConv)
+        head.segmentation[-1].bias.data += 3  # type: ignore[union-attr, operator]
+
+    run = write_checkpoint(tmp_path / "run", "film-conv", options=SMALL, edit=predict_everything)
     use = evaluate(EvalConfig(store, run)).angle_use
     assert use is not None
     assert use.verdict == "negligible", use.sentence
@@ -324,3 +333,20 @@ def test_the_levels_and_data_measured_are_recorded(store: Path, sided: Path) -> 
     assert result.levels == {"fpn_72": open_store(store).fingerprint("fpn_72").digest}
     assert len(result.data_sha256) == 64
     assert LEVEL.name in result.levels
+
+
+def test_the_validation_dice_is_the_one_that_training_saw(tmp_path: Path) -> None:
+    store = build_store(tmp_path / "a.zarr", num_samples=8, level_shapes={"fpn_72": (4, 72, 72)})
+    trained = train(
+        TrainConfig(
+            *(str(store), "run", "linear"),
+            output=str(tmp_path),
+            epochs=2,
+            learning_rate=0.1,
+            loss_size_px=72,
+            device="cpu",
+        )
+    )
+    result = evaluate(EvalConfig(store, trained.run_dir, split="val"))
+    assert result.classes["vessel"]["dice"].mean == pytest.approx(trained.best_dice)
+    assert trained.best_dice > 0

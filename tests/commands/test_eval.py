@@ -1,0 +1,95 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from view_store import View, write_checkpoint, write_view_store
+
+VIEWS: list[View] = [(-30.0 + 70.0 * (i % 2), float(i)) for i in range(10)]
+HEAD = ("--head", "view_store:Sided", "--device", "cpu")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with one store and one run."""
+    monkeypatch.chdir(tmp_path)
+    write_view_store(tmp_path / "features" / "angio.zarr", VIEWS, masks={3: None})
+    write_checkpoint(tmp_path / "checkpoints" / "first", "view_store:Sided")
+    return tmp_path
+
+
+def test_people_get_narrow_tables_and_a_sentence(here, invoke):
+    result = invoke("eval", "features/angio.zarr", "checkpoints/first", *HEAD)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == (
+        "view_store:Sided, epoch 7 (checkpoints/first/best) on features/angio.zarr, split test"
+    )
+    assert lines[1] == "10 images of 10 groups; 1 without a mask"
+    (dice,) = (line.split() for line in lines if line.strip().startswith("Dice"))
+    assert dice == ["Dice", "9", "1.000", "0.000", "1.000", "1.000", "to", "1.000"] + ["1.000"] * 2
+    assert any(line.startswith("The head uses the view angle: ") for line in lines)
+    assert any(line.split()[:2] == ["true", "1.0000"] for line in lines)
+    assert lines[-1] == "Written: checkpoints/first/eval-test/per_image.csv and summary.json"
+    tables = [line for line in lines if line.startswith(" ")]
+    assert max(map(len, tables)) <= 80
+    assert "Evaluating: 10/10 images" in result.stderr
+
+
+def test_programs_get_json_alone_on_stdout(here, invoke):
+    result = invoke("eval", "features/angio.zarr", "checkpoints/first", *HEAD, "--json")
+    summary = json.loads(result.stdout)
+    assert summary == json.loads(Path("checkpoints/first/eval-test/summary.json").read_bytes())
+    assert summary["classes"]["vessel"]["dice"]["mean"] == 1.0
+    assert summary["angle_use"]["verdict"] == "used"
+    assert summary["output"] == "checkpoints/first/eval-test"
+
+
+def test_options_reach_the_evaluation(here, invoke):
+    result = invoke(
+        *("eval", "features/angio.zarr", "checkpoints/first/best", *HEAD, "--json"),
+        *("--no-angles-check", "--split", "all", "--threshold", "0.3", "-o", "out", "--seed", "4"),
+    )
+    summary = json.loads(result.stdout)
+    assert (summary["split"], summary["threshold"], summary["seed"]) == ("all", 0.3, 4)
+    assert summary["angle_use"] is None
+    with Path("out/per_image.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 10
+
+
+def test_the_only_store_and_run_need_not_be_named(here, invoke):
+    result = invoke("eval", *HEAD)
+    assert result.exit_code == 0, result.output
+    assert "(checkpoints/first/best) on features/angio.zarr" in result.stdout
+    write_checkpoint(here / "checkpoints" / "second", "linear")
+    result = invoke("eval", *HEAD)
+    assert result.exit_code == 2
+    assert "just one run (checkpoints/first, checkpoints/second)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["nowhere.zarr", "checkpoints/first"], 1, "nowhere.zarr is not a feature store"),
+        (["features/angio.zarr", "nowhere"], 1, "no checkpoint at nowhere"),
+        (["features/angio.zarr", "checkpoints/first"], 1, "name it again with --head"),
+        (["features/angio.zarr", "checkpoints/first", *HEAD, "--split", "val"], 2, "10 test"),
+        (["features/angio.zarr", "checkpoints/first", "--threshold", "2"], 2, "threshold 2.0"),
+        (["features/angio.zarr", "checkpoints/first", *HEAD, "--label-set", "x"], 1, "has: mask"),
+        (["features/angio.zarr", "checkpoints/first", *HEAD, "-o", "file"], 2, "--output"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line_on_stderr(here, invoke, arguments, exit_code, words):
+    (here / "file").write_text("", encoding="utf-8")
+    result = invoke("eval", *arguments)
+    assert result.exit_code == exit_code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("sam3cache: error: ")
+    assert words in line
+    assert result.stdout == ""
+
+
+def test_help_shows_how_to_call_it(invoke):
+    result = invoke("eval", "--help")
+    assert result.exit_code == 0
+    assert "sam3cache eval features/angio.zarr checkpoints/first" in result.stdout
