@@ -40,6 +40,7 @@ from sam3cache.features import (
     seal_store,
     store_lock,
 )
+from sam3cache.features.files import TEMPORARY_SUFFIX
 from sam3cache.images import preprocessing_fields, read_manifest
 
 Report = Callable[[ExtractProgress], None]
@@ -143,7 +144,7 @@ def _weights_digest(config: ExtractConfig) -> str:
 def _prepare(root: Path, config: ExtractConfig, wanted: list[Wanted], digest: str | None) -> _Job:
     """Bring the store's description up to date and list what is missing."""
     exists = (root / "zarr.json").exists()
-    if not exists and any(p.suffix not in ("", ".lock") for p in _foreign_files(root)):
+    if not exists and _foreign_files(root):
         raise StoreError(
             f"{root} is not empty and not a feature store; give -o a new folder, such as "
             "features/NAME.zarr"
@@ -181,9 +182,12 @@ def _prepare(root: Path, config: ExtractConfig, wanted: list[Wanted], digest: st
 
 
 def _foreign_files(root: Path) -> list[Path]:
+    """Return what a crash of our own, before the description was written, cannot have left."""
     ours = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
     ours |= {"samples.parquet", "annotations.parquet"}
-    return [path for path in root.iterdir() if path.name not in ours]
+    return [
+        path for path in root.iterdir() if path.name not in ours and path.suffix != TEMPORARY_SUFFIX
+    ]
 
 
 def _settings(config: ExtractConfig, description: Mapping[str, Any] | None) -> dict[str, Any]:

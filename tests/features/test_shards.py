@@ -57,6 +57,12 @@ def test_we_read_what_zarr_writes(tmp_path, spec):
         assert np.array_equal(out, values)
 
 
+def read_all(path, spec, expected_bytes, out):
+    reader = ShardReader.open(path, spec.grid, expected_bytes)
+    for position, values in out.items():
+        reader.read_into(position, values)
+
+
 def test_the_same_values_give_the_same_bytes():
     chunks = chunks_of(SPECS[0], (2, 5))
     assert encode_shard(SPECS[0].grid, chunks) == encode_shard(SPECS[0].grid, dict(chunks))
@@ -73,9 +79,7 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path, spec):
         damaged[offset] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         with pytest.raises(CorruptStoreError):
-            reader = ShardReader.open(path, spec.grid, len(data))
-            for position in chunks:
-                reader.read_into(position, out[position])
+            read_all(path, spec, len(data), out)
 
 
 def test_a_shard_that_is_missing_or_of_another_size_is_named(tmp_path):

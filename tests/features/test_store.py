@@ -208,7 +208,7 @@ def test_fingerprints_differ_field_by_field():
     new = Fingerprint({"size_px": 1008, "numeric_path": "bf16", "level": "fpn_72", "more": 1})
     assert old.differences(new) == ["more: (absent) → 1", "numeric_path: fp32 → bf16"]
     assert Fingerprint(dict(reversed(old.fields.items()))).digest == old.digest
-    with pytest.raises(FingerprintError, match="numeric_path: fp32 → bf16.*Do this"):
+    with pytest.raises(FingerprintError, match=r"numeric_path: fp32 → bf16.*Do this"):
         old.require(new, level="fpn_72", remedy="Do this.")
 
 
@@ -229,9 +229,11 @@ def test_locks_name_their_holder_and_die_with_it(tmp_path):
     )
     try:
         assert holder.stdout.readline().strip() == "True"
-        with pytest.raises(StoreBusyError, match=f"process {holder.pid} on "):
-            with store_lock(tmp_path, timeout_s=0.1):
-                pass
+        with (
+            pytest.raises(StoreBusyError, match=f"process {holder.pid} on "),
+            store_lock(tmp_path, timeout_s=0.1),
+        ):
+            pass
         with BlockClaims(tmp_path).claim(7) as ours:
             assert not ours
         with BlockClaims(tmp_path).claim(8) as ours:
