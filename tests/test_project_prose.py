@@ -88,6 +88,27 @@ def test_every_dependency_says_why_it_is_there(heading: str, requirements: list[
     assert sorted(listed_dependencies(heading)) == sorted(names(requirements))
 
 
+# Where a package is imported by another name, or by sam3 alone (None).
+IMPORTED_AS = {
+    "google-crc32c": "google_crc32c",
+    "huggingface-hub": "huggingface_hub",
+    "pillow": "PIL",
+    "tensorboard": "torch.utils.tensorboard",
+    "triton": None,
+    "triton-windows": None,
+}
+
+
+@pytest.mark.parametrize("name", sorted(names(PROJECT["dependencies"])))
+def test_every_dependency_is_used(name: str) -> None:
+    module = IMPORTED_AS.get(name, name)
+    if module is None:
+        return
+    imports = re.compile(rf"^\s*(import|from) {re.escape(module)}\b", re.MULTILINE)
+    package = ROOT / "sam3cache"
+    assert any(imports.search(file.read_text(encoding="utf-8")) for file in package.rglob("*.py"))
+
+
 def test_torch_is_never_capped() -> None:
     torch = [line for line in PROJECT["dependencies"] if line.startswith(("torch>", "torchv"))]
     assert len(torch) == 2

@@ -146,6 +146,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.full_size
+@pytest.mark.timeout(3600)
 def test_the_full_tower_runs() -> None:
     found = list(doctor_module._pictures("sam3", "cpu", "fp32"))
     assert [finding.problem for finding in found] == [""] * 5
