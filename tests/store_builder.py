@@ -31,7 +31,7 @@ def build_store(
     width_px: int = 96,
     mask_height_px: int = 48,
     mask_width_px: int = 48,
-    num_images: int = 0,
+    empty_mask_rows: tuple[int, ...] = (),
     splits: tuple[str, ...] = ("train", "val", "test"),
     seed: int = 0,
     seal: bool = True,
@@ -98,7 +98,8 @@ def build_store(
         for row in rows:
             mask = np.zeros((1, mask_height_px, mask_width_px), dtype=np.uint8)
             top, left = rng.integers(0, mask_height_px // 2), rng.integers(0, mask_width_px // 2)
-            mask[0, top : top + mask_height_px // 3, left : left + mask_width_px // 3] = 1
+            if row.row not in empty_mask_rows:
+                mask[0, top : top + mask_height_px // 3, left : left + mask_width_px // 3] = 1
             masks[row.row] = mask
         for spec, fingerprint in levels.values():
             values = {}

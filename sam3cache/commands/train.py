@@ -197,7 +197,10 @@ def _print_summary(result: TrainResult, store: str) -> None:
     if result.num_without_mask:
         click.echo(f"{result.num_without_mask} samples without a mask were left out.")
     if result.num_empty_masks:
-        click.echo(f"{result.num_empty_masks} validation images with an empty mask do not count.")
+        click.echo(
+            f"{result.num_empty_masks} validation images have an empty mask: they count as Dice 0 "
+            "where the head marks anything, else not at all."
+        )
     click.echo(f"Checkpoint: {result.best_checkpoint.as_posix()}")
     click.echo(f"Next: sam3cache eval {Path(store).as_posix()} {result.run_dir.as_posix()}")
 

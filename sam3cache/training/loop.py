@@ -81,9 +81,10 @@ class TrainResult:
         best_epoch: epoch of it, from 1.
         epochs: epochs trained.
         num_train: samples trained on.
-        num_val: images that the Dice is a mean of.
+        num_val: validation images.
         num_without_mask: samples of both splits left out for want of a mask.
-        num_empty_masks: validation images left out because their mask is empty.
+        num_empty_masks: validation images whose mask is empty: Dice 0 if the head marks anything
+            there, and no part of the mean if it does not.
         parameters: number of the head's parameters by part.
         precision: what the head computed in.
         residency: where the training samples lay.
@@ -226,7 +227,7 @@ class _Run:
             best_epoch=state.best_epoch,
             epochs=state.epoch,
             num_train=len(self.train_samples),
-            num_val=len(self.val_samples) - self.num_empty_masks,
+            num_val=len(self.val_samples),
             num_without_mask=self.num_without_mask,
             num_empty_masks=self.num_empty_masks,
             parameters=count_parameters(self.head),
@@ -389,8 +390,8 @@ class _Run:
     def _validate(self) -> float:
         """Return the mean over images of Dice, each on its mask's own grid.
 
-        A plane that is empty in the mask has no part in its image's Dice, and an image without
-        any other has no part in the mean.
+        A plane that is empty in both mask and prediction has no Dice, and an image without any
+        other plane has no part in the mean: the rule of ``sam3cache eval``.
         """
         self.head.eval()
         dice_by_image, index = [], 0
@@ -399,13 +400,13 @@ class _Run:
                 mask_KHW = self.val_masks[index].to(logits_KHW.device)
                 box = self.val_samples.letterbox(index)
                 on_grid_KHW = box.logits_to_grid(logits_KHW, *mask_KHW.shape[-2:])
-                dice = [
+                scores = [
                     dice_iou_precision_recall(plane_HW.sigmoid() >= THRESHOLD, mask_HW).dice
                     for plane_HW, mask_HW in zip(on_grid_KHW, mask_KHW, strict=True)
-                    if (mask_HW == 1).any()
                 ]
+                dice = [score for score in scores if score is not None]
                 if dice:
-                    dice_by_image.append(sum(d or 0.0 for d in dice) / len(dice))
+                    dice_by_image.append(sum(dice) / len(dice))
                 index += 1
         return sum(dice_by_image) / len(dice_by_image)
 

@@ -335,8 +335,16 @@ def test_the_levels_and_data_measured_are_recorded(store: Path, sided: Path) -> 
     assert LEVEL.name in result.levels
 
 
-def test_the_validation_dice_is_the_one_that_training_saw(tmp_path: Path) -> None:
-    store = build_store(tmp_path / "a.zarr", num_samples=8, level_shapes={"fpn_72": (4, 72, 72)})
+@pytest.mark.parametrize("empty_mask_rows", [(), (4,)], ids=["all-filled", "one-empty"])
+def test_the_validation_dice_is_the_one_that_training_saw(
+    tmp_path: Path, empty_mask_rows: tuple[int, ...]
+) -> None:
+    store = build_store(
+        tmp_path / "a.zarr",
+        num_samples=8,
+        level_shapes={"fpn_72": (4, 72, 72)},
+        empty_mask_rows=empty_mask_rows,
+    )
     trained = train(
         TrainConfig(
             *(str(store), "run", "linear"),
