@@ -1,0 +1,418 @@
+"""A head trained from the cache, against the same head with the frozen tower in the loop.
+
+The job: film-conv, 521 training and 111 validation images, 30 epochs in batches of 16, its loss at
+1008 px. A store of that size is written first, of noise and synthetic masks: speed does not depend
+on values. Then one real ``sam3cache.training.train`` goes through an epoch of it, and is halted
+between its steps for steps of a script without a cache: letterboxed pixels, through the tower, to
+the same head, loss and optimizer. Reading and decoding images is left out of the latter, in its
+favour. The loss is measured by itself too, against PyTorch's interpolation with MONAI's.
+
+Exits with 1 when a bound is missed:
+
+- the cache trains at least MINI_RATIO times as fast as with sam3-mini's tower in the loop, and,
+  with --full, at least FULL_RATIO times as fast as with SAM 3's own;
+- the whole job takes at most WHOLE_MIN minutes: derived from the epoch, or, with --whole, run
+  (not checked with --quick or --samples: too few steps to derive it from);
+- our loss is MONAI's within LOSS_DIFFERENCE, and at least LOSS_RATIO times as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from reporting import Bound, Machine, Report, alternate, duration, rate, significant
+from torch import Tensor
+from torch.nn import functional as F
+
+from sam3cache.backbone import load_tower
+from sam3cache.features import (
+    BLOCK_ROWS,
+    AnnotationRow,
+    Fingerprint,
+    LabelRow,
+    LabelSetSpec,
+    LevelSpec,
+    SampleRow,
+    describe_store,
+    open_store,
+    seal_store,
+    store_lock,
+    write_label_block,
+    write_level_block,
+    write_sample_facts,
+)
+from sam3cache.heads import build_head
+from sam3cache.loading import CachedSamples
+from sam3cache.records import Batch
+from sam3cache.runtime import pick_device
+from sam3cache.training import Progress, TrainConfig, dice_bce_loss, train
+
+NUM_TRAIN, NUM_VAL, NUM_EPOCHS = 521, 111, 30
+FRAME_PX, MASK_PX = 1016, 512
+
+MINI_RATIO = 2.0
+FULL_RATIO = 10.0
+WHOLE_MIN = 45.0
+LOSS_DIFFERENCE = 1e-5
+LOSS_RATIO = 1.5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return the exit status."""
+    options = parse_options(arguments)
+    device = pick_device(options.device)
+    num_train = options.samples or (48 if options.quick else NUM_TRAIN)
+    num_val = max(1, round(num_train * NUM_VAL / NUM_TRAIN))
+    machine = Machine(device)
+    with tempfile.TemporaryDirectory(dir=options.workdir, prefix="sam3cache-") as folder:
+        print(f"Writing a store of {num_train} + {num_val} samples", flush=True)
+        store = write_store(Path(folder) / "synthetic.zarr", num_train, num_val)
+        config = TrainConfig(store=str(store), name="epoch", output=folder, device=device, epochs=1)
+        batch = one_batch(store, config)
+
+        rivals = [Rival("sam3-mini", config, first(batch, 4) if options.quick else batch)]
+        if options.full:
+            print("Building SAM 3's tower with random weights", flush=True)
+            # An image at a time: the tower takes all but a thousandth of its time.
+            rivals.append(Rival("sam3", config, first(batch, 1), max_turns=3))
+        print("Training an epoch, halted for steps with the tower in the loop", flush=True)
+        # Some eight turns an epoch, of whole steps.
+        turn_images = config.batch_size * max(1, num_train // config.batch_size // 8)
+        epoch = HaltedEpoch(rivals, num_train, turn_images)
+        result = train(config, epoch)
+
+        print("Comparing losses", flush=True)
+        ours_s, monai_s, difference = compare_losses(batch, rounds=3 if options.quick else 9)
+        whole_s = None
+        if options.whole:
+            print(f"Training all {NUM_EPOCHS} epochs", flush=True)
+            started_s = time.monotonic()
+            train(replace(config, name="whole", epochs=NUM_EPOCHS))
+            whole_s = time.monotonic() - started_s
+
+    batch_images = len(batch.rows)
+    cached_rate = median(epoch.cached_rates)
+    all_images = NUM_EPOCHS * NUM_TRAIN
+    # Loading takes both splits; each epoch trains on the one and validates on the other.
+    derived_s = result.load_s * (NUM_TRAIN + NUM_VAL) / num_train
+    derived_s += all_images / cached_rate + NUM_EPOCHS * epoch.val_s * NUM_VAL / num_val
+
+    rows = [("from the cache", significant(cached_rate), duration(all_images / cached_rate), "")]
+    bounds, names = [], {"sam3-mini": "`sam3-mini`'s tower in the loop"}
+    names["sam3"] = "SAM 3's tower in the loop (random weights)"
+    for rival, limit in zip(rivals, (MINI_RATIO, FULL_RATIO), strict=False):
+        speed = rate(rival.seconds, len(rival.batch.rows))
+        ratio = cached_rate / speed
+        cells = (significant(speed), duration(all_images / speed), f"{significant(ratio)} ×")
+        rows.append((names[rival.backbone], *cells))
+        claim = f"the cache trains at least {limit:g} times as fast as {rival.backbone} in the loop"
+        bounds.append(Bound(claim, ratio, ratio >= limit))
+    for name, seconds in (
+        ("its loss alone", ours_s),
+        ("that loss by interpolation and MONAI", monai_s),
+    ):
+        speed = rate(seconds, batch_images)
+        rows.append((name, significant(speed), duration(all_images / speed), ""))
+    loss_ratio = median(monai_s) / median(ours_s)
+    rows[-1] = (*rows[-1][:-1], f"{significant(loss_ratio)} ×")
+    bounds += [
+        Bound(
+            f"our loss is MONAI's within {LOSS_DIFFERENCE:g}",
+            difference,
+            difference <= LOSS_DIFFERENCE,
+        ),
+        Bound(
+            f"our loss is at least {LOSS_RATIO:g} times as fast as MONAI's",
+            loss_ratio,
+            loss_ratio >= LOSS_RATIO,
+        ),
+    ]
+    if num_train == NUM_TRAIN:
+        job_min = (whole_s or derived_s) / 60
+        claim = f"the whole job takes at most {WHOLE_MIN:g} minutes"
+        bounds.append(Bound(claim, job_min, job_min <= WHOLE_MIN))
+
+    if whole_s is None:
+        whole = f"With loading and validation that makes {duration(derived_s)} (derived)."
+    else:
+        whole = f"With loading and validation the 30 epochs took {duration(whole_s)}, run whole."
+    return Report(
+        program="train",
+        columns=(
+            f"`film-conv`, {result.precision}",
+            "images/s",
+            f"{NUM_EPOCHS} epochs of {NUM_TRAIN}",
+            "ours is faster by",
+        ),
+        rows=rows,
+        notes=[
+            whole,
+            f"Medians of {len(epoch.cached_rates)} turns in alternation, on synthetic features.",
+        ],
+        bounds=bounds,
+        figures={
+            "cached_images_per_s": epoch.cached_rates,
+            "in_loop_s_per_image": {
+                rival.backbone: [s / len(rival.batch.rows) for s in rival.seconds]
+                for rival in rivals
+            },
+            "loss_s_per_batch": {"ours": ours_s, "monai": monai_s},
+            "loss_difference": difference,
+            "load_s": result.load_s,
+            "validation_s": epoch.val_s,
+            "derived_job_s": derived_s,
+            "whole_job_s": whole_s,
+        },
+        settings={
+            "num_train": num_train,
+            "num_val": num_val,
+            "batch_size": config.batch_size,
+            "loss_size_px": config.loss_size_px,
+            "precision": result.precision,
+            "residency": result.residency,
+            "parameters": result.parameters["total"],
+        },
+        machine=machine.fields(),
+    ).publish(options.json)
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="48 samples, in under a minute")
+    parser.add_argument("--full", action="store_true", help="SAM 3's own tower too (minutes, 4 GB)")
+    parser.add_argument("--whole", action="store_true", help=f"run all {NUM_EPOCHS} epochs too")
+    parser.add_argument("--samples", type=int, metavar="N", help="training samples [521]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
+    parser.add_argument(
+        "--workdir", type=Path, help="where the store of 1.7 GB lies meanwhile [temporary files]"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result; a folder names it itself"
+    )
+    return parser.parse_args(arguments)
+
+
+@dataclass
+class Rival:
+    """A script without a cache: the tower in every step, then the same head, loss and optimizer.
+
+    Attributes:
+        backbone: whose tower.
+        config: of the training that it is compared with.
+        batch: what a step learns; its features are made anew.
+        max_turns: turns after which it has been measured enough.
+        seconds: each step took; the first, to warm up, is left out.
+    """
+
+    backbone: str
+    config: TrainConfig
+    batch: Batch
+    max_turns: int = 1000
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        device, on_cpu = self.config.device, self.config.device == "cpu"
+        self.tower = load_tower(
+            self.backbone,
+            weights="random",
+            device=device,
+            numeric_path="fp32" if on_cpu else "bf16",
+        )
+        self.head = build_head("film-conv", {"fpn_72": self.tower.spec.level_shape("fpn_72")})
+        self.head.to(device)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=self.config.learning_rate)
+        size_px = self.tower.spec.size_px
+        shape = (len(self.batch.rows), 1, size_px, size_px)
+        self.pixels_BCHW = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        self.autocast = (
+            nullcontext() if on_cpu else torch.autocast(torch.device(device).type, torch.bfloat16)
+        )
+        # On a CPU a few images at a time are as fast, and spare memory.
+        self.micro_batch = 4 if on_cpu else 16
+        self.num_turns = 0
+
+    def turn(self) -> None:
+        """Take a step and time it."""
+        if self.num_turns > self.max_turns:
+            return
+        started_s = time.perf_counter()
+        parts = self.pixels_BCHW.split(self.micro_batch)
+        feature_BCHW = torch.cat([self.tower(part)["fpn_72"] for part in parts])
+        assert self.batch.target_BKTT is not None
+        with self.autocast:
+            logits_BKHW = self.head(replace(self.batch, levels={"fpn_72": feature_BCHW}))
+        loss = dice_bce_loss(logits_BKHW, self.batch.target_BKTT, self.config.bce_weight)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        self.optimizer.step()
+        loss.item()  # waits for a GPU
+        if self.num_turns:
+            self.seconds.append(time.perf_counter() - started_s)
+        self.num_turns += 1
+
+
+class HaltedEpoch:
+    """Listens to a training, and halts it between steps for the rivals' turns.
+
+    Attributes:
+        cached_rates: images a second of the training's own turns.
+        val_s: what came after the last step: validation and checkpoints.
+    """
+
+    def __init__(self, rivals: Sequence[Rival], num_images: int, turn_images: int) -> None:
+        self.rivals, self.num_images, self.turn_images = rivals, num_images, turn_images
+        self.cached_rates: list[float] = []
+        self.val_s = math.nan
+        self._begun: tuple[int, float] | None = None
+        for rival in rivals:
+            rival.turn()
+
+    def __call__(self, progress: Progress) -> None:
+        """Take over a report, which a training gives after a step, and around an epoch."""
+        if progress.stage != "train":
+            return
+        num_done, now_s = progress.num_done, time.perf_counter()
+        if self._begun is not None:
+            num_before, before_s = self._begun
+            if num_done == num_before == self.num_images:
+                self.val_s = now_s - before_s
+            if num_done == num_before or (
+                num_done - num_before < self.turn_images and num_done < self.num_images
+            ):
+                return
+            self.cached_rates.append((num_done - num_before) / (now_s - before_s))
+            for rival in self.rivals:
+                rival.turn()
+        self._begun = num_done, time.perf_counter()
+
+
+def compare_losses(batch: Batch, rounds: int) -> tuple[list[float], list[float], float]:
+    """Time our loss and its gradient against MONAI's on a batch, in alternation.
+
+    Returns:
+        Seconds of ours and of MONAI's in each round, and how far their values are apart.
+    """
+    from monai.losses import DiceLoss  # takes seconds
+
+    assert batch.target_BKTT is not None
+    target_BKTT, device = batch.target_BKTT, batch.target_BKTT.device
+    logits_BKHW = torch.randn(len(target_BKTT), 1, 72, 72, device=device, requires_grad=True)
+    dice_loss = DiceLoss(sigmoid=True)
+
+    def ours() -> Tensor:
+        return dice_bce_loss(logits_BKHW, target_BKTT, 0.5)
+
+    def monai() -> Tensor:
+        size = target_BKTT.shape[-2:]
+        up_BKTT = F.interpolate(logits_BKHW, size, mode="bilinear", align_corners=False)
+        y_BKTT = target_BKTT.float()
+        bce = F.binary_cross_entropy_with_logits(up_BKTT, y_BKTT)
+        return 0.5 * bce + 0.5 * dice_loss(up_BKTT, y_BKTT)
+
+    def with_gradient(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            torch.autograd.grad(loss(), logits_BKHW)[0].sum().item()  # waits for a GPU
+
+        return run
+
+    seconds = alternate(rounds, {"ours": with_gradient(ours), "monai": with_gradient(monai)})
+    return seconds["ours"], seconds["monai"], abs(ours().item() - monai().item())
+
+
+def one_batch(store: Path, config: TrainConfig) -> Batch:
+    """Return a first batch of the store, with targets."""
+    opened = open_store(store)
+    rows = [sample.row for sample in opened.samples if sample.split == "train"]
+    samples = CachedSamples(
+        opened,
+        rows[: config.batch_size],
+        ("fpn_72",),
+        device=config.device,
+        target_size_px=config.loss_size_px,
+    )
+    return samples.batch(range(len(samples)))
+
+
+def first(batch: Batch, num: int) -> Batch:
+    """Return the first samples of a batch."""
+    assert batch.target_BKTT is not None
+    return Batch(
+        {level: feature[:num] for level, feature in batch.levels.items()},
+        batch.angles_B2[:num],
+        batch.content_B2[:num],
+        batch.target_BKTT[:num],
+        batch.rows[:num],
+    )
+
+
+def write_store(path: Path, num_train: int, num_val: int) -> Path:
+    """Write a sealed store of noise, all blocks alike, whose masks are curves across the frame."""
+    level = LevelSpec("fpn_72", (256, 72, 72))
+    fingerprint = Fingerprint({"level": "fpn_72", "weights_sha256": "none: synthetic features"})
+    labels = LabelSetSpec("mask", ("vessel",), MASK_PX, MASK_PX)
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((BLOCK_ROWS, *level.shape), np.float32).astype(np.float16)
+    y, x = np.mgrid[:MASK_PX, :MASK_PX]
+    masks = [
+        (np.abs(y - MASK_PX * (0.5 + 0.3 * np.sin(x / 60 + i))) < 12).astype(np.uint8)[None]
+        for i in range(BLOCK_ROWS)
+    ]
+    rows = range(num_train + num_val)
+    samples = [
+        SampleRow(row, f"s{row}", f"{row}.png", None, FRAME_PX, FRAME_PX, 1, status="ok")
+        for row in rows
+    ]
+    annotations = [
+        AnnotationRow(
+            row,
+            f"s{row}",
+            "train" if row < num_train else "val",
+            f"g{row}",
+            float(row % 120 - 60),
+            float(row % 60 - 30),
+        )
+        for row in rows
+    ]
+    with store_lock(path):
+        describe_store(
+            path,
+            settings={"backbone": "none: synthetic features"},
+            levels={"fpn_72": (level, fingerprint)},
+            label_sets={"mask": labels},
+            samples=samples,
+            annotations=annotations,
+        )
+    for begin in range(0, len(rows), BLOCK_ROWS):
+        block, own = begin // BLOCK_ROWS, rows[begin : begin + BLOCK_ROWS]
+        write_level_block(
+            path, level, fingerprint.digest, block, {row: features[row - begin] for row in own}
+        )
+        write_label_block(
+            path,
+            labels,
+            block,
+            {row: masks[row - begin] for row in own},
+            {row: LabelRow(row, source=f"masks/{row}.png") for row in own},
+        )
+        write_sample_facts(path, block, [samples[row] for row in own])
+    with store_lock(path):
+        seal_store(path)
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,118 @@
+"""The programs in benchmarks/ run, say what they missed, and the README says what they measured."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+# What only serves the programs.
+HELPERS = {"reporting", "readme_table"}
+PROGRAMS = sorted(path for path in BENCHMARKS.glob("*.py") if path.stem not in HELPERS)
+
+# As Python does for a program: its folder comes first.
+sys.path.insert(0, str(BENCHMARKS))
+reporting = importlib.import_module("reporting")
+
+
+def report(*bounds: bool) -> object:
+    return reporting.Report(
+        program="example",
+        columns=("`what`", "images/s"),
+        rows=(("ours", "8.3"), ("theirs", "0.041")),
+        notes=["Noise."],
+        bounds=[reporting.Bound("a claim", 1.0, holds) for holds in bounds],
+        figures={},
+        settings={},
+        machine={
+            "device": "cpu",
+            "device_name": "A CPU (R)",
+            "cpu": "A CPU (R)",
+            "num_cores": 2,
+            "num_threads": 2,
+            "share_of_others": 0.3,
+        },
+        versions={"torch": "2.9"},
+        date="2026-01-02T03:04",
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_a_program_explains_itself(program: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, program, "--help"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(option in result.stdout for option in ("--quick", "--json FILE"))
+
+
+def test_training_is_measured_and_its_bounds_decide_the_exit_status(tmp_path: Path) -> None:
+    # In this process: importing MONAI again takes longer than all the rest.
+    program = importlib.import_module("train")
+    options = ("--quick", "--samples", "2", "--device", "cpu", "--workdir", str(tmp_path))
+    status = program.main([*options, "--json", str(tmp_path)])
+    (file,) = tmp_path.iterdir()  # the store is gone
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    assert status == (0 if all(bound["holds"] for bound in measured["bounds"]) else 1)
+    assert len(measured["bounds"]) == 3
+    assert measured["figures"]["loss_difference"] <= 1e-5
+    assert len(measured["figures"]["cached_images_per_s"]) == 1
+    assert measured["figures"]["in_loop_s_per_image"]["sam3-mini"][0] > 0
+    assert measured["figures"]["validation_s"] > 0
+
+
+@pytest.mark.parametrize(("bounds", "status"), [((), 0), ((True,), 0), ((True, False), 1)])
+def test_a_missed_bound_fails(bounds: tuple[bool, ...], status: int) -> None:
+    assert report(*bounds).publish(None) == status
+
+
+def test_the_readme_says_what_the_newest_result_says(tmp_path: Path) -> None:
+    report().publish(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["example-a-cpu-r-2026-01-02.json"]
+    older = json.loads((tmp_path / "example-a-cpu-r-2026-01-02.json").read_text(encoding="utf-8"))
+    older |= {"date": "2025-12-31T00:00", "rows": [["ours", "7"]]}
+    (tmp_path / "example-another.json").write_text(json.dumps(older), encoding="utf-8")
+    marks = "<!-- benchmark:{0} -->\n{1}<!-- /benchmark:{0} -->\n"
+    readme = "Fast.\n" + marks.format("example", "stale\n") + marks.format("unmeasured", "stale\n")
+    body = (
+        "| `what` | images/s |\n| --- | ---: |\n| ours | 8.3 |\n| theirs | 0.041 |\n\n"
+        "A CPU (R), 2 cores (2 threads), torch 2.9, 2026-01-02. Other programs took 30% of the "
+        "processor meanwhile: it is faster alone.\nNoise.\n"
+    )
+    expected = "Fast.\n" + marks.format("example", body) + marks.format("unmeasured", "")
+    assert reporting.with_results(readme, tmp_path) == expected
+
+
+def test_the_readme_is_in_step_with_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert reporting.with_results(readme) == readme, "run: python benchmarks/readme_table.py"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "3 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (5400, "90 min"),
+        (9000, "2.5 h"),
+        (2e5, "2.3 days"),
+    ],
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert reporting.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0413, "0.041"), (8.26, "8.3"), (152.0, "150"), (1.0, "1")]
+)
+def test_figures_have_two_significant_digits(value: float, text: str) -> None:
+    assert reporting.significant(value) == text
