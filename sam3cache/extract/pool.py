@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from sam3cache.extract.worker import (
 )
 
 MAX_DEATHS_OF_A_BLOCK = 2
-_HELD_PAUSE_S = 2.0
 
 
 @dataclass
@@ -135,11 +133,6 @@ def run_pool(
             member.process.join()
             member.pipe.close()
     return frozenset(elsewhere)
-
-
-def pause_for_others() -> None:
-    """Wait a moment before looking again at blocks that another process holds."""
-    time.sleep(_HELD_PAUSE_S)
 
 
 def _death_message(member: _Member, culprit: BlockTask | None) -> str:

@@ -20,9 +20,10 @@ from sam3cache.extract.config import (
     WorkerStatus,
 )
 from sam3cache.extract.plan import RowPlan, Wanted, plan_rows, probe_all
-from sam3cache.extract.pool import pause_for_others, run_pool
+from sam3cache.extract.pool import run_pool
 from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
+    BlockClaims,
     Fingerprint,
     LabelSetSpec,
     LevelSpec,
@@ -44,7 +45,8 @@ from sam3cache.features.files import TEMPORARY_SUFFIX
 from sam3cache.images import preprocessing_fields, read_manifest
 
 Report = Callable[[ExtractProgress], None]
-_MAX_ROUNDS_WITHOUT_PROGRESS = 3
+_MAX_PAUSES = 5
+_PAUSE_S = 2.0
 
 
 def extract(config: ExtractConfig, report: Report = lambda progress: None) -> ExtractResult:
@@ -85,19 +87,23 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
     digest = _weights_digest(config) if set(config.levels) != {IMAGE_LEVEL} else None
     with store_lock(root):
         job = _prepare(root, config, wanted, digest)
+    claims = BlockClaims(root)
     num_computed = 0
-    num_idle_rounds = 0
-    while job.tasks:
-        num_images = sum(len(task.rows) for task in job.tasks)
-        elsewhere = run_pool(job.setups, job.tasks, _reporter(report, num_images))
-        ours = [task for task in job.tasks if task.block not in elsewhere]
-        num_computed += sum(len(task.rows) for task in ours)
-        job = replace(job, tasks=_tasks(root, job))
-        num_idle_rounds = 0 if ours else num_idle_rounds + 1
-        if num_idle_rounds >= _MAX_ROUNDS_WITHOUT_PROGRESS:
-            break
-        if job.tasks:
-            pause_for_others()
+    num_pauses = 0
+    while job.tasks and num_pauses < _MAX_PAUSES:
+        tasks = [task for task in job.tasks if claims.is_free(task.block)]
+        if tasks:
+            num_pauses = 0
+            num_images = sum(len(task.rows) for task in tasks)
+            elsewhere = run_pool(job.setups, tasks, _reporter(report, num_images))
+            num_computed += sum(len(task.rows) for task in tasks if task.block not in elsewhere)
+        else:
+            # Another launch holds all that is left.
+            num_pauses += 1
+            time.sleep(_PAUSE_S)
+        # Locked: whoever seals the store meanwhile folds the receipts that are read here.
+        with store_lock(root):
+            job = replace(job, tasks=_tasks(root, job))
     if not job.tasks:
         _seal(root, job)
     store = open_store(root, allow_unsealed=True)

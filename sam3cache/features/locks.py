@@ -72,6 +72,11 @@ class BlockClaims:
         finally:
             lock.release()
 
+    def is_free(self, block: int) -> bool:
+        """Return whether nobody holds a block just now."""
+        with self.claim(block) as ours:
+            return ours
+
     def sweep(self) -> None:
         """Delete the lock files; for the holder of the whole store, once every block is done."""
         for path in self._folder.glob("*.lock"):

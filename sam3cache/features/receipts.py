@@ -110,14 +110,23 @@ def write_receipt(root: Path, receipt: Receipt) -> None:
 def read_receipt(root: Path, item: str, block: int) -> Receipt | None:
     """Return one single receipt, or None when it has not been written (or is folded away)."""
     path = _receipt_path(root, item, block)
-    if not path.exists():
+    try:
+        return Receipt.from_json(json.loads(path.read_bytes()), path)
+    except FileNotFoundError:
         return None
-    return Receipt.from_json(_load(path), path)
+    except ValueError:
+        raise _unreadable(path) from None
 
 
 def receipt_done(root: Path, item: str, block: int) -> bool:
-    """Return whether a single receipt, with all its files, is there."""
+    """Return whether an item of a block has been finished, by whomever.
+
+    A single receipt says so, or the seal that another process has set in the meantime.
+    """
     receipt = read_receipt(root, item, block)
+    path = root / SEAL_FILE
+    if receipt is None and path.exists():
+        receipt = _receipts_of(_load(path), path).get((item, block))
     return receipt is not None and receipt.is_done(root)
 
 

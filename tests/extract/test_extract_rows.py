@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +121,30 @@ def test_a_manifest_of_which_nothing_can_be_read_stops_before_it_starts(copy):
     with pytest.raises(ManifestError, match="none of its 5 samples can be used"):
         run(copy)
     assert (copy.parent / "x.zarr/complete.json").read_bytes() == before
+
+
+def test_launches_on_one_store_share_the_work_and_agree_on_who_seals_it(tmp_path):
+    folder = write_images(tmp_path / "pictures", num_images=40)
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "sam3cache",
+            "extract",
+            str(folder),
+            "-o",
+            str(tmp_path / "x.zarr"),
+        ),
+        *("--levels", "image_1008", "--backbone", "sam3-mini", "--devices", "cpu", "--json"),
+    ]
+    launches = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [launch.communicate(timeout=150) for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], outputs
+    assert sum(json.loads(stdout)["num_computed"] for stdout, _ in outputs) == 40
+    assert len(open_store(tmp_path / "x.zarr").samples) == 40
 
 
 def test_the_command_lists_what_it_set_aside_and_says_so_by_its_exit_code(copy, run_cli):

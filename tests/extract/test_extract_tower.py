@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from picture_folder import NUM_IMAGES
 from PIL import Image
 from towers import build_stock_backbone, normalize
 
@@ -57,7 +56,7 @@ def finished(store: Path) -> dict[str, int]:
     return found
 
 
-def wait_for(condition, timeout_s=60.0):
+def wait_for(condition, timeout_s=150.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -140,26 +139,6 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(pictures, undisturbed, 
     assert killed
     assert result.sealed
     assert files_of(store) == files_of(undisturbed)
-
-
-def test_two_launches_share_one_store(pictures, undisturbed, tmp_path):
-    store = tmp_path / "x.zarr"
-    arguments = [word.replace("cpu:2", "cpu") for word in command(pictures, store)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launches = [
-        subprocess.Popen([*arguments, "--json"], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    results = [json.loads(launch.communicate(timeout=120)[0]) for launch in launches]
-    assert sum(result["num_computed"] for result in results) == NUM_IMAGES
-    store_now = open_store(store)
-    reference = open_store(undisturbed)
-    # Not bit-identical: each of these workers had two threads, those of the reference one.
-    for row in (0, 16, 17):
-        difference = np.abs(
-            store_now.read("fpn_72", row).astype(float) - reference.read("fpn_72", row)
-        )
-        assert difference.max() < 0.02
 
 
 def test_a_level_added_later_leaves_the_others_as_they_are(pictures, undisturbed, tmp_path):
