@@ -60,7 +60,7 @@ from sam3cache.training import Progress, TrainConfig, dice_bce_loss, train
 NUM_TRAIN, NUM_VAL, NUM_EPOCHS = 521, 111, 30
 FRAME_PX, MASK_PX = 1016, 512
 
-MINI_RATIO = 2.0
+MINI_RATIO = 1.5
 FULL_RATIO = 10.0
 WHOLE_MIN = 45.0
 LOSS_DIFFERENCE = 1e-5
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.full:
             print("Building SAM 3's tower with random weights", flush=True)
             # An image at a time: the tower takes all but a thousandth of its time.
-            rivals.append(Rival("sam3", config, first(batch, 1), max_turns=3))
+            rivals.append(Rival("sam3", config, first(batch, 1), max_turns=2))
         print("Training an epoch, halted for steps with the tower in the loop", flush=True)
-        # Some eight turns an epoch, of whole steps.
-        turn_images = config.batch_size * max(1, num_train // config.batch_size // 8)
+        # Some six turns an epoch, of whole steps.
+        turn_images = config.batch_size * max(1, num_train // config.batch_size // 6)
         epoch = HaltedEpoch(rivals, num_train, turn_images)
         result = train(config, epoch)
 
@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         whole = f"With loading and validation that makes {duration(derived_s)} (derived)."
     else:
         whole = f"With loading and validation the 30 epochs took {duration(whole_s)}, run whole."
+    turns = str(len(epoch.cached_rates))
+    if options.full:
+        turns += f" ({len(rivals[-1].seconds)} of SAM 3's tower)"
     return Report(
         program="train",
         columns=(
@@ -157,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows=rows,
         notes=[
             whole,
-            f"Medians of {len(epoch.cached_rates)} turns in alternation, on synthetic features.",
+            f"Medians of {turns} turns in alternation, on synthetic features.",
         ],
         bounds=bounds,
         figures={
