@@ -1,10 +1,11 @@
-"""The machine a command runs on: its devices, memory, threads and the versions installed."""
+"""The machine a command runs on: its devices, memory, threads, files and installed versions."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 from sam3cache.errors import ConfigError
 
 REPORTED_PACKAGES = ("sam3cache", "sam3", "torch", "torchvision", "zarr", "numpy")
+
+# Windows refuses to replace a file that a reader or a virus scanner has open at that moment.
+_REPLACE_PATIENCE_S = 5.0 if os.name == "nt" else 0.0
+_REPLACE_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,28 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(num_threads)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file over another in one step; on Windows, wait a while for others to close it.
+
+    Args:
+        source: the file to rename.
+        target: its new name, whether or not a file has it.
+
+    Raises:
+        OSError: as the operating system has it; on Windows a PermissionError comes after 5 s.
+    """
+    deadline_s = time.monotonic() + _REPLACE_PATIENCE_S
+    while True:
+        try:
+            source.replace(target)
+        except PermissionError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(_REPLACE_PAUSE_S)
+        else:
+            return
 
 
 def environment_fields() -> dict[str, str]:

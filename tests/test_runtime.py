@@ -1,5 +1,7 @@
 import os
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -107,3 +109,74 @@ def test_the_environment_names_versions_and_leaves_out_what_is_absent() -> None:
     assert set(runtime.REPORTED_PACKAGES) <= set(fields)
     assert fields["torch"] == torch.__version__.partition("+")[0] or "+" in fields["torch"]
     assert runtime.installed_version("no-such-package-at-all") is None
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> tuple[Path, Path]:
+    source, target = tmp_path / "new", tmp_path / "old"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    return source, target
+
+
+def test_a_file_takes_the_place_of_another(two_files: tuple[Path, Path]) -> None:
+    source, target = two_files
+    runtime.replace_file(source, target)
+    assert target.read_bytes() == b"new"
+    assert not source.exists()
+
+
+class _Refusals:
+    """The operating system as it is on Windows while a file is open: it refuses, then renames."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_refusals: int) -> None:
+        self.num_calls, self._num_refusals, self._rename = 0, num_refusals, os.replace
+        monkeypatch.setattr(os, "replace", self._replace)
+
+    def _replace(self, source: Path, target: Path) -> None:
+        self.num_calls += 1
+        if self.num_calls <= self._num_refusals:
+            raise PermissionError(13, "Access is denied")
+        self._rename(source, target)
+
+
+def test_a_file_that_is_open_for_a_moment_is_waited_for_on_windows(
+    two_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_REPLACE_PATIENCE_S", 5.0)
+    system = _Refusals(monkeypatch, num_refusals=2)
+    runtime.replace_file(*two_files)
+    assert system.num_calls == 3
+    assert two_files[1].read_bytes() == b"new"
+
+
+def test_a_file_that_stays_refused_is_not_waited_for_without_end(
+    two_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_REPLACE_PATIENCE_S", 0.1)
+    system = _Refusals(monkeypatch, num_refusals=100)
+    with pytest.raises(PermissionError):
+        runtime.replace_file(*two_files)
+    assert 2 <= system.num_calls < 20
+
+
+@pytest.mark.skipif(os.name != "nt", reason="only Windows refuses to replace an open file")
+def test_windows_replaces_a_file_once_its_reader_has_closed_it(
+    two_files: tuple[Path, Path],
+) -> None:
+    reader = two_files[1].open("rb")
+    closing = threading.Timer(0.5, reader.close)
+    closing.start()
+    runtime.replace_file(*two_files)
+    closing.join()
+    assert two_files[1].read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows waits")
+def test_elsewhere_a_refusal_is_final_at_once(
+    two_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = _Refusals(monkeypatch, num_refusals=1)
+    with pytest.raises(PermissionError):
+        runtime.replace_file(*two_files)
+    assert system.num_calls == 1

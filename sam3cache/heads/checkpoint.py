@@ -29,6 +29,7 @@ import sam3cache
 from sam3cache.errors import CheckpointError, FingerprintError, HeadError
 from sam3cache.heads.head import Head
 from sam3cache.heads.registry import HEADS, build_head
+from sam3cache.runtime import replace_file
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -177,7 +178,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    replace_file(partial, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sam3cache import runtime
 from sam3cache.errors import CheckpointError, FingerprintError
 from sam3cache.heads import (
     CheckpointInfo,
@@ -19,7 +21,7 @@ from sam3cache.heads import (
     load_checkpoint,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import read_record
+from sam3cache.heads.checkpoint import read_record, write_atomically
 from sam3cache.records import Batch
 
 SHAPES = {"fpn_72": (8, 6, 6)}
@@ -209,3 +211,20 @@ def test_other_features_are_refused_field_by_field() -> None:
 def test_a_store_without_the_level_is_refused() -> None:
     with pytest.raises(FingerprintError, match=r"reads level fpn_72.*\(fpn_144\)"):
         check_fingerprints(LEVELS, {"fpn_144": {"digest": "d", "fields": {}}})
+
+
+def test_a_checkpoint_that_windows_holds_open_for_a_moment_is_still_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, refusals = os.replace, [PermissionError(13, "Access is denied")]
+
+    def refuse_once(source: Path, target: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_once)
+    monkeypatch.setattr(runtime, "_REPLACE_PATIENCE_S", 5.0)
+    write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert not refusals
