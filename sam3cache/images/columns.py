@@ -174,12 +174,16 @@ def _is_scalar(value: Any) -> bool:
 
 
 class RowReader:
-    """Takes our fields out of a CSV's rows; each JSON file is read once."""
+    """Takes our fields out of a CSV's rows.
+
+    Each JSON file is read once, and only the values that the fields ask for are kept of it.
+    """
 
     def __init__(self, column_map: ColumnMap, root: Path) -> None:
         self._fields = column_map.fields
         self._root = root
-        self._documents: dict[str, Any] = {}
+        self._keys = {source.key for source in self._fields.values() if source.key}
+        self._found: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
 
     def value(self, row: Mapping[str, str], name: str) -> str:
         """Return a field of a row as text; empty when it is not given.
@@ -197,28 +201,41 @@ class RowReader:
         return pseudonym(text) if source.hash and text else text
 
     def _json_value(self, path_text: str, key: tuple[str, ...]) -> str:
-        name, location = resolve_path(path_text, self._root)
-        if path_text not in self._documents:
-            try:
-                text = (location or self._root / name).read_text(encoding="utf-8-sig")
-                self._documents[path_text] = json.loads(text)
-            except OSError as error:
-                raise ImageError(
-                    f"{name}: {error.strerror or 'cannot be read'}; restore the JSON file or empty "
-                    "the cell"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise ImageError(
-                    f"{name}: not JSON ({' '.join(str(error).split())[:80]}); export it again"
-                ) from None
-        value = self._documents[path_text]
-        for part in key:
-            if not isinstance(value, dict) or part not in value:
-                raise ImageError(
-                    f"{name}: no key {'.'.join(key)!r}; add it, with null when it is unknown"
+        if (path_text, key) not in self._found:
+            name, location = resolve_path(path_text, self._root)
+            document, problem = _read_json(location or self._root / name)
+            for wanted in self._keys:
+                self._found[path_text, wanted] = (
+                    ("", f"{name}: {problem}") if problem else _look_up(document, wanted, name)
                 )
-            value = value[part]
-        return "" if value is None else str(value)
+        value, problem = self._found[path_text, key]
+        if problem:
+            raise ImageError(problem)
+        return value
+
+
+def _read_json(path: Path) -> tuple[Any, str]:
+    """Return a file's document, or what is wrong with the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig")), ""
+    except OSError as error:
+        problem = error.strerror or "cannot be read"
+        return None, f"{problem}; restore the JSON file or empty the cell"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON ({' '.join(str(error).split())[:80]}); export it again"
+
+
+def _look_up(document: Any, key: tuple[str, ...], name: str) -> tuple[str, str]:
+    """Return the text at a key, empty for null, or what is wrong with the document."""
+    value = document
+    for part in key:
+        if not isinstance(value, dict) or part not in value:
+            return "", f"{name}: no key {'.'.join(key)!r}; add it, with null when it is unknown"
+        value = value[part]
+    if isinstance(value, dict | list):
+        kind = "a list" if isinstance(value, list) else "an object"
+        return "", f"{name}: {'.'.join(key)!r} is {kind}; expected the key of one value"
+    return "" if value is None else str(value), ""
 
 
 def resolve_path(text: str, root: Path) -> tuple[str, Path | None]:

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -257,6 +258,8 @@ def test_a_constant_split_says_so(tmp_path):
         ('{"view": {"primary": "steep"}}', "a.json", "'steep' is not a number"),
         ('{"view": {"primary": true}}', "a.json", "'True' is not a number"),
         ('{"view": {"primary": 400}}', "a.json", "outside"),
+        ('{"view": {"primary": [5]}}', "a.json", "'view.primary' is a list"),
+        ('{"view": {"primary": {"name": "Doe"}}}', "a.json", "'view.primary' is an object"),
         ("{}", "absent.json", "absent.json"),
         ("{}", ".", ".: "),
     ],
@@ -276,6 +279,27 @@ def test_angles_of_json_files_are_checked(tmp_path, document, cell, words):
         assert words in bad.reason
         assert str(tmp_path) not in bad.reason
         assert "\n" not in bad.reason
+
+
+def test_of_large_json_files_only_the_values_asked_for_stay_in_memory(tmp_path):
+    rows = []
+    for n in range(20):
+        contours = {"view": {"primary": n}, "points": [i + 0.5 for i in range(10_000)]}
+        (tmp_path / f"{n}.json").write_text(json.dumps(contours), encoding="utf-8")
+        rows += [f"{n}.npy,{frame},{n}.json" for frame in range(2)]
+    paths = write(
+        tmp_path,
+        "image,frame,info\n" + "\n".join(rows) + "\n",
+        'primary_angle = { json = "info", key = "view.primary" }',
+    )
+    tracemalloc.start()
+    try:
+        manifest = read_manifest(*paths)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [s.primary_angle_deg for s in manifest.samples] == [n // 2 for n in range(40)]
+    assert peak_bytes < 2e6  # one file takes 0.5 MB, all of them 7 MB
 
 
 # Splits ---------------------------------------------------------------------------------------
