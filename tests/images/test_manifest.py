@@ -471,6 +471,22 @@ def test_a_folder_of_pictures_alone_is_a_manifest(tmp_path):
     assert [s.source for s in read_manifest(tmp_path).samples] == ["a.png"]
 
 
+def test_a_folders_manifest_speaks_for_it(tmp_path):
+    for name in ["images/a.png", "images/stray.png", "masks/a.png"]:
+        picture(tmp_path / name)
+    write(tmp_path, "picture,note\nimages/a.png,of the CSV\n", 'image = "picture"')
+    (sample,) = read_manifest(tmp_path, tmp_path / "columns.toml").samples
+    assert (sample.source, sample.mask, sample.extra) == (
+        "images/a.png",
+        None,
+        {"note": "of the CSV"},
+    )
+    assert sample.root == tmp_path
+    assert sample.image_path.is_file()
+    with pytest.raises(ManifestError, match=r"manifest\.csv: no column 'image'"):
+        read_manifest(tmp_path)
+
+
 def test_a_mask_without_an_image_is_listed(tmp_path):
     for name in ["images/a.png", "masks/a.png", "masks/b.png"]:
         picture(tmp_path / name)
