@@ -14,6 +14,9 @@ from sam3cache.errors import ConfigError
 
 REPORTED_PACKAGES = ("sam3cache", "sam3", "torch", "torchvision", "zarr", "numpy")
 
+_CGROUP_LISTING, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_FILE_CACHES = ("active", "inactive")
+
 # Windows refuses to replace a file that a reader or a virus scanner has open at that moment.
 _REPLACE_PATIENCE_S = 5.0 if os.name == "nt" else 0.0
 _REPLACE_PAUSE_S = 0.05
@@ -25,7 +28,8 @@ class DeviceMemory:
 
     Attributes:
         name: as its driver calls it.
-        total_bytes: all memory of the device; for the CPU, of the machine.
+        total_bytes: all memory of the device; for the CPU, of the machine, or what a container or
+            a scheduler grants of it.
         free_bytes: what could be allocated now, by any process.
     """
 
@@ -114,11 +118,67 @@ def device_memory(device: str) -> DeviceMemory:
         import psutil
 
         memory = psutil.virtual_memory()
-        return DeviceMemory(cpu_name(), int(memory.total), int(memory.available))
+        total_bytes, free_bytes = [int(memory.total)], [int(memory.available)]
+        if sys.platform == "linux" and _CGROUP_LISTING.exists():
+            listing = _CGROUP_LISTING.read_text(encoding="utf-8")
+            for limit_bytes, left_bytes in cgroup_memory(listing, _CGROUP_MOUNT):
+                total_bytes.append(limit_bytes)
+                free_bytes.append(left_bytes)
+        return DeviceMemory(cpu_name(), min(total_bytes), min(free_bytes))
     import torch
 
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return DeviceMemory(torch.cuda.get_device_name(device), total_bytes, free_bytes)
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(torch.cuda.get_device_name(device), total, free)
+
+
+def cgroup_memory(listing: str, mount: Path) -> list[tuple[int, int]]:
+    """Report what Linux grants the control groups of a process, whose limits bind it together.
+
+    Both versions are read, and every group up to the root, as each may have a limit. Inside a
+    container the listed path is often the host's, and the container's own group is the root. See
+    "cgroup-v2" and "cgroup-v1/memory" in the Linux kernel's Admin Guide.
+
+    Args:
+        listing: text of /proc/self/cgroup.
+        mount: folder that control groups are mounted on.
+
+    Returns:
+        By group with a limit: the limit, and what of it is not in use, in bytes. Cached files
+        count as not in use, since they make room when memory is wanted.
+    """
+    memory = []
+    for line in listing.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            # Mounted on a folder of its own where version 1 holds the root.
+            roots = [mount, mount / "unified"]
+            names = ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            roots = [mount / "memory"]
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        for root in roots:
+            group = root / path.strip("/")
+            for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+                memory.append(_group_memory(folder, *names))
+    return [entry for entry in memory if entry is not None]
+
+
+def _group_memory(folder: Path, limit: str, usage: str, prefix: str) -> tuple[int, int] | None:
+    try:
+        limit_text = (folder / limit).read_text(encoding="utf-8").strip()
+        if limit_text == "max":
+            return None
+        used_bytes = int((folder / usage).read_text(encoding="utf-8"))
+        statistics = (folder / "memory.stat").read_text(encoding="utf-8").split()
+    except OSError:  # no such group here, or not for our eyes
+        return None
+    by_name = dict(zip(statistics[::2], statistics[1::2], strict=True))
+    limit_bytes = int(limit_text)
+    cached_bytes = sum(int(by_name.get(f"{prefix}{kind}_file", 0)) for kind in _FILE_CACHES)
+    left_bytes = limit_bytes - used_bytes + cached_bytes
+    return limit_bytes, min(max(left_bytes, 0), limit_bytes)
 
 
 def used_memory_bytes(device: str) -> int:

@@ -25,6 +25,8 @@ PATHS = re.compile(r"/(proc|dev|sys|tmp|etc)/")
 GUARDED = {
     ("runtime.py", "/proc/cpuinfo"): 'sys.platform == "linux"',
     ("runtime.py", "/proc/self/status"): 'sys.platform == "linux"',
+    ("runtime.py", "/proc/self/cgroup"): 'sys.platform == "linux"',
+    ("runtime.py", "/sys/fs/cgroup"): 'sys.platform == "linux"',
     ("features/files.py", "os.open"): 'os.name != "posix"',
 }
 

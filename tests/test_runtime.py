@@ -1,4 +1,5 @@
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,11 +73,75 @@ def test_one_device_is_one(text: str) -> None:
         runtime.pick_device(text)
 
 
-def test_the_cpu_has_the_memory_of_the_machine() -> None:
+def test_the_cpu_has_the_memory_of_the_machine_or_of_its_container() -> None:
     memory = runtime.device_memory("cpu")
     assert memory.name
-    assert memory.total_bytes == psutil.virtual_memory().total
+    assert memory.total_bytes <= psutil.virtual_memory().total
     assert 0 < memory.free_bytes < memory.total_bytes
+
+
+# Files of a control group: limit, use, and cached files that make room when memory is wanted.
+V2 = ("memory.max", "memory.current", "anon 1\ninactive_file {}\nactive_file 20\n")
+V1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "inactive_file 3\ntotal_inactive_file {}\ntotal_active_file 20\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("listing", "groups", "expected"),
+    [
+        ("0::/a/b\n", {"a/b": (V2, "1000", 400, 0)}, [(1000, 620)]),
+        ("0::/a/b\n", {"a/b": (V2, "1000", 400, 150)}, [(1000, 770)]),
+        ("0::/a/b\n", {"a/b": (V2, "max", 400, 0)}, []),
+        (
+            "0::/a/b\n",
+            {"a/b": (V2, "max", 400, 0), "a": (V2, "700", 500, 0)},
+            [(700, 220)],
+        ),
+        ("0::/docker/abc\n", {"": (V2, "800", 950, 0)}, [(800, 0)]),
+        ("0::/../outside\n", {"": (V2, "800", 300, 0)}, [(800, 520)]),
+        ("0::/\n", {"": (V2, "800", 300, 0)}, [(800, 520)]),
+        ("0::/\n", {}, []),
+        ("", {}, []),
+        ("0::/a\n", {"unified/a": (V2, "800", 300, 0)}, [(800, 520)]),
+        (
+            "4:memory:/job/1\n3:cpuset:/\n0::/\n",
+            {"memory/job/1": (V1, "2000", 500, 100), "memory": (V1, "9000", 6000, 0)},
+            [(2000, 1620), (9000, 3020)],
+        ),
+        ("9:name=systemd:/memory\n", {"memory": (V1, "1", 0, 0)}, []),
+        ("4:memory:/of/the/host\n", {"memory": (V1, "2000", 500, 0)}, [(2000, 1520)]),
+    ],
+)
+def test_a_control_group_grants_what_is_left_of_its_limit(
+    tmp_path: Path,
+    listing: str,
+    groups: dict[str, tuple[tuple[str, str, str], str, int, int]],
+    expected: list[tuple[int, int]],
+) -> None:
+    for path, (names, limit, used_bytes, cache_bytes) in groups.items():
+        folder = tmp_path / "cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n", encoding="utf-8")
+        (folder / names[1]).write_text(f"{used_bytes}\n", encoding="utf-8")
+        (folder / "memory.stat").write_text(names[2].format(cache_bytes), encoding="utf-8")
+    assert runtime.cgroup_memory(listing, tmp_path / "cgroup") == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has control groups")
+def test_the_memory_of_the_cpu_ends_at_the_limit_of_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "listing").write_text("0::/job\n", encoding="utf-8")
+    (tmp_path / "job").mkdir()
+    for name, text in (("max", "50000\n"), ("current", "20000\n"), ("stat", "inactive_file 1\n")):
+        (tmp_path / "job" / f"memory.{name}").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(runtime, "_CGROUP_LISTING", tmp_path / "listing")
+    monkeypatch.setattr(runtime, "_CGROUP_MOUNT", tmp_path)
+    memory = runtime.device_memory("cpu")
+    assert (memory.total_bytes, memory.free_bytes) == (50_000, 30_001)
 
 
 def test_the_peak_remembers_what_was_given_back() -> None:
