@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from sam3cache.errors import ConfigError, NumericError
+from sam3cache.errors import CheckpointError, ConfigError, NumericError
 from sam3cache.features import FeatureStore, open_store
 from sam3cache.heads import (
     CheckpointInfo,
@@ -130,7 +130,7 @@ def train(
         ConfigError: settings, splits or an existing run stand against it.
         HeadError: the head is unknown or does not fit the store.
         StoreError: the store cannot be used, or (to resume) is not the one of before.
-        CheckpointError: the run to resume is damaged.
+        CheckpointError: the run to resume is damaged, or lacks its state.
         NumericError: the loss is no longer finite.
     """
     return _Run(config, report).train()
@@ -177,6 +177,15 @@ class _Run:
         # Before anything is loaded: what stands against the run is said at once.
         self.state = self._begin(RunState(settings, levels))
 
+        # Before the samples, whose place depends on the memory that is then left.
+        self.val_masks = [_mask(store, row, config.label_set) for row in with_mask]
+        self.num_empty_masks = sum(not (mask == 1).any() for mask in self.val_masks)
+        if self.num_empty_masks == len(self.val_masks):
+            raise ConfigError(
+                f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
+                "undefined; check the masks, or the split"
+            )
+
         def report_load(num_done: int, num_total: int) -> None:
             report(Progress("load", num_done, num_total))
 
@@ -198,14 +207,7 @@ class _Run:
             residency=config.residency,
             label_set=config.label_set,
         )
-        self.val_masks = [self._val_mask(index) for index in range(len(self.val_samples))]
-        self.num_empty_masks = sum(not (mask == 1).any() for mask in self.val_masks)
         self.num_without_mask = self.train_samples.num_without_mask + len(val_rows) - len(with_mask)
-        if self.num_empty_masks == len(self.val_masks):
-            raise ConfigError(
-                f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
-                "undefined; check the masks, or the split"
-            )
 
     def train(self) -> TrainResult:
         """Go through the epochs that are left."""
@@ -252,6 +254,11 @@ class _Run:
                 )
             if state_file.exists():
                 return self._resume(state_file, fresh)
+            if (run_dir / "best").exists() or (run_dir / METRICS_FILE).exists():
+                raise CheckpointError(
+                    f"the run in {run_dir} cannot be resumed without {state_file}, which is "
+                    "missing; restore it, or start again with --overwrite"
+                )
         elif exists and not self.config.overwrite:
             raise ConfigError(
                 f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
@@ -410,11 +417,6 @@ class _Run:
                 index += 1
         return sum(dice_by_image) / len(dice_by_image)
 
-    def _val_mask(self, index: int) -> Tensor:
-        mask_KHW = self.val_samples.mask(index)
-        assert mask_KHW is not None
-        return mask_KHW
-
     def _info(self, epoch: int, metrics: dict[str, float]) -> CheckpointInfo:
         return CheckpointInfo(
             head=self.config.head,
@@ -443,6 +445,12 @@ def _num_planes(store: FeatureStore, config: TrainConfig) -> int:
             "in the manifest and extract again"
         )
     return store.label_sets[config.label_set].num_planes
+
+
+def _mask(store: FeatureStore, row: int, label_set: str) -> Tensor:
+    mask_KHW = store.read_mask(row, label_set)
+    assert mask_KHW is not None
+    return torch.from_numpy(mask_KHW)
 
 
 def _rows(store: FeatureStore, config: TrainConfig, split: str) -> list[int]:

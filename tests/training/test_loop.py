@@ -311,6 +311,17 @@ def test_a_damaged_run_is_not_resumed(store: Path, tmp_path: Path) -> None:
         train(dataclasses.replace(config, resume=True))
 
 
+def test_a_run_whose_state_is_lost_is_not_resumed_but_kept(store: Path, tmp_path: Path) -> None:
+    config = config_for(store, tmp_path, epochs=1)
+    run_dir = train(config).run_dir
+    (run_dir / "last" / "training.safetensors").unlink()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"training.safetensors, which is missing") as caught:
+        train(dataclasses.replace(config, resume=True))
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_that_was_killed_before_its_first_epoch_is_resumed_from_the_start(
     store: Path, straight: Path, tmp_path: Path
 ) -> None:
