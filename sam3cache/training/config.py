@@ -23,9 +23,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Where a run lies and what it runs on may change between its parts; the rest makes its result.
-_NOT_THE_RESULT = frozenset(
-    {"store", "name", "output", "device", "residency", "resume", "overwrite", "allow_unsealed"}
-)
+_NOT_THE_RESULT = frozenset({"store", "name", "device", "residency", "allow_unsealed"})
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,15 @@ class TrainConfig:
         return Path(self.output) / self.name
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration as plain JSON values, as checkpoints record it."""
-        settings = dataclasses.asdict(self) | {"head_options": dict(self.head_options)}
-        del settings["resume"], settings["overwrite"]
+        """Return the configuration as plain JSON values, as checkpoints record it.
+
+        Of the store its folder's name alone: checkpoints travel, the paths of a machine do not.
+        """
+        settings = dataclasses.asdict(self) | {
+            "store": Path(self.store).resolve().name,
+            "head_options": dict(self.head_options),
+        }
+        del settings["output"], settings["resume"], settings["overwrite"]
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 

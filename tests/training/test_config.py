@@ -36,17 +36,24 @@ def test_a_value_that_cannot_be_used_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_settings_are_plain_json_and_leave_out_how_the_run_was_started() -> None:
-    settings = TrainConfig("x.zarr", "run", head_options={"widths": (8, 4)}, resume=True).settings()
+def test_settings_are_plain_json_and_leave_out_how_and_where_the_run_was_started() -> None:
+    settings = TrainConfig(
+        "/home/someone/x.zarr",
+        "run",
+        head_options={"widths": (8, 4)},
+        output="/home/someone/runs",
+        resume=True,
+    ).settings()
     assert settings["head_options"] == {"widths": [8, 4]}
     assert settings["store"] == "x.zarr"
     assert settings["learning_rate"] == 1e-4
     assert "resume" not in settings
+    assert "someone" not in str(settings)
 
 
 def test_only_settings_that_make_the_result_have_to_be_the_same_on_resuming() -> None:
     old = TrainConfig("x.zarr", "run").settings()
-    moved = {"store": "/elsewhere/x.zarr", "output": "y", "name": "z", "residency": "stream"}
+    moved = {"store": "y.zarr", "name": "z", "device": "cuda:0", "residency": "stream"}
     check_same_run(old, old | moved)
     with pytest.raises(ConfigError, match=r"\(batch_size 16 → 8; head film-conv → linear\)"):
         check_same_run(old, old | {"batch_size": 8, "head": "linear"})

@@ -97,10 +97,13 @@ def test_a_run_learns_and_writes_what_is_needed_to_use_it(store: Path, tmp_path:
         assert info.epoch == epoch
         assert info.metrics["val_dice"] == metrics[epoch - 1]["val_dice"]
         assert info.settings["learning_rate"] == 3e-3
-        assert info.settings["store"] == str(store)
+        assert info.settings["store"] == store.name
         assert info.settings["precision"] == "fp32"
         assert info.levels["fpn_72"]["digest"] == open_store(store).fingerprint("fpn_72").digest
         assert (info.head, info.label_set, info.threshold) == ("film-conv", "mask", 0.5)
+        for file in (result.run_dir / folder).iterdir():
+            assert str(tmp_path).encode() not in file.read_bytes(), f"{file} names a path"
+            assert str(store.parent).encode() not in file.read_bytes(), f"{file} names a path"
 
 
 def test_the_best_dice_is_the_mean_over_images_on_their_masks_own_grid(
