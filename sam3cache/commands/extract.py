@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sam3cache.extract import ExtractProgress, ExtractResult
 
 SET_ASIDE_EXIT_CODE = 3
+UNSEALED_EXIT_CODE = 4
 
 
 @click.command()
@@ -72,7 +73,11 @@ SET_ASIDE_EXIT_CODE = 3
     show_default=True,
     help="Keep the aspect ratio and pad, or squash to the square as SAM 3's own processor does.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the split, if there is none given.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Of the split, if the manifest has none. [default: the store's; else 0]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def extract(
     manifest: Path,
@@ -85,14 +90,14 @@ def extract(
     batch_size: int | None,
     numeric_path: str,
     resize: str,
-    seed: int,
+    seed: int | None,
     as_json: bool,
 ) -> None:
     """Run SAM 3's vision tower once over the images of MANIFEST and store its features.
 
     MANIFEST is a CSV with a line a sample, or a folder with images/ and perhaps masks/. Stop it at
     any time: the same command goes on where it was. Samples that cannot be used are listed, and
-    the exit code is then 3.
+    the exit code is then 3; it is 4 when another process is still at work on the store.
 
     \b
     Examples:
@@ -124,10 +129,18 @@ def extract(
         click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
     for group in result.leaks:
         click.echo(f"warning: group {group} is in more than one split", err=True)
+    if result.num_moved:
+        click.echo(
+            f"warning: {result.num_moved} samples are in another split than before; heads trained "
+            "until now may have seen what is now validation or test",
+            err=True,
+        )
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
     else:
         _print_summary(result)
+    if not result.sealed:
+        raise click.exceptions.Exit(UNSEALED_EXIT_CODE)
     if result.set_aside:
         raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
 

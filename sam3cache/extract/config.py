@@ -32,7 +32,7 @@ class ExtractConfig:
             a CPU.
         resize_mode: "letterbox" or "squash".
         numeric_path: "fp32", "bf16", or "auto": the store's, else bf16 where every device is CUDA.
-        seed: of the split, where the manifest has none.
+        seed: of the split, where the manifest has none; None: the store's, else 0.
     """
 
     manifest: Path
@@ -45,7 +45,7 @@ class ExtractConfig:
     batch_size: int | None = None
     resize_mode: Literal["letterbox", "squash"] = "letterbox"
     numeric_path: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a file.
@@ -111,6 +111,7 @@ class ExtractResult:
         num_computed: images that this run put through the workers.
         num_kept: images that were there before.
         num_removed: rows that this run turned into tombstones.
+        num_moved: samples that this run put into another split than before.
         set_aside: samples that could not be used, and why.
         leaks: groups that the manifest puts into more than one split.
         split_rule: where the splits come from, in words.
@@ -123,6 +124,7 @@ class ExtractResult:
     num_computed: int
     num_kept: int
     num_removed: int
+    num_moved: int
     set_aside: tuple[SetAside, ...]
     leaks: tuple[str, ...]
     split_rule: str

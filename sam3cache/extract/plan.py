@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from sam3cache.errors import ImageError
 from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, SampleRow
-from sam3cache.images import ImageInfo, pixel_hash, probe, read_image
+from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
 from sam3cache.records import Sample, SetAside
 
 _NUM_PROBE_THREADS = 8
@@ -43,6 +44,7 @@ class RowPlan:
         samples: by row, for rows that are pending or ok.
         masks: by row, the file each mask shall have come from, for the same rows.
         num_removed: rows that became tombstones.
+        num_moved: samples that are in another split than before.
     """
 
     rows: tuple[SampleRow, ...]
@@ -50,6 +52,25 @@ class RowPlan:
     samples: dict[int, Sample]
     masks: dict[int, LabelRow]
     num_removed: int
+    num_moved: int = 0
+
+
+class PixelHashes:
+    """Hashes of decoded pictures, remembered: comparing must not decode anything twice."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str | None] = {}
+
+    def of(self, sample: Sample) -> str | None:
+        """Return the hash of a sample's pixels, or None when picture or mask cannot be read."""
+        if sample.id not in self._known:
+            try:
+                digest: str | None = pixel_hash(read_image(sample))
+                read_mask(sample)
+            except ImageError:
+                digest = None
+            self._known[sample.id] = digest
+        return self._known[sample.id]
 
 
 def probe_all(
@@ -97,7 +118,39 @@ def _probe_one(sample: Sample) -> Wanted:
         return Wanted(sample, None, reason=f"{sample.mask}: {error.strerror}")
 
 
-def plan_rows(existing: Sequence[SampleRow], wanted: Sequence[Wanted]) -> RowPlan:
+def hash_changed(
+    existing: Sequence[SampleRow],
+    wanted: Sequence[Wanted],
+    report: Callable[[int, int], None],
+) -> PixelHashes:
+    """Decode, on several threads, the files whose times differ from what the store recorded.
+
+    Args:
+        existing: the store's table.
+        wanted: what the manifest asks for.
+        report: called with samples done and in all.
+    """
+    times: dict[tuple[str, int | None], set[tuple[int, int]]] = {}
+    for row in existing:
+        times.setdefault((row.source, row.frame), set()).add((row.size_bytes, row.mtime_ns))
+    changed = []
+    for item in wanted:
+        known = times.get((item.sample.source, item.sample.frame))
+        if item.info and known and (item.info.size_bytes, item.info.mtime_ns) not in known:
+            changed.append(item.sample)
+    hashes = PixelHashes()
+    with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
+        for num_done, _ in enumerate(pool.map(hashes.of, changed), 1):
+            report(num_done, len(changed))
+    return hashes
+
+
+def plan_rows(
+    existing: Sequence[SampleRow],
+    wanted: Sequence[Wanted],
+    hashes: PixelHashes | None = None,
+    old_splits: Mapping[int, str] = MappingProxyType({}),
+) -> RowPlan:
     """Give every wanted sample a row, keeping the rows whose picture has not changed.
 
     A file whose size and time of change are as recorded is taken as unchanged; else its decoded
@@ -107,7 +160,10 @@ def plan_rows(existing: Sequence[SampleRow], wanted: Sequence[Wanted]) -> RowPla
     Args:
         existing: the store's table, with the receipts' facts merged in.
         wanted: what the manifest asks for.
+        hashes: of pictures that have been decoded already.
+        old_splits: by row, the split that a sample is in now.
     """
+    hashes = hashes or PixelHashes()
     by_source: dict[tuple[str, int | None], list[SampleRow]] = {}
     for row in existing:
         by_source.setdefault((row.source, row.frame), []).append(row)
@@ -121,7 +177,7 @@ def plan_rows(existing: Sequence[SampleRow], wanted: Sequence[Wanted]) -> RowPla
             for row in by_source.get((item.sample.source, item.sample.frame), [])
             if row.row not in kept
         ]
-        match = _find_row(item, candidates)
+        match = _find_row(item, candidates, hashes)
         if match is None:
             fresh.append(item)
         else:
@@ -137,8 +193,14 @@ def plan_rows(existing: Sequence[SampleRow], wanted: Sequence[Wanted]) -> RowPla
             table.append(row)
         else:
             num_removed += 1
+            # A row that was never ok loses its hash, without which it does not come back.
             table.append(
-                replace(row, status="removed", reason="no longer in the manifest, or changed")
+                replace(
+                    row,
+                    status="removed",
+                    reason="no longer in the manifest, or changed",
+                    pixel_sha256=row.pixel_sha256 if row.status == "ok" else "",
+                )
             )
     next_row = -(-(1 + max((row.row for row in existing), default=-1)) // BLOCK_ROWS) * BLOCK_ROWS
     for number, item in enumerate(fresh, next_row):
@@ -153,10 +215,14 @@ def plan_rows(existing: Sequence[SampleRow], wanted: Sequence[Wanted]) -> RowPla
         samples={row: owner[row].sample for row in sorted(live)},
         masks={row: replace(owner[row].mask or LabelRow(0), row=row) for row in sorted(live)},
         num_removed=num_removed,
+        num_moved=sum(
+            old_splits.get(row, item.sample.split) != item.sample.split
+            for row, item in owner.items()
+        ),
     )
 
 
-def _find_row(item: Wanted, candidates: list[SampleRow]) -> SampleRow | None:
+def _find_row(item: Wanted, candidates: list[SampleRow], hashes: PixelHashes) -> SampleRow | None:
     """Return the row that already holds this sample, as it shall stand in the table, or None."""
     # Rows of this id first, then living ones, then the newest.
     ranked = sorted(
@@ -171,30 +237,22 @@ def _find_row(item: Wanted, candidates: list[SampleRow]) -> SampleRow | None:
         unchanged = (row.size_bytes, row.mtime_ns) == (item.info.size_bytes, item.info.mtime_ns)
         if row.status == "aside":
             # Set aside when it was decoded: only a decode can tell whether it has been mended.
-            if unchanged and _decoded_hash(item.sample) is None:
+            if hashes.of(item.sample) is None:
                 return replace(row, id=item.sample.id)
             continue
-        if not unchanged and (
-            not row.pixel_sha256 or _decoded_hash(item.sample) != row.pixel_sha256
-        ):
+        if row.status == "removed" and not row.pixel_sha256:
             continue
-        status = "pending" if row.status == "removed" else row.status
+        if not unchanged and (not row.pixel_sha256 or hashes.of(item.sample) != row.pixel_sha256):
+            continue
         return replace(
             row,
             id=item.sample.id,
-            status=status,
+            status="ok" if row.status == "removed" else row.status,
             reason="",
             size_bytes=item.info.size_bytes,
             mtime_ns=item.info.mtime_ns,
         )
     return None
-
-
-def _decoded_hash(sample: Sample) -> str | None:
-    try:
-        return pixel_hash(read_image(sample))
-    except ImageError:
-        return None
 
 
 def _new_row(number: int, item: Wanted) -> SampleRow:

@@ -19,7 +19,14 @@ from sam3cache.extract.config import (
     ExtractResult,
     WorkerStatus,
 )
-from sam3cache.extract.plan import RowPlan, Wanted, plan_rows, probe_all
+from sam3cache.extract.plan import (
+    PixelHashes,
+    RowPlan,
+    Wanted,
+    hash_changed,
+    plan_rows,
+    probe_all,
+)
 from sam3cache.extract.pool import run_pool
 from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
@@ -30,6 +37,7 @@ from sam3cache.features import (
     SampleRow,
     block_of,
     describe_store,
+    is_described,
     is_sealed,
     merge_sample_facts,
     missing_items,
@@ -69,34 +77,44 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
         StoreError: when the folder is no store, is busy, or cannot hold these images.
     """
     start_s = time.monotonic()
-    manifest = read_manifest(config.manifest, config.columns, seed=config.seed)
-    wanted = probe_all(
-        manifest.samples,
-        manifest.set_aside,
-        lambda num_done, num_total: report(ExtractProgress("checking", num_done, num_total, {})),
-    )
+    root = config.output
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"{root} is a file; give -o a folder, such as features/NAME.zarr")
+
+    def report_check(num_done: int, num_total: int) -> None:
+        report(ExtractProgress("checking", num_done, num_total, {}))
+
+    description = _description(root)
+    seed = config.seed
+    if seed is None:
+        seed = 0 if description is None else int(description["settings"].get("seed", 0))
+    manifest = read_manifest(config.manifest, config.columns, seed=seed)
+    wanted = probe_all(manifest.samples, manifest.set_aside, report_check)
     if all(item.info is None for item in wanted):
         raise ManifestError(
             f"{config.manifest}: none of its {len(wanted)} samples can be used, the first because: "
             f"{wanted[0].reason}; correct the manifest or its files"
         )
-    root = config.output
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"{root} is a file; give -o a folder, such as features/NAME.zarr")
-    # Before the folder is made: absent weights shall leave nothing behind.
+    # Before the folder is made or locked: absent weights leave nothing behind, and decoding what
+    # has changed keeps nobody waiting.
     digest = _weights_digest(config) if set(config.levels) != {IMAGE_LEVEL} else None
+    hashes = PixelHashes()
+    if description is not None:
+        hashes = hash_changed(_rows(root), wanted, report_check)
     with store_lock(root):
-        job = _prepare(root, config, wanted, digest)
+        job = _prepare(root, config, seed, wanted, hashes, digest)
     claims = BlockClaims(root)
     num_computed = 0
     num_pauses = 0
     while job.tasks and num_pauses < _MAX_PAUSES:
         tasks = [task for task in job.tasks if claims.is_free(task.block)]
         if tasks:
-            num_pauses = 0
             num_images = sum(len(task.rows) for task in tasks)
             elsewhere = run_pool(job.setups, tasks, _reporter(report, num_images))
-            num_computed += sum(len(task.rows) for task in tasks if task.block not in elsewhere)
+            ours = [task for task in tasks if task.block not in elsewhere]
+            num_computed += sum(len(task.rows) for task in ours)
+        if tasks and ours:
+            num_pauses = 0
         else:
             # Another launch holds all that is left.
             num_pauses += 1
@@ -114,6 +132,7 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
         num_computed=num_computed,
         num_kept=len(job.plan.samples) - num_computed,
         num_removed=job.plan.num_removed,
+        num_moved=job.plan.num_moved,
         set_aside=store.set_aside,
         leaks=tuple(manifest.leaks),
         split_rule=manifest.split_rule,
@@ -147,34 +166,54 @@ def _weights_digest(config: ExtractConfig) -> str:
     return weights_sha256(config.backbone, config.weights)
 
 
-def _prepare(root: Path, config: ExtractConfig, wanted: list[Wanted], digest: str | None) -> _Job:
+def _description(root: Path) -> dict[str, Any] | None:
+    return read_description(root) if (root / "zarr.json").exists() else None
+
+
+def _rows(root: Path) -> list[SampleRow]:
+    return merge_sample_facts(read_samples(root), read_receipts(root))
+
+
+def _prepare(
+    root: Path,
+    config: ExtractConfig,
+    seed: int,
+    wanted: list[Wanted],
+    hashes: PixelHashes,
+    digest: str | None,
+) -> _Job:
     """Bring the store's description up to date and list what is missing."""
-    exists = (root / "zarr.json").exists()
-    if not exists and _foreign_files(root):
+    description = _description(root)
+    if description is None and _foreign_files(root):
         raise StoreError(
             f"{root} is not empty and not a feature store; give -o a new folder, such as "
             "features/NAME.zarr"
         )
-    description = read_description(root) if exists else None
-    if exists and is_sealed(root):
+    if description is not None and is_sealed(root):
         open_store(root)  # Refuses a store whose metadata or tables were changed behind our back.
-    settings = _settings(config, description)
+    settings = _settings(config, seed, description)
     levels = _levels(config, description, settings, wanted, digest)
-    existing = merge_sample_facts(read_samples(root), read_receipts(root)) if exists else []
-    plan = plan_rows(existing, wanted)
+    if IMAGE_LEVEL in levels:
+        wanted = [_fit_channels(item, levels[IMAGE_LEVEL][0].shape[0]) for item in wanted]
+    existing: list[SampleRow] = []
+    old_splits: dict[int, str] = {}
+    if description is not None:
+        existing = _rows(root)
+        old_splits = {note.row: note.split for note in read_annotations(root)}
+    plan = plan_rows(existing, wanted, hashes, old_splits)
     label_set = _label_set(root, description, plan)
     label_sets = {} if label_set is None else {label_set.name: label_set}
-    same = (
-        description is not None
-        and description["settings"] == settings
-        and set(description["levels"]) == set(levels)
-        and description["label_sets"] == sorted(label_sets)
-        and existing == list(plan.rows)
-        and read_annotations(root) == list(plan.annotations)
-    )
     job = _Job(plan, levels, label_set, _setups(config, settings, levels, label_set), ())
-    tasks = _tasks(root, job) if exists else ()
-    if not same or (tasks and is_sealed(root)):
+    tasks = _tasks(root, job)
+    described = description is not None and is_described(
+        root,
+        settings=settings,
+        levels=levels,
+        label_sets=label_sets,
+        samples=plan.rows,
+        annotations=plan.annotations,
+    )
+    if not described or (tasks and is_sealed(root)):
         describe_store(
             root,
             settings=settings,
@@ -183,8 +222,19 @@ def _prepare(root: Path, config: ExtractConfig, wanted: list[Wanted], digest: st
             samples=plan.rows,
             annotations=plan.annotations,
         )
-        tasks = _tasks(root, job)
     return replace(job, tasks=tasks)
+
+
+def _fit_channels(item: Wanted, num_channels: int) -> Wanted:
+    """Set a colour picture aside where the store's picture level is grey."""
+    if item.info is None or item.info.num_channels <= num_channels:
+        return item
+    return replace(
+        item,
+        info=None,
+        reason=f"{item.sample.source} has colour, and level {IMAGE_LEVEL} of this store is grey; "
+        "save the picture as grey, or extract everything into a new store",
+    )
 
 
 def _foreign_files(root: Path) -> list[Path]:
@@ -196,14 +246,16 @@ def _foreign_files(root: Path) -> list[Path]:
     ]
 
 
-def _settings(config: ExtractConfig, description: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the store's provenance: what it was begun with, or this run's where it is new."""
-    on_cuda = all(device.startswith("cuda") for device in config.devices)
-    if description is not None:
-        settings = dict(description["settings"])
+def _settings(
+    config: ExtractConfig, seed: int, description: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the store's provenance: what its tower levels were begun with, else this run's."""
+    if description is not None and set(description["levels"]) - {IMAGE_LEVEL}:
+        settings = {**description["settings"], "seed": seed}
         if config.batch_size is not None:
             settings["batch_size"] = config.batch_size
         return settings
+    on_cuda = all(device.startswith("cuda") for device in config.devices)
     numeric_path = config.numeric_path
     if numeric_path == "auto":
         numeric_path = "bf16" if on_cuda else "fp32"
@@ -213,6 +265,7 @@ def _settings(config: ExtractConfig, description: Mapping[str, Any] | None) -> d
         "batch_size": config.batch_size or (8 if on_cuda else 1),
         "numeric_path": numeric_path,
         "resize_mode": config.resize_mode,
+        "seed": seed,
         "device": runtime.device_memory(config.devices[0]).name,
         "environment": runtime.environment_fields(),
     }
@@ -259,7 +312,7 @@ def _levels(
         if name == IMAGE_LEVEL:
             num_channels = max(item.info.num_channels for item in wanted if item.info)
             if name in stored:
-                num_channels = max(num_channels, stored[name]["fingerprint"].get("num_channels", 1))
+                num_channels = stored[name]["fingerprint"]["num_channels"]
             level = LevelSpec(name, (num_channels, spec.size_px, spec.size_px), "uint8")
             fields = {"precision": "uint8", "num_channels": num_channels}
         else:
@@ -334,15 +387,12 @@ def _setups(
     return tuple(setups)
 
 
-def _missing(root: Path, job: _Job) -> tuple[list[SampleRow], dict[int, frozenset[str]]]:
-    receipts = read_receipts(root)
-    rows = merge_sample_facts(list(job.plan.rows), receipts)
-    label_sources = {} if job.label_set is None else {job.label_set.name: job.plan.masks}
-    return rows, missing_items(rows, receipts, root, levels=job.levels, label_sources=label_sources)
-
-
 def _tasks(root: Path, job: _Job) -> tuple[BlockTask, ...]:
-    rows, missing = _missing(root, job)
+    """Return the blocks that lack something, and what."""
+    receipts = read_receipts(root)
+    rows = merge_sample_facts(job.plan.rows, receipts)
+    label_sources = {} if job.label_set is None else {job.label_set.name: job.plan.masks}
+    missing = missing_items(rows, receipts, root, levels=job.levels, label_sources=label_sources)
     members: dict[int, list[SampleRow]] = {block: [] for block in missing}
     for row in rows:
         if row.status in ("pending", "ok") and block_of(row.row) in members:
@@ -364,6 +414,5 @@ def _seal(root: Path, job: _Job) -> None:
     with store_lock(root):
         if is_sealed(root):
             return
-        rows = merge_sample_facts(read_samples(root), read_receipts(root))
-        if all(row.status != "pending" for row in rows) and not _missing(root, job)[1]:
+        if all(row.status != "pending" for row in _rows(root)) and not _tasks(root, job):
             seal_store(root)

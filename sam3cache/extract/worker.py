@@ -34,7 +34,8 @@ from sam3cache.features import (
     LabelSetSpec,
     LevelSpec,
     SampleRow,
-    receipt_done,
+    missing_items,
+    read_receipts_of_block,
     write_label_block,
     write_level_block,
     write_sample_facts,
@@ -214,7 +215,7 @@ class _Worker:
         with self._claims.claim(task.block) as ours:
             if not ours:
                 return "held"
-            if all(receipt_done(root, item, task.block) for item in task.items):
+            if not self._missing(task):
                 return "found"
             decoded = [future.result() for future in futures]
             good = [item for item in decoded if item.row.status == "ok"]
@@ -226,6 +227,20 @@ class _Worker:
             # Last: the facts say "ok" of rows whose features are already there.
             write_sample_facts(root, task.block, [item.row for item in decoded])
         return "written"
+
+    def _missing(self, task: BlockTask) -> bool:
+        """Return whether the block still lacks anything: others may have finished it meanwhile."""
+        setup = self._setup
+        items = ["samples", *(spec.item for spec, _ in setup.levels.values())]
+        if setup.label_set is not None:
+            items.append(setup.label_set.item)
+        label_sources = {} if setup.label_set is None else {setup.label_set.name: task.masks}
+        receipts = read_receipts_of_block(setup.root, task.block, items)
+        return bool(
+            missing_items(
+                task.rows, receipts, setup.root, levels=setup.levels, label_sources=label_sources
+            )
+        )
 
     def _write_levels(self, task: BlockTask, good: Sequence[_Decoded]) -> None:
         wanted = {
@@ -268,9 +283,10 @@ class _Worker:
             features = self._tower(torch.from_numpy(image_BCHW))
             stored = {name: f.to(torch.float16).cpu().numpy() for name, f in features.items()}
         except torch.OutOfMemoryError:
+            size = self._setup.batch_size
+            advice = f"pass --batch-size {size // 2}" if size > 1 else "use a larger device, or cpu"
             raise ConfigError(
-                f"{self._setup.name} has not enough memory for batches of "
-                f"{self._setup.batch_size}: pass --batch-size {max(1, len(batch) // 2)}"
+                f"{self._setup.name} has not enough memory for batches of {size}: {advice}"
             ) from None
         self._tower_s += time.monotonic() - start_s
         return stored

@@ -7,7 +7,7 @@ then :func:`seal_store`; ``sam3cache.extract`` does it.
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
-from sam3cache.features.receipts import is_sealed, read_receipts, receipt_done
+from sam3cache.features.receipts import is_sealed, read_receipts, read_receipts_of_block
 from sam3cache.features.store import (
     FeatureStore,
     StoredSample,
@@ -26,6 +26,7 @@ from sam3cache.features.tables import (
 from sam3cache.features.writer import (
     block_of,
     describe_store,
+    is_described,
     missing_items,
     seal_store,
     write_label_block,
@@ -46,6 +47,7 @@ __all__ = [
     "StoredSample",
     "block_of",
     "describe_store",
+    "is_described",
     "is_sealed",
     "merge_sample_facts",
     "missing_items",
@@ -54,8 +56,8 @@ __all__ = [
     "read_description",
     "read_label_set_spec",
     "read_receipts",
+    "read_receipts_of_block",
     "read_samples",
-    "receipt_done",
     "seal_store",
     "store_lock",
     "write_label_block",

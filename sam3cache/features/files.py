@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from sam3cache.runtime import replace_file
 
 TEMPORARY_SUFFIX = ".partial"
 
@@ -29,7 +32,7 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -71,5 +74,7 @@ def sweep_temporaries(root: Path) -> int:
     """Delete what killed writers left behind and return how many files that was."""
     strays = list(root.rglob(f".*{TEMPORARY_SUFFIX}"))
     for stray in strays:
-        stray.unlink(missing_ok=True)
+        # On Windows another process's open file cannot be deleted, and need not be.
+        with suppress(PermissionError):
+            stray.unlink(missing_ok=True)
     return len(strays)

@@ -8,15 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
-
-from sam3cache.features.files import write_atomic
 
 BLOCK_ROWS = 16
 SHARD_BYTES_LIMIT = 50_000_000
@@ -174,13 +171,6 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     memory = MemoryStore()
     zarr.create_group(memory, attributes={"sam3cache": dict(attributes)}, zarr_format=3)
     return _content(memory, "zarr.json")
-
-
-def write_array_metadata(
-    root: Path, grid: ShardGrid, num_rows: int, shape: tuple[int, int, int]
-) -> None:
-    """Create an array, or give an existing one more rows or a larger mask."""
-    write_atomic(root / grid.folder / "zarr.json", grid.metadata(num_rows, shape))
 
 
 def _content(memory: MemoryStore, key: str) -> bytes:

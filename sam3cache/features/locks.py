@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,7 +81,5 @@ class BlockClaims:
         """Delete the lock files; for the holder of the whole store, once every block is done."""
         for path in self._folder.glob("*.lock"):
             # On Windows a file that is still held cannot be deleted, and need not be.
-            try:
+            with suppress(PermissionError):
                 path.unlink(missing_ok=True)
-            except PermissionError:
-                continue

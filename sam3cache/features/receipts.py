@@ -15,6 +15,7 @@ from sam3cache.features.files import (
     sha256_of_json,
     write_atomic,
 )
+from sam3cache.runtime import replace_file
 
 SEAL_FILE = "complete.json"
 FOLDED_FILE = "receipts/folded.json"
@@ -107,27 +108,29 @@ def write_receipt(root: Path, receipt: Receipt) -> None:
     )
 
 
-def read_receipt(root: Path, item: str, block: int) -> Receipt | None:
-    """Return one single receipt, or None when it has not been written (or is folded away)."""
-    path = _receipt_path(root, item, block)
-    try:
-        return Receipt.from_json(json.loads(path.read_bytes()), path)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise _unreadable(path) from None
+def read_receipts_of_block(
+    root: Path, block: int, items: Iterable[str]
+) -> dict[ReceiptKey, Receipt]:
+    """Read the newest receipts of one block: single ones, or those of a seal set in the meantime.
 
-
-def receipt_done(root: Path, item: str, block: int) -> bool:
-    """Return whether an item of a block has been finished, by whomever.
-
-    A single receipt says so, or the seal that another process has set in the meantime.
+    Raises:
+        CorruptStoreError: when one cannot be read.
     """
-    receipt = read_receipt(root, item, block)
-    path = root / SEAL_FILE
-    if receipt is None and path.exists():
-        receipt = _receipts_of(_load(path), path).get((item, block))
-    return receipt is not None and receipt.is_done(root)
+    receipts: dict[ReceiptKey, Receipt] = {}
+    sealed: dict[ReceiptKey, Receipt] | None = None
+    for item in items:
+        path = _receipt_path(root, item, block)
+        try:
+            receipts[item, block] = Receipt.from_json(json.loads(path.read_bytes()), path)
+        except FileNotFoundError:
+            if sealed is None:
+                seal = root / SEAL_FILE
+                sealed = _receipts_of(_load(seal), seal) if seal.exists() else {}
+            if (item, block) in sealed:
+                receipts[item, block] = sealed[item, block]
+        except ValueError:
+            raise _unreadable(path) from None
+    return receipts
 
 
 def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
@@ -167,16 +170,22 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
     }
     content["seal"] = sha256_of_json(content)
     write_atomic(root / SEAL_FILE, canonical_json(content))
+    _delete_single_receipts(root)
+    (root / FOLDED_FILE).unlink(missing_ok=True)
+
+
+def _delete_single_receipts(root: Path) -> None:
     for path in (root / "receipts").glob("*/*.json"):
         path.unlink(missing_ok=True)
-    (root / FOLDED_FILE).unlink(missing_ok=True)
 
 
 def break_seal(root: Path) -> None:
     """Make a sealed store one that is being worked on; its receipts still count."""
     if is_sealed(root):
         (root / "receipts").mkdir(exist_ok=True)
-        (root / SEAL_FILE).replace(root / FOLDED_FILE)
+        # Left over where a kill came between sealing and folding; the seal holds them all.
+        _delete_single_receipts(root)
+        replace_file(root / SEAL_FILE, root / FOLDED_FILE)
 
 
 def check_seal(root: Path) -> dict[ReceiptKey, Receipt]:

@@ -18,7 +18,7 @@ import numpy as np
 from numcodecs import Blosc, Zstd
 from numpy.typing import NDArray
 
-from sam3cache.errors import CorruptStoreError, MissingSampleError
+from sam3cache.errors import CorruptStoreError, MissingSampleError, StoreError
 from sam3cache.features.levels import ShardGrid
 
 _ABSENT = 2**64 - 1
@@ -71,11 +71,13 @@ class ShardReader:
         path: of the shard.
         grid: the array's layout.
         index: uint64 (inner chunks, 2): offset and size in bytes.
+        mtime_ns: of the file when its index was read.
     """
 
     path: Path
     grid: ShardGrid
     index: NDArray[np.uint64]
+    mtime_ns: int
 
     @classmethod
     def open(cls, path: Path, grid: ShardGrid, expected_bytes: int) -> ShardReader:
@@ -90,12 +92,13 @@ class ShardReader:
             CorruptStoreError: when the file is missing, of another size, or its index is damaged.
         """
         try:
-            size_bytes = path.stat().st_size
+            stat = path.stat()
         except FileNotFoundError:
             raise CorruptStoreError(
                 f"{path} is missing, though its receipt says it was written; run the same "
                 "`sam3cache extract` again to rebuild that block"
             ) from None
+        size_bytes = stat.st_size
         index_bytes = grid.num_inner * 16
         if size_bytes != expected_bytes or size_bytes < index_bytes + _CRC_BYTES:
             raise CorruptStoreError(
@@ -107,9 +110,9 @@ class ShardReader:
             raw = file.read(index_bytes + _CRC_BYTES)
         (stored,) = struct.unpack("<I", raw[index_bytes:])
         if crc32c(raw[:index_bytes]) != stored:
-            raise _damaged(path, "the shard's index")
+            raise CorruptStoreError(_damage(path, "its index"))
         index = np.frombuffer(raw[:index_bytes], dtype="<u8").reshape(grid.num_inner, 2)
-        return cls(path, grid, index)
+        return cls(path, grid, index, stat.st_mtime_ns)
 
     def read_into(self, position: int, out: NDArray[np.generic]) -> None:
         """Read one inner chunk straight into ``out``, checking its checksum.
@@ -121,6 +124,7 @@ class ShardReader:
         Raises:
             MissingSampleError: when the shard has no such chunk.
             CorruptStoreError: when the bytes do not match their checksum.
+            StoreError: when the shard was replaced after its index was read.
         """
         offset, size_bytes = (int(value) for value in self.index[position])
         if offset == _ABSENT:
@@ -129,34 +133,50 @@ class ShardReader:
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
             if self.grid.codec == "raw":
-                _read_exactly(file, flat, self.path)
-                if crc32c(flat) != int.from_bytes(file.read(_CRC_BYTES), "little"):
-                    raise _damaged(self.path, f"chunk {position}")
-                return
-            data = file.read(size_bytes)
+                intact = _read_exactly(file, flat) and crc32c(flat) == int.from_bytes(
+                    file.read(_CRC_BYTES), "little"
+                )
+            else:
+                data = np.empty(size_bytes, np.uint8)
+                intact = _read_exactly(file, data) and self._decode(data, flat)
+        if not intact:
+            raise self._damage(position)
+
+    def _decode(self, data: NDArray[np.uint8], flat: NDArray[np.uint8]) -> bool:
+        """Decompress a chunk's bytes into ``flat``; False when they do not match their checksum."""
         if self.grid.codec == "blosc":
             payload, stored = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
-            if len(data) != size_bytes or crc32c(payload) != int.from_bytes(stored, "little"):
-                raise _damaged(self.path, f"chunk {position}")
+            if crc32c(payload) != int.from_bytes(stored.tobytes(), "little"):
+                return False
             Blosc().decode(payload, flat)
-            return
+            return True
         try:
             Zstd(checksum=True).decode(data, flat)
         except RuntimeError:
-            raise _damaged(self.path, f"chunk {position}") from None
+            return False
+        return True
+
+    def _damage(self, position: int) -> StoreError:
+        if self.path.stat().st_mtime_ns != self.mtime_ns:
+            return StoreError(
+                f"{self.path} was written anew while the store was open; open the store again"
+            )
+        return CorruptStoreError(_damage(self.path, f"chunk {position}"))
 
 
-def _read_exactly(file: FileIO, out: NDArray[np.uint8], path: Path) -> None:
+def _read_exactly(file: FileIO, out: NDArray[np.uint8]) -> bool:
+    """Fill ``out`` from a file; False when the file ends before."""
     filled = 0
     while filled < out.size:
         num = file.readinto(out[filled:].data)
         if not num:
-            raise _damaged(path, f"byte {filled} of a chunk, where the file ends")
+            return False
         filled += num
+    return True
 
 
-def _damaged(path: Path, what: str) -> CorruptStoreError:
-    return CorruptStoreError(
+def _damage(path: Path, what: str) -> str:
+    return (
         f"{path} is damaged ({what} does not match its checksum); delete that file and run the "
         "same `sam3cache extract` again to rebuild its block"
     )

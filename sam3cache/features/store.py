@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sam3cache.features.levels import (
     ShardGrid,
 )
 from sam3cache.features.receipts import (
+    SAMPLES_ITEM,
     Receipt,
     ReceiptKey,
     check_seal,
@@ -349,21 +350,28 @@ class FeatureStore:
 
 
 def merge_sample_facts(
-    rows: list[SampleRow], receipts: Mapping[ReceiptKey, Receipt]
+    rows: Sequence[SampleRow], receipts: Mapping[ReceiptKey, Receipt]
 ) -> list[SampleRow]:
-    """Return samples.parquet's lines with what the receipts of finished blocks know of them."""
+    """Return samples.parquet's lines with what the receipts of finished blocks know of them.
+
+    A pending row takes all facts. One that was ok and has been set aside since (its mask was
+    replaced by one that cannot be read) takes that.
+    """
     facts = {
         fact["row"]: fact
         for (item, _), receipt in receipts.items()
-        if item == "samples"
+        if item == SAMPLES_ITEM
         for fact in receipt.facts
     }
-    return [
-        SampleRow(**{**_as_dict(row), **facts[row.row]})
-        if row.status == "pending" and row.row in facts
-        else row
-        for row in rows
-    ]
+    merged = []
+    for row in rows:
+        fact = facts.get(row.row)
+        if fact is not None and row.status == "pending":
+            row = replace(row, **fact)
+        elif fact is not None and row.status == "ok" and fact["status"] == "aside":
+            row = replace(row, status="aside", reason=fact["reason"])
+        merged.append(row)
+    return merged
 
 
 def label_rows_of(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> dict[int, LabelRow]:
@@ -402,10 +410,6 @@ def _load_metadata(path: Path) -> dict[str, Any]:
         raise CorruptStoreError(
             f"{path} is missing or not JSON; restore it, or extract into a new store"
         ) from None
-
-
-def _as_dict(row: SampleRow) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in SampleRow.__slots__}
 
 
 def _stored(row: SampleRow, note: AnnotationRow) -> StoredSample:

@@ -23,7 +23,6 @@ from sam3cache.features.levels import (
     LevelSpec,
     ShardGrid,
     group_metadata,
-    write_array_metadata,
 )
 from sam3cache.features.locks import BlockClaims
 from sam3cache.features.receipts import (
@@ -50,11 +49,14 @@ from sam3cache.features.tables import (
     AnnotationRow,
     LabelRow,
     SampleRow,
+    read_annotations,
     read_samples,
     write_annotations,
     write_label_rows,
     write_samples,
 )
+
+GROUP_FILE = "zarr.json"
 
 
 def block_of(row: int) -> int:
@@ -90,18 +92,45 @@ def describe_store(
         annotations: the whole table, in row order.
     """
     break_seal(root)
-    num_blocks = num_blocks_of(samples)
-    num_rows = num_blocks * BLOCK_ROWS
-    write_atomic(root / "levels" / "zarr.json", group_metadata({}))
-    for spec, _ in levels.values():
-        write_array_metadata(root, spec.grid, num_rows, spec.shape)
-    write_atomic(root / "labels" / "zarr.json", group_metadata({}))
-    for label_set in label_sets.values():
-        folder = root / "labels" / label_set.name
-        write_atomic(folder / "zarr.json", group_metadata({"classes": list(label_set.classes)}))
-        write_array_metadata(root, label_set.grid, num_rows, label_set.shape)
+    metadata = _metadata_files(settings, levels, label_sets, num_blocks_of(samples))
+    for name, content in metadata.items():
+        if name != GROUP_FILE:
+            write_atomic(root / name, content)
     write_samples(root, samples)
     write_annotations(root, annotations)
+    write_atomic(root / GROUP_FILE, metadata[GROUP_FILE])
+
+
+def is_described(
+    root: Path,
+    *,
+    settings: Mapping[str, Any],
+    levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
+    label_sets: Mapping[str, LabelSetSpec],
+    samples: Sequence[SampleRow],
+    annotations: Sequence[AnnotationRow],
+) -> bool:
+    """Return whether :func:`describe_store` with the same arguments would change nothing.
+
+    Facts that receipts hold count as if they were in the table.
+    """
+    metadata = _metadata_files(settings, levels, label_sets, num_blocks_of(samples))
+    return (
+        all((root / name).exists() for name in (*metadata, SAMPLES_FILE, ANNOTATIONS_FILE))
+        and all((root / name).read_bytes() == content for name, content in metadata.items())
+        and merge_sample_facts(read_samples(root), read_receipts(root)) == list(samples)
+        and read_annotations(root) == list(annotations)
+    )
+
+
+def _metadata_files(
+    settings: Mapping[str, Any],
+    levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
+    label_sets: Mapping[str, LabelSetSpec],
+    num_blocks: int,
+) -> dict[str, bytes]:
+    """Return every zarr.json of a store by its path below the store."""
+    num_rows = num_blocks * BLOCK_ROWS
     description = {
         "format_version": FORMAT_VERSION,
         "block_rows": BLOCK_ROWS,
@@ -117,7 +146,19 @@ def describe_store(
         },
         "label_sets": sorted(label_sets),
     }
-    write_atomic(root / "zarr.json", group_metadata(description))
+    files = {
+        GROUP_FILE: group_metadata(description),
+        f"levels/{GROUP_FILE}": group_metadata({}),
+        f"labels/{GROUP_FILE}": group_metadata({}),
+    }
+    for spec, _ in levels.values():
+        files[f"{spec.grid.folder}/{GROUP_FILE}"] = spec.grid.metadata(num_rows, spec.shape)
+    for label_set in label_sets.values():
+        attributes = {"classes": list(label_set.classes)}
+        files[f"labels/{label_set.name}/{GROUP_FILE}"] = group_metadata(attributes)
+        grid = label_set.grid
+        files[f"{grid.folder}/{GROUP_FILE}"] = grid.metadata(num_rows, label_set.shape)
+    return files
 
 
 def write_level_block(
@@ -249,14 +290,14 @@ def missing_items(
     """Return, by block, the items that are still to be written; finished blocks are absent.
 
     Args:
-        rows: the whole table with the receipts' facts merged in.
-        receipts: all of them.
+        rows: pending and ok rows count; facts of receipts need not be merged in.
+        receipts: of the blocks that ``rows`` lie in.
         root: the store's folder, whose files' sizes are compared.
         levels: every level.
         label_sources: by label set and row, the mask file that the labels must have come from.
     """
     blocks: dict[int, list[SampleRow]] = {}
-    for row in rows:
+    for row in merge_sample_facts(rows, receipts):
         if row.status in ("pending", "ok"):
             blocks.setdefault(block_of(row.row), []).append(row)
     missing: dict[int, frozenset[str]] = {}
@@ -300,16 +341,16 @@ def _labels_done(
         fact["row"]: (fact["source"], fact["size_bytes"], fact["mtime_ns"])
         for fact in receipt.facts
     }
-    return all(
-        written.get(row.row)
-        == (
+    wanted = {
+        row.row: (
             sources[row.row].source,
             sources[row.row].size_bytes,
             sources[row.row].mtime_ns,
         )
         for row in members
         if row.status == "ok"
-    )
+    }
+    return all(written.get(number) == file for number, file in wanted.items())
 
 
 def seal_store(root: Path) -> None:

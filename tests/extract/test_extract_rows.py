@@ -14,6 +14,7 @@ from PIL import Image
 from sam3cache.errors import ManifestError, StoreError
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import open_store
+from sam3cache.features.receipts import break_seal, write_receipt
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,91 @@ def test_a_corrected_mask_is_taken_over_without_touching_a_feature(copy):
     assert result.sealed
     assert shard.stat().st_mtime_ns == before
     assert open_store(store).read_mask(2).all()
+
+
+def test_a_mask_corrected_after_a_kill_before_the_seal_is_taken_over(copy):
+    store = copy.parent / "x.zarr"
+    break_seal(store)
+    Image.fromarray(np.full((56, 56), 255, np.uint8)).save(copy / "masks/02.png")
+    assert run(copy).sealed
+    assert open_store(store).read_mask(2).all()
+
+
+def test_a_mask_corrected_after_a_kill_within_the_seal_is_taken_over(copy):
+    """Killed after complete.json was written and before the single receipts were deleted."""
+    store = copy.parent / "x.zarr"
+    for receipt in open_store(store).receipts.values():
+        write_receipt(store, receipt)
+    Image.fromarray(np.full((56, 56), 255, np.uint8)).save(copy / "masks/02.png")
+    assert run(copy).sealed
+    assert open_store(store).read_mask(2).all()
+
+
+def test_a_mask_that_goes_bad_sets_its_sample_aside_until_it_is_mended(copy):
+    store = copy.parent / "x.zarr"
+    manifest = copy / "manifest.csv"
+    text = manifest.read_text(encoding="utf-8").replace("masks/02.png", "masks/02.npy")
+    manifest.write_text(text, encoding="utf-8")
+    np.save(copy / "masks/02.npy", np.full((56, 56), -1.0))
+    bad = run(copy)
+    assert bad.sealed
+    assert {aside.id for aside in bad.set_aside} == {"s02", "s03"}
+    again = run(copy)
+    assert (again.num_computed, again.num_removed, again.sealed) == (0, 0, True)
+    np.save(copy / "masks/02.npy", np.ones((56, 56)))
+    mended = run(copy)
+    assert {aside.id for aside in mended.set_aside} == {"s03"}
+    (sample,) = [sample for sample in open_store(store).samples if sample.id == "s02"]
+    assert open_store(store).read_mask(sample.row).all()
+
+
+def test_a_mask_larger_than_all_before_makes_room_for_itself(copy):
+    store = copy.parent / "x.zarr"
+    Image.fromarray(np.full((1120, 1120), 255, np.uint8)).save(copy / "masks/02.png")
+    assert run(copy).sealed
+    array = zarr.open_group(store, mode="r")["labels/mask/masks"]
+    assert array.shape[2:] == (1120, 1120)
+    assert array[2].all()
+    assert open_store(store).read_mask(2).all()
+
+
+def test_a_kill_while_blocks_are_appended_leaves_no_old_description(copy):
+    store = copy.parent / "x.zarr"
+    before = (store / "zarr.json").read_bytes()
+    Image.fromarray(np.full((96, 128), 200, np.uint8)).save(copy / "images/00.png")
+    run(copy)
+    break_seal(store)
+    (store / "zarr.json").write_bytes(before)
+    assert run(copy).sealed
+    assert zarr.open_group(store, mode="r").attrs["sam3cache"]["num_blocks"] == 2
+
+
+def test_a_colour_picture_in_a_grey_store_is_set_aside_by_name(copy):
+    Image.new("RGB", (96, 96), (200, 10, 10)).save(copy / "images/colour.png")
+    with (copy / "manifest.csv").open("a", encoding="utf-8") as file:
+        file.write("colour,images/colour.png,,0,0,train,p9\n")
+    result = run(copy)
+    assert result.sealed
+    (aside,) = [aside for aside in result.set_aside if aside.id == "colour"]
+    assert "images/colour.png has colour" in aside.reason
+
+
+def test_the_seed_of_the_split_is_remembered(copy):
+    manifest = copy / "manifest.csv"
+    lines = [line.split(",") for line in manifest.read_text(encoding="utf-8").splitlines()]
+    manifest.write_text("\n".join(",".join(line[:5]) for line in lines), encoding="utf-8")
+    first = extract(
+        ExtractConfig(
+            copy,
+            copy.parent / "x.zarr",
+            levels=("image_1008",),
+            backbone="sam3-mini",
+            seed=3,
+        )
+    )
+    splits = {note.id: note.split for note in open_store(first.store).annotations.values()}
+    assert run(copy).num_moved == 0
+    assert {n.id: n.split for n in open_store(first.store).annotations.values()} == splits
 
 
 def test_a_corrected_angle_is_taken_over_without_computing_anything(copy):

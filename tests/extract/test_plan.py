@@ -90,8 +90,7 @@ def test_removed_samples_come_back_to_life(folder):
     assert 3 not in {note.row for note in without.annotations}
     manifest.write_text(whole, encoding="utf-8")
     back = plan_rows(without.rows, wanted_of(folder))
-    # Pending, until the block's own receipt says "ok" of it again.
-    assert statuses(back)[3] == (3, "s03", "pending")
+    assert statuses(back)[3] == (3, "s03", "ok")
     assert len(back.rows) == 5
 
 
@@ -117,6 +116,33 @@ def test_what_cannot_be_read_is_set_aside_and_mended_later(folder):
     mended = plan_rows(rows, wanted_of(folder))
     assert statuses(mended)[2] == (2, "s02", "removed")
     assert statuses(mended)[5] == (16, "s02", "pending")
+
+
+def test_what_was_never_good_does_not_come_back_to_life(folder):
+    """A bad mask, given up and mended: its tombstone would bring back the old complaint."""
+    np.save(folder / "masks/02.npy", np.full((56, 56), -1.0))
+    manifest = folder / "manifest.csv"
+    text = manifest.read_text(encoding="utf-8").replace("masks/02.png", "masks/02.npy")
+    manifest.write_text(text, encoding="utf-8")
+    rows = [
+        replace(row, status="aside", reason="mask") if row.id == "s02" else row
+        for row in extracted(plan_rows([], wanted_of(folder)))
+    ]
+    unchanged = plan_rows(rows, wanted_of(folder))
+    assert list(unchanged.rows) == rows
+    np.save(folder / "masks/02.npy", np.ones((56, 56)))
+    mended = plan_rows(rows, wanted_of(folder))
+    assert statuses(mended)[5:] == [(16, "s02", "pending")]
+    again = plan_rows(mended.rows, wanted_of(folder))
+    assert statuses(again) == statuses(mended)
+
+
+def test_samples_that_change_their_split_are_counted(folder):
+    plan = plan_rows([], wanted_of(folder))
+    splits = {note.row: note.split for note in plan.annotations}
+    assert plan_rows(plan.rows, wanted_of(folder), old_splits=splits).num_moved == 0
+    splits[2] = "test"
+    assert plan_rows(plan.rows, wanted_of(folder), old_splits=splits).num_moved == 1
 
 
 def test_a_sample_of_an_impossible_angle_is_listed_with_its_reason(folder):

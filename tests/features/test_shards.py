@@ -4,7 +4,6 @@ import zarr
 
 from sam3cache.errors import CorruptStoreError, MissingSampleError
 from sam3cache.features import LabelSetSpec, LevelSpec
-from sam3cache.features.levels import write_array_metadata
 from sam3cache.features.shards import ShardReader, encode_shard
 
 SPECS = [
@@ -23,8 +22,13 @@ def chunks_of(spec, positions):
     return {i: rng.integers(0, 255, shape).astype(dtype) for i in positions}
 
 
+def describe(root, spec):
+    (root / spec.grid.folder).mkdir(parents=True)
+    (root / spec.grid.folder / "zarr.json").write_bytes(spec.grid.metadata(32, spec.shape))
+
+
 def write(root, spec, chunks):
-    write_array_metadata(root, spec.grid, 32, spec.shape)
+    describe(root, spec)
     data = encode_shard(spec.grid, chunks)
     path = root / spec.grid.key((0, 0, 0, 0))
     path.parent.mkdir(parents=True)
@@ -46,7 +50,7 @@ def test_zarr_reads_what_we_write_and_absent_rows_as_the_fill_value(tmp_path, sp
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.name}{s.shape}")
 def test_we_read_what_zarr_writes(tmp_path, spec):
     chunks = chunks_of(spec, range(spec.grid.num_inner))
-    write_array_metadata(tmp_path, spec.grid, 32, spec.shape)
+    describe(tmp_path, spec)
     array = zarr.open_array(tmp_path / spec.grid.folder, mode="r+")
     array[0 : spec.grid.num_inner, : spec.grid.inner[1]] = np.stack(list(chunks.values()))
     path = tmp_path / spec.grid.key((0, 0, 0, 0))

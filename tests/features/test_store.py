@@ -21,9 +21,11 @@ from sam3cache.errors import (
 from sam3cache.features import (
     BlockClaims,
     Fingerprint,
+    LabelRow,
     LevelSpec,
     open_store,
     store_lock,
+    write_label_block,
     write_level_block,
 )
 from sam3cache.features.receipts import break_seal
@@ -172,6 +174,18 @@ def test_a_lost_shard_raises_instead_of_reading_as_nothing(own_store_path):
     store.read("fpn_72", 15)
     with pytest.raises(CorruptStoreError, match="missing"):
         store.read("fpn_72", 16)
+
+
+def test_labels_written_anew_under_an_open_store_are_not_called_damage(own_store_path):
+    store = open_store(own_store_path)
+    store.read_mask(0)
+    spec = store.label_sets["mask"]
+    rng = np.random.default_rng(0)
+    masks = {row: rng.integers(0, 2, (1, 48, 48), np.uint8) for row in range(16)}
+    sources = {row: LabelRow(row) for row in range(16)}
+    write_label_block(own_store_path, spec, 0, masks, sources)
+    with pytest.raises(StoreError, match="written anew while the store was open"):
+        store.read_mask(1)
 
 
 def test_threads_read_one_store_at_once(store_path):
