@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def build_store(
     seed: int = 0,
     seal: bool = True,
     weights: str = "test",
+    first_angle_deg: int = -60,
+    mask_mtime_ns: int = 0,
 ) -> Path:
     """Write a store whose features hint at its masks, so that heads can learn something.
 
@@ -69,6 +72,7 @@ def build_store(
                 1,
                 10,
                 20,
+                hashlib.sha256(f"{seed} {i}".encode()).hexdigest(),
                 status="pending",
             )
         )
@@ -78,7 +82,7 @@ def build_store(
                 f"s{i}",
                 splits[i % len(splits)],
                 f"g{i // 2}",
-                None if bare else float(-60 + 17 * i % 120),
+                None if bare else float(first_angle_deg + 17 * i % 120),
                 None if bare else float(-30 + 11 * i % 60),
                 {"vessel": "LAD" if i % 2 else "RCA"},
             )
@@ -127,7 +131,10 @@ def build_store(
             write_level_block(root, spec, fingerprint.digest, block, values)
         if num_samples > 4 and rows[-1].row == num_samples - 1:
             masks[num_samples - 1] = None
-        sources = {row.row: LabelRow(row.row, source=f"masks/{row.row}.png") for row in rows}
+        sources = {
+            row.row: LabelRow(row.row, source=f"masks/{row.row}.png", mtime_ns=mask_mtime_ns)
+            for row in rows
+        }
         write_label_block(root, label_set, block, masks, sources)
         facts = [
             SampleRow(**{**{n: getattr(r, n) for n in SampleRow.__slots__}, "status": "ok"})

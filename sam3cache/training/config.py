@@ -23,7 +23,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Where a run lies and what it runs on may change between its parts; the rest makes its result.
-_NOT_THE_RESULT = frozenset({"store", "name", "device", "residency", "allow_unsealed"})
+# The data do, too, but a hash is no setting that one could resume with.
+_NOT_THE_RESULT = frozenset(
+    {"store", "name", "device", "residency", "allow_unsealed", "data_sha256"}
+)
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,10 @@ class TrainConfig:
 
 
 def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Refuse to resume a run whose result the present settings would change.
+    """Refuse to resume a run whose result the present settings or data would change.
 
     Raises:
-        ConfigError: every setting that differs, as recorded → present.
+        ConfigError: every setting that differs, as recorded → present, or that the data do.
     """
     differences = [
         f"{name} {recorded.get(name)} → {present.get(name)}"
@@ -132,6 +135,12 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
         raise ConfigError(
             f"the run to resume had other settings ({'; '.join(differences)}); resume with the "
             "old ones, or start a run under another --name"
+        )
+    if recorded.get("data_sha256") != present.get("data_sha256"):
+        raise ConfigError(
+            f"the run to resume learned from other images, angles or masks than {present['store']} "
+            "now has in its splits train and val; resume on the store as it was, or start a run "
+            "under another --name"
         )
 
 

@@ -6,6 +6,7 @@ Shape legend: B batch, K mask planes, H height, W width.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -169,10 +170,12 @@ class _Run:
             }
             for level in self.head.needs
         }
+        learned = [row for row in train_rows if store.has_mask(row, config.label_set)]
         settings = config.settings() | {
             "precision": self.precision,
-            "num_train": sum(store.has_mask(row, config.label_set) for row in train_rows),
+            "num_train": len(learned),
             "num_val": len(with_mask),
+            "data_sha256": _data_sha256(store, [*learned, *with_mask], config.label_set),
         }
         # Before anything is loaded: what stands against the run is said at once.
         self.state = self._begin(RunState(settings, levels))
@@ -445,6 +448,22 @@ def _num_planes(store: FeatureStore, config: TrainConfig) -> int:
             "in the manifest and extract again"
         )
     return store.label_sets[config.label_set].num_planes
+
+
+def _data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:
+    """Return a hash of what a run learns from, in the order that indices count in.
+
+    Of a mask its origin, size and time of change stand for its pixels: no mask has to be read.
+    """
+    by_row, masks = {sample.row: sample for sample in store.samples}, store.label_rows(label_set)
+    digest = hashlib.sha256()
+    for row in rows:
+        sample = by_row[row]
+        angles = (sample.primary_angle_deg, sample.secondary_angle_deg)
+        mask = dataclasses.astuple(masks[row])[1:]  # all but the row
+        line = (sample.id, sample.pixel_sha256, sample.split, *angles, *mask)
+        digest.update(f"{line!r}\n".encode())
+    return digest.hexdigest()
 
 
 def _mask(store: FeatureStore, row: int, label_set: str) -> Tensor:

@@ -306,6 +306,34 @@ def test_resuming_on_other_features_is_refused(straight: Path, tmp_path: Path) -
         train(config_for(other, straight.parent, resume=True))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 1},
+        {"splits": ("val", "train", "test")},
+        {"first_angle_deg": -50},
+        {"mask_mtime_ns": 5},
+    ],
+    ids=["pixels", "splits", "angles", "masks"],
+)
+def test_resuming_on_other_data_is_refused(
+    straight: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    other = build_store(
+        tmp_path / "x.zarr", num_samples=24, level_shapes=SHAPES, mask_width_px=40, **values
+    )
+    with pytest.raises(ConfigError, match=r"other images, angles or masks than x.zarr") as caught:
+        train(config_for(other, straight.parent, resume=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_resuming_on_a_copy_of_the_store_is_possible(straight: Path, tmp_path: Path) -> None:
+    copy = build_store(
+        tmp_path / "copy.zarr", num_samples=24, level_shapes=SHAPES, mask_width_px=40
+    )
+    assert train(config_for(copy, straight.parent, resume=True)).epochs == 4
+
+
 def test_a_damaged_run_is_not_resumed(store: Path, tmp_path: Path) -> None:
     config = config_for(store, tmp_path)
     (config.run_dir / "last").mkdir(parents=True)
