@@ -26,7 +26,8 @@ class Sample:
 
     Attributes:
         id: unique within the manifest.
-        source: path of the image relative to ``root``, with forward slashes.
+        source: path of the image relative to ``root``, with forward slashes; or a name in place of
+            a path that must not enter a store.
         root: folder that ``source`` and ``mask`` are relative to.
         frame: index into a cine, or None for a still.
         mask: path of the mask relative to ``root``, or None when there is none.
@@ -35,9 +36,9 @@ class Sample:
         split: "train", "val" or "test".
         group: samples of one group (a patient) never fall into two splits.
         extra: every other column of the manifest, as text.
-        image_location: where the image is when it lies outside ``root``; it never enters a store,
-            and ``source`` is then a name with a hash.
+        image_location: where the image is when ``source`` is not its path; it never enters a store.
         mask_location: the same for the mask.
+        line: of the manifest, to say in messages where names alone do not lead to a file.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Sample:
     extra: Mapping[str, str] = field(default_factory=dict)
     image_location: Path | None = None
     mask_location: Path | None = None
+    line: int | None = None
 
     @property
     def image_path(self) -> Path:

@@ -37,7 +37,7 @@ def write_data(root: Path) -> Path:
     for patient, vessel, shape, frame, (primary, secondary), segment, split in PATIENTS:
         name = f"{patient.lower()}_{vessel}"
         for folder in ("cines", "contours", "masks", "deepsa"):
-            (root / folder).mkdir(exist_ok=True)
+            (root / folder).mkdir(parents=True, exist_ok=True)
         np.save(root / "cines" / f"{name}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
         contours = {"view_angles": {"primary_angle": primary, "secondary_angle": secondary}}
         (root / "contours" / f"{name}.json").write_text(json.dumps(contours), encoding="utf-8")

@@ -4,6 +4,7 @@
     group = { column = "patient_id", hash = true }         # a column, stored as a pseudonym
     split = { column = "set", values = { tuning = "val" } }  # a column, some values renamed
     mask  = { constant = "" }                              # not given, whatever the CSV has
+    hash_paths = true                                      # keep hashes in place of paths
 
     [primary_angle]                                        # a value inside a JSON file
     json = "contours_path"                                 # the column that names the file
@@ -20,10 +21,11 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sam3cache.errors import ImageError, ManifestError
+from sam3cache.images.files import SUFFIXES
 
 FIELDS = ("image", "mask", "frame", "primary_angle", "secondary_angle", "split", "group", "id")
 
@@ -67,10 +69,17 @@ class FieldSource:
 
 @dataclass(frozen=True, slots=True)
 class ColumnMap:
-    """The fields that a manifest has, and the columns that are kept beside them."""
+    """The fields that a manifest has, and the columns that are kept beside them.
+
+    Attributes:
+        fields: where each field comes from.
+        extra: the columns that are kept beside them.
+        hash_paths: whether paths become pseudonyms, since they name persons.
+    """
 
     fields: Mapping[str, FieldSource]
     extra: tuple[str, ...]
+    hash_paths: bool
 
 
 def map_columns(header: Sequence[str], columns: Path | None, manifest: str) -> ColumnMap:
@@ -92,10 +101,14 @@ def map_columns(header: Sequence[str], columns: Path | None, manifest: str) -> C
         isinstance(extra, list) and all(isinstance(column, str) for column in extra)
     ):
         raise ManifestError(f"{where}: extra = {extra!r}; expected a list of column names")
+    hash_paths = entries.pop("hash_paths", False)
+    if not isinstance(hash_paths, bool):
+        raise ManifestError(f"{where}: hash_paths = {hash_paths!r}; expected true or false")
     unknown = sorted(set(entries) - set(FIELDS))
     if unknown:
         raise ManifestError(
-            f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)} and extra"
+            f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, extra "
+            "and hash_paths"
         )
     fields = {name: FieldSource(name, hash=False) for name in FIELDS if name in header}
     fields |= {name: _field_source(name, entry, where) for name, entry in entries.items()}
@@ -110,10 +123,12 @@ def map_columns(header: Sequence[str], columns: Path | None, manifest: str) -> C
             raise ManifestError(
                 f"{where}: column {column!r} is not in {manifest}, which has {', '.join(header)}"
             )
-    if extra is None:
+    if extra is None and hash_paths:
+        extra = []  # any of them may hold a path, or part of one
+    elif extra is None:
         consumed = {*FIELDS, *used}
         extra = [c for c in header if c and c not in consumed and not names_a_person(c)]
-    return ColumnMap(fields, tuple(extra))
+    return ColumnMap(fields, tuple(extra), hash_paths)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -181,6 +196,7 @@ class RowReader:
 
     def __init__(self, column_map: ColumnMap, root: Path) -> None:
         self._fields = column_map.fields
+        self._hash_paths = column_map.hash_paths
         self._root = root
         self._keys = {source.key for source in self._fields.values() if source.key}
         self._found: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
@@ -200,9 +216,20 @@ class RowReader:
         text = source.values.get(text, text)
         return pseudonym(text) if source.hash and text else text
 
+    def resolve(self, path_text: str) -> tuple[str, Path | None]:
+        """Return the name that may be kept of a path, and where it is when that does not say it."""
+        name, location = resolve_path(path_text, self._root)
+        if not self._hash_paths:
+            return name, location
+        # What is hashed does not change when the manifest's folder moves.
+        unique = name if location is None else PureWindowsPath(location).as_posix()
+        suffix = PurePosixPath(name).suffix
+        known = suffix if suffix.lower() in {*SUFFIXES, ".json"} else ""
+        return pseudonym(unique, 16) + known, location or self._root / name
+
     def _json_value(self, path_text: str, key: tuple[str, ...]) -> str:
         if (path_text, key) not in self._found:
-            name, location = resolve_path(path_text, self._root)
+            name, location = self.resolve(path_text)
             document, problem = _read_json(location or self._root / name)
             for wanted in self._keys:
                 self._found[path_text, wanted] = (

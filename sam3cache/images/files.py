@@ -129,7 +129,10 @@ def open_picture(
             f"{name}: {detail}; expected PNG, JPEG, TIFF, BMP or .npy of a plausible size"
         ) from None
     except _DECODER_ERRORS as error:
-        detail = " ".join(str(error).replace(str(path), name).split())[:120]
+        text = (isinstance(error, OSError) and error.strerror) or str(error).replace(
+            str(path), name
+        )
+        detail = " ".join(text.split())[:120]
         raise ImageError(
             f"{name}: damaged or truncated ({detail or type(error).__name__}); restore the file"
         ) from None

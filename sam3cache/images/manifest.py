@@ -16,7 +16,6 @@ from sam3cache.images.columns import (
     RowReader,
     is_absolute,
     map_columns,
-    resolve_path,
 )
 from sam3cache.images.files import SUFFIXES
 from sam3cache.records import SPLITS, Sample, SetAside
@@ -140,17 +139,22 @@ def _read_csv(path: Path, columns: Path | None, seed: int) -> Manifest:
         source = given_id = ""
         try:
             given_id = reader.value(row, "id")
-            source, _ = resolve_path(reader.value(row, "image"), root)
+            image = reader.value(row, "image")
+            if not image:
+                raise ImageError("no image; fill the cell or remove the row")
+            source, _ = reader.resolve(image)
             sample = _sample(reader, row, column_map, root)
             split = reader.value(row, "split")
         except ImageError as error:
             row_id = given_id or f"line {line}"
-            set_aside.append(SetAside(row_id, source, str(error)))
+            reason = f"line {line}: {error}" if column_map.hash_paths else str(error)
+            set_aside.append(SetAside(row_id, source, reason))
             _claim(lines, [row_id], line, path.name)
             continue
         derived = _derived_ids(sample)
         row_id = _claim(lines, [given_id] if given_id else derived, line, path.name)
-        samples.append(replace(sample, id=row_id))
+        named_line = line if column_map.hash_paths else None
+        samples.append(replace(sample, id=row_id, line=named_line))
         splits.append(split)
     if not samples:
         raise ManifestError(
@@ -204,13 +208,10 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def _sample(reader: RowReader, row: dict[str, str], column_map: ColumnMap, root: Path) -> Sample:
-    """Resolve one row, all but its id and split."""
-    image = reader.value(row, "image")
-    if not image:
-        raise ImageError("no image; fill the cell or remove the row")
-    source, image_location = resolve_path(image, root)
+    """Resolve one row that has an image, all but its id and split."""
+    source, image_location = reader.resolve(reader.value(row, "image"))
     mask_text = reader.value(row, "mask")
-    mask, mask_location = resolve_path(mask_text, root) if mask_text else (None, None)
+    mask, mask_location = reader.resolve(mask_text) if mask_text else (None, None)
     return Sample(
         id="",
         source=source,
@@ -220,15 +221,15 @@ def _sample(reader: RowReader, row: dict[str, str], column_map: ColumnMap, root:
         primary_angle_deg=_angle("primary", reader.value(row, "primary_angle")),
         secondary_angle_deg=_angle("secondary", reader.value(row, "secondary_angle")),
         group=reader.value(row, "group") or source,
-        extra={column: _portable(row[column], root) for column in column_map.extra},
+        extra={column: _portable(row[column], reader) for column in column_map.extra},
         image_location=image_location,
         mask_location=mask_location,
     )
 
 
-def _portable(cell: str, root: Path) -> str:
+def _portable(cell: str, reader: RowReader) -> str:
     """Keep other columns as they are, but for paths of this machine."""
-    return resolve_path(cell, root)[0] if is_absolute(cell) else cell
+    return reader.resolve(cell)[0] if is_absolute(cell) else cell
 
 
 def _frame(text: str) -> int | None:

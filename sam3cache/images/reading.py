@@ -6,8 +6,8 @@ Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -69,7 +69,7 @@ def probe(sample: Sample) -> ImageInfo:
         with _open_mask(sample) as mask:
             _mask_index(mask, sample)
             mask_height_px, mask_width_px = mask.height_px, mask.width_px
-        _check_aspect(sample, (height_px, width_px), (mask_height_px, mask_width_px))
+            _check_aspect(sample, (height_px, width_px), (mask_height_px, mask_width_px))
     stat = sample.image_path.stat()
     return ImageInfo(
         height_px,
@@ -132,28 +132,49 @@ def read_mask(sample: Sample) -> NDArray[np.uint8] | None:
     with _open_mask(sample) as mask:
         _check_aspect(sample, image_size, (mask.height_px, mask.width_px))
         values_HWC = mask.read(_mask_index(mask, sample))
-        is_lossy = mask.is_lossy
-    if values_HWC.dtype.kind == "f":
-        if not np.isfinite(values_HWC).all() or values_HWC.min() < 0:
+        if values_HWC.dtype.kind != "f":
+            threshold = LOSSY_MASK_THRESHOLD if mask.is_lossy else 1
+            foreground_HWC = np.greater_equal(values_HWC, threshold)
+        elif np.isfinite(values_HWC).all() and values_HWC.min() >= 0:
+            foreground_HWC = np.greater_equal(values_HWC, 0.5)
+        else:
             raise ImageError(
                 f"{sample.mask}: float mask with values below 0 or not finite; expected "
                 "probabilities in [0, 1]; apply the sigmoid or the threshold first"
             )
-        foreground_HWC = np.greater_equal(values_HWC, 0.5)
-    else:
-        foreground_HWC = np.greater_equal(values_HWC, LOSSY_MASK_THRESHOLD if is_lossy else 1)
     mask_HW: NDArray[np.uint8] = foreground_HWC.any(axis=-1).astype(np.uint8)
     return mask_HW[None]
 
 
-def _open_image(sample: Sample) -> AbstractContextManager[Picture]:
-    return open_picture(sample.image_path, sample.source, frame=sample.frame)
+@contextmanager
+def _saying_line(sample: Sample) -> Iterator[None]:
+    """Begin errors with the manifest's line, where names alone do not lead to the file."""
+    try:
+        yield
+    except ImageError as error:
+        if sample.line is None:
+            raise
+        raise ImageError(f"line {sample.line}: {error}") from None
 
 
-def _open_mask(sample: Sample) -> AbstractContextManager[Picture]:
+@contextmanager
+def _open_image(sample: Sample) -> Iterator[Picture]:
+    with (
+        _saying_line(sample),
+        open_picture(sample.image_path, sample.source, frame=sample.frame) as picture,
+    ):
+        yield picture
+
+
+@contextmanager
+def _open_mask(sample: Sample) -> Iterator[Picture]:
     assert sample.mask_path is not None
     assert sample.mask is not None
-    return open_picture(sample.mask_path, sample.mask, frame=sample.frame, is_mask=True)
+    with (
+        _saying_line(sample),
+        open_picture(sample.mask_path, sample.mask, frame=sample.frame, is_mask=True) as mask,
+    ):
+        yield mask
 
 
 def _frame_index(picture: Picture, frame: int | None, name: str) -> int:

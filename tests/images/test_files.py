@@ -298,6 +298,13 @@ def test_a_bad_file_is_refused_in_one_line_without_its_path(tmp_path, capfd, cas
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("file_name", ["DOE" * 200, "DOE\x07" * 200])
+def test_a_name_that_the_system_refuses_is_not_repeated(tmp_path, file_name):
+    with pytest.raises(ImageError) as caught, open_picture(tmp_path / file_name, "images/a.png"):
+        pass
+    assert "DOE" not in str(caught.value)
+
+
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_read(tmp_path):
     side = int(MAX_PIXELS**0.5) + 1
     header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 1), np.uint8))

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 import tracemalloc
 from collections import Counter
@@ -302,6 +303,86 @@ def test_of_large_json_files_only_the_values_asked_for_stay_in_memory(tmp_path):
     assert peak_bytes < 2e6  # one file takes 0.5 MB, all of them 7 MB
 
 
+# hash_paths -----------------------------------------------------------------------------------
+
+HASHED = re.compile(r"[0-9a-f]{16}\.png")
+
+
+def hashed(root: Path, text: str, columns: str = ""):
+    return read(root, text, "hash_paths = true\n" + columns)
+
+
+def test_hashed_paths_name_nobody_and_still_lead_to_the_files(tmp_path):
+    (tmp_path / "here").mkdir()
+    outside = tmp_path / "DOE_JOHN" / "b.png"
+    for path in [outside, *(tmp_path / "here" / f / "DOE_JOHN" / "a.png" for f in "im")]:
+        picture(path)
+    text = "image,mask,frame,file\n" + "".join(
+        f"{image},m\\DOE_JOHN\\a.png,{frame},DOE_JOHN\n"
+        for image, frame in [("i/DOE_JOHN/a.png", ""), ("i/DOE_JOHN/a.png", 3), (outside, "")]
+    )
+    samples = hashed(tmp_path / "here", text).samples
+    for s in samples:
+        assert HASHED.fullmatch(s.source)
+        assert HASHED.fullmatch(s.mask)
+        assert s.image_path.is_file()
+        assert s.mask_path == tmp_path / "here" / "m" / "DOE_JOHN" / "a.png"
+        kept = [s.id, s.source, s.mask, s.group, *s.extra.values()]
+        assert "DOE" not in " ".join(kept)
+    assert samples[0].source == samples[1].source != samples[2].source
+    assert samples[1].id == samples[0].id + "#3"
+
+
+def test_a_hashed_path_is_the_same_however_it_is_written_and_wherever_the_folder_lies(tmp_path):
+    sources = set()
+    for root in (tmp_path / "one", tmp_path / "two"):
+        root.mkdir()
+        for cell in ("i/a.png", "i\\a.png", root / "i" / "a.png"):
+            sources.add(hashed(root, f"image\n{cell}\n").samples[0].source)
+    assert len(sources) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("a.PNG", ".PNG"), ("a.npy", ".npy"), ("DOE.JOHN", ""), ("scan", ""), ("a.JOHN.tif", ".tif")],
+)
+def test_of_a_hashed_path_only_a_pictures_suffix_is_kept(tmp_path, name, suffix):
+    (sample,) = hashed(tmp_path, f"image\n{name}\n").samples
+    assert sample.source[16:] == suffix
+
+
+def test_with_hashed_paths_other_columns_are_kept_only_where_asked_for(tmp_path):
+    text = "image,pseudo_label,phase,raw\na.png,p/DOE/a.png,late,/data/DOE/a.npy\n"
+    assert hashed(tmp_path, text).samples[0].extra == {}
+    (sample,) = hashed(tmp_path, text, 'extra = ["phase", "raw"]').samples
+    assert sample.extra["phase"] == "late"
+    assert re.fullmatch(r"[0-9a-f]{16}\.npy", sample.extra["raw"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ("DOE/a.png,,1.5,", "frame '1.5'"),
+        ("DOE/a.png,,,DOE/absent.json", ".json: "),
+        ("DOE/a.png,,,DOE/broken.json", "not JSON"),
+        ("DOE/a.png,,,DOE/empty.json", "no key 'angle'"),
+    ],
+)
+def test_with_hashed_paths_a_row_set_aside_is_found_by_its_line(tmp_path, cells, words):
+    (tmp_path / "DOE").mkdir()
+    (tmp_path / "DOE" / "broken.json").write_text("{", encoding="utf-8")
+    (tmp_path / "DOE" / "empty.json").write_text("{}", encoding="utf-8")
+    (bad,) = hashed(
+        tmp_path,
+        f"image,mask,frame,info\ngood.png,,,\n{cells}\n",
+        'primary_angle = { json = "info", key = "angle" }',
+    ).set_aside
+    assert bad.reason.startswith("line 3: ")
+    assert words in bad.reason
+    assert HASHED.fullmatch(bad.source)
+    assert "DOE" not in bad.id + bad.source + bad.reason
+
+
 # Splits ---------------------------------------------------------------------------------------
 
 
@@ -403,6 +484,7 @@ WRONG = {
         ["wrong type"],
     ),
     "extra that is a text": ("image\na\n", 'extra = "phase"', ["extra", "list"]),
+    "a hash_paths that is a text": ("image\na\n", 'hash_paths = "yes"', ["hash_paths", "true or"]),
     "not toml": ("image\na\n", "image: cine", ["not TOML"]),
     "toml twice": ("image\na\n", 'image = "image"\nimage = "image"', ["not TOML"]),
 }
