@@ -146,6 +146,12 @@ def _print(result: EvalResult) -> None:
         f"split {result.split}"
     )
     console.print(_counts(result))
+    if result.split != "train" and (result.num_seen_in_training or result.num_in_training_groups):
+        console.print(
+            f"Warning: the head was trained on {result.num_seen_in_training} of these images, and "
+            f"on groups with the names of {result.num_in_training_groups} of them: scores on those "
+            "say little about new ones"
+        )
     for name, summaries in result.classes.items():
         console.print(_metrics_table(name, summaries))
     if result.angle_use is not None:

@@ -33,8 +33,8 @@ from sam3cache.evaluation.report import (
 from sam3cache.evaluation.statistics import Summary, summarise
 from sam3cache.features import FeatureStore, StoredSample, open_store
 from sam3cache.geometry import Letterbox
-from sam3cache.heads import Head, check_fingerprints, load_checkpoint
-from sam3cache.heads.checkpoint import MODEL_FILE
+from sam3cache.heads import CheckpointInfo, Head, check_fingerprints, load_checkpoint
+from sam3cache.heads.checkpoint import MODEL_FILE, short_hash
 from sam3cache.loading import CachedSamples
 from sam3cache.metrics import MaskScores, dice_iou_precision_recall
 from sam3cache.records import IGNORE_LABEL, SPLITS, Batch
@@ -164,6 +164,8 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         num_groups=len(set(groups)),
         num_without_mask=has_mask.count(False),
         num_empty_against_empty=sum(i.true_px is not None and i.dice is None for i in images),
+        num_seen_in_training=_num_known(info, "images", [s.pixel_sha256 for s in samples]),
+        num_in_training_groups=_num_known(info, "groups", groups),
         classes={name: _summaries(images, name, config.seed) for name in classes},
         angle_use=check.result(groups, config.seed) if config.check_angles else None,
         images=tuple(images),
@@ -340,6 +342,14 @@ def _select(store: FeatureStore, split: str) -> list[StoredSample]:
             "--split, or evaluate on all of them by --split all"
         )
     return samples
+
+
+def _num_known(info: CheckpointInfo, kind: str, names: Sequence[str]) -> int | None:
+    """Count the names that a checkpoint lists as trained on; None if it lists none."""
+    if kind not in info.trained_on:
+        return None
+    known = set(info.trained_on[kind].split())
+    return sum(short_hash(name) in known for name in names)
 
 
 def _mask(cached: CachedSamples, index: int) -> Tensor | None:

@@ -82,6 +82,10 @@ class EvalResult:
         num_groups: groups they belong to.
         num_without_mask: images that have no mask, and so no scores.
         num_empty_against_empty: empty predictions of empty masks; they have no Dice.
+        num_seen_in_training: images whose pixels the head was trained on; None if its checkpoint
+            does not tell.
+        num_in_training_groups: images of groups that have the name of one it was trained on; None
+            likewise. On another store a name may be another's.
         classes: by class, by metric, the summary over images.
         angle_use: what the head makes of the view angle; None when that was not asked.
         images: the scores, image by image and class by class; in per_image.csv.
@@ -106,6 +110,8 @@ class EvalResult:
     num_groups: int
     num_without_mask: int
     num_empty_against_empty: int
+    num_seen_in_training: int | None
+    num_in_training_groups: int | None
     classes: Mapping[str, Mapping[str, Summary]]
     angle_use: AngleUse | None
     images: tuple[ImageScore, ...]

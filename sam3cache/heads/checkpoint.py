@@ -51,6 +51,8 @@ class CheckpointInfo:
         epoch: epochs trained, from 1.
         metrics: of the validation split after that epoch.
         settings: the training's configuration.
+        trained_on: by "images" and "groups", ``short_hash`` of the pixels' hash and of the name of
+            each that was learned from, sorted, one space between; empty if that was not recorded.
         seed: of weights, order and dropout.
         threshold: probability from which a pixel counts as mask.
         weights_sha256: of names and bytes of the weights; filled in by writing.
@@ -67,6 +69,7 @@ class CheckpointInfo:
     epoch: int
     metrics: Mapping[str, float | int | None] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     threshold: float = 0.5
     weights_sha256: str = ""
@@ -169,6 +172,11 @@ def check_fingerprints(
             f"level {level} was made differently from the features the head was trained on: "
             f"{'; '.join(differences)}; use a store extracted with the old values, or train again"
         )
+
+
+def short_hash(text: str) -> str:
+    """Return 16 hexadecimal digits of a text's SHA-256: short, and no group's name can be read."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

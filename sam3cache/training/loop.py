@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sam3cache.errors import CheckpointError, ConfigError, NumericError
-from sam3cache.features import FeatureStore, open_store
+from sam3cache.features import FeatureStore, StoredSample, open_store
 from sam3cache.heads import (
     CheckpointInfo,
     Head,
@@ -31,7 +31,7 @@ from sam3cache.heads import (
     count_parameters,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import write_atomically
+from sam3cache.heads.checkpoint import short_hash, write_atomically
 from sam3cache.loading import CachedSamples
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.records import Batch
@@ -43,6 +43,9 @@ from sam3cache.training.state import STATE_FILE, RunState, read_state, restore, 
 METRICS_FILE = "metrics.jsonl"
 MAX_GRADIENT_NORM = 1.0
 THRESHOLD = 0.5
+
+MAX_RECORDED_SAMPLES = 100_000
+"""Most training samples that a checkpoint lists, in 17 bytes each for image and group."""
 
 # How often the loss is fetched to be shown: each time, a GPU has to catch up.
 _REPORT_INTERVAL_S = 0.2
@@ -210,6 +213,7 @@ class _Run:
             residency=config.residency,
             label_set=config.label_set,
         )
+        self.trained_on = _trained_on(self.train_samples.samples)
         self.num_without_mask = self.train_samples.num_without_mask + len(val_rows) - len(with_mask)
 
     def train(self) -> TrainResult:
@@ -430,6 +434,7 @@ class _Run:
             epoch=epoch,
             metrics=metrics,
             settings=self.state.settings,
+            trained_on=self.trained_on,
             seed=self.config.seed,
             threshold=THRESHOLD,
         )
@@ -464,6 +469,16 @@ def _data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:
         line = (sample.id, sample.pixel_sha256, sample.split, *angles, *mask)
         digest.update(f"{line!r}\n".encode())
     return digest.hexdigest()
+
+
+def _trained_on(samples: Sequence[StoredSample]) -> dict[str, str]:
+    """Return what lets an evaluation tell images that a head knows; see ``CheckpointInfo``."""
+    if len(samples) > MAX_RECORDED_SAMPLES:
+        return {}
+    return {
+        "images": " ".join(sorted({short_hash(sample.pixel_sha256) for sample in samples})),
+        "groups": " ".join(sorted({short_hash(sample.group) for sample in samples})),
+    }
 
 
 def _mask(store: FeatureStore, row: int, label_set: str) -> Tensor:

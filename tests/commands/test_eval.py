@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+from store_builder import build_store
 from view_store import View, write_checkpoint, write_view_store
 
 VIEWS: list[View] = [(-30.0 + 70.0 * (i % 2), float(i)) for i in range(10)]
@@ -34,6 +35,21 @@ def test_people_get_narrow_tables_and_a_sentence(here, invoke):
     tables = [line for line in lines if line.startswith(" ")]
     assert max(map(len, tables)) <= 80
     assert "Evaluating: 10/10 images" in result.stderr
+
+
+def test_a_head_that_has_seen_the_images_is_not_measured_without_a_warning(here, invoke):
+    shapes = {"fpn_72": (4, 12, 12)}
+    build_store(here / "x.zarr", num_samples=9, level_shapes=shapes)
+    moved = ("test", "val", "train")
+    build_store(here / "y.zarr", num_samples=9, level_shapes=shapes, splits=moved)
+    quick = ("--head", "linear", "--epochs", "1", "--loss-size", "12", "--device", "cpu")
+    assert invoke("train", "x.zarr", "--name", "run", *quick).exit_code == 0
+    evaluate = ("checkpoints/run", "--device", "cpu", "--no-angles-check", "-o")
+    warning = "Warning: the head was trained on 3 of these images, and on groups with the names of"
+    assert f"{warning} 3 of them" in invoke("eval", "y.zarr", *evaluate, "y").stdout
+    on_train = invoke("eval", "x.zarr", *evaluate, "x", "--split", "train")
+    assert on_train.exit_code == 0
+    assert "Warning" not in on_train.stdout
 
 
 def test_programs_get_json_alone_on_stdout(here, invoke):

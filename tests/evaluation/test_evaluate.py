@@ -358,3 +358,49 @@ def test_the_validation_dice_is_the_one_that_training_saw(
     result = evaluate(EvalConfig(store, trained.run_dir, split="val"))
     assert result.classes["vessel"]["dice"].mean == pytest.approx(trained.best_dice)
     assert trained.best_dice > 0
+
+
+def test_images_and_groups_that_the_head_was_trained_on_are_counted(
+    tmp_path: Path,
+) -> None:
+    """Images 0, 3 and 6 are trained on; each two images in order are a group."""
+    shapes = {"fpn_72": (4, 12, 12)}
+    store = build_store(tmp_path / "x.zarr", num_samples=9, level_shapes=shapes)
+    trained = train(
+        TrainConfig(
+            *(str(store), "run", "linear"),
+            output=str(tmp_path),
+            epochs=1,
+            loss_size_px=12,
+            device="cpu",
+        )
+    )
+    other = build_store(
+        tmp_path / "y.zarr", num_samples=9, level_shapes=shapes, splits=("test", "val", "train")
+    )
+    strange = build_store(tmp_path / "z.zarr", num_samples=9, level_shapes=shapes, seed=1)
+    for path, split, expected in (
+        (store, "train", (3, 3)),
+        (store, "val", (0, 2)),  # 1 with 0 and 7 with 6, but 4 with 5
+        (other, "test", (3, 3)),
+        (other, "all", (3, 6)),
+        (strange, "all", (0, 6)),
+    ):
+        result = evaluate(
+            EvalConfig(
+                *(path, trained.run_dir),
+                split=split,  # type: ignore[arg-type]
+                check_angles=False,
+                output=tmp_path / path.stem,
+            )
+        )
+        assert (result.num_seen_in_training, result.num_in_training_groups) == expected
+        summary = json.loads((result.output / "summary.json").read_bytes())
+        assert (summary["num_seen_in_training"], summary["num_in_training_groups"]) == expected
+
+
+def test_a_checkpoint_that_lists_no_training_images_is_not_said_to_know_none(
+    store: Path, sided: Path
+) -> None:
+    result = evaluate(config(store, sided))
+    assert (result.num_seen_in_training, result.num_in_training_groups) == (None, None)
