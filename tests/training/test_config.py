@@ -38,10 +38,10 @@ def test_a_value_that_cannot_be_used_is_refused_in_one_line(
 
 def test_settings_are_plain_json_and_leave_out_how_and_where_the_run_was_started() -> None:
     settings = TrainConfig(
-        "/home/someone/x.zarr",
+        "/data/someone/x.zarr",
         "run",
         head_options={"widths": (8, 4)},
-        output="/home/someone/runs",
+        output="/data/someone/runs",
         resume=True,
     ).settings()
     assert settings["head_options"] == {"widths": [8, 4]}
