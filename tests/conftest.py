@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 # Before torch is imported, and inherited by the processes that tests start: the suite takes the
-# same road on a laptop and on a server with 100 cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# same road on a laptop and on a server with 100 cores, and two halves of it do not fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 Invoke = Callable[..., Result]

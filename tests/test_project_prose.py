@@ -95,6 +95,7 @@ IMPORTED_AS = {
     "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",
     "tensorboard": "torch.utils.tensorboard",
+    "torchvision": None,
     "triton": None,
     "triton-windows": None,
 }
