@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_run, only_store
-from sam3cache.commands.progress import Bar, progress
+from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,29 +110,16 @@ def eval_(
         check_angles=angles_check,
     )
     with ExitStack() as stack:
-        result = evaluate(config, _Screen(stack).show)
+        stages = Stages(stack)
+
+        def report(num_done: int, num_total: int) -> None:
+            stages.show("Evaluating", num_done, num_total)
+
+        result = evaluate(config, report)
     if as_json:
         click.echo(json.dumps(result.record(), indent=2, allow_nan=False))
     else:
         _print(result)
-
-
-class _Screen:
-    """Shows progress, from the first report on."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._bar: Bar | None = None
-        self._num_done = 0
-
-    def show(self, num_done: int, num_total: int) -> None:
-        """Take over a report of the evaluation."""
-        if self._bar is None:
-            self._bar = self._stack.enter_context(
-                progress("Evaluating", total=num_total, unit="images")
-            )
-        self._bar.update(num_done - self._num_done)
-        self._num_done = num_done
 
 
 def _print(result: EvalResult) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sam3cache.commands.progress import Bar, progress
+from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
     from sam3cache.extract import ExtractProgress, ExtractResult
@@ -124,7 +125,7 @@ def extract(
         seed=seed,
     )
     with ExitStack() as stack:
-        result = run(config, _Screen(stack).show)
+        result = run(config, partial(_show, Stages(stack)))
     for aside in result.set_aside:
         click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
     for group in result.leaks:
@@ -145,30 +146,12 @@ def extract(
         raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
 
 
-class _Screen:
-    """Shows an extraction's progress: one bar after the other, a line a worker below."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._stage = ""
-        self._num_done = 0
-        self._bar: Bar | None = None
-
-    def show(self, state: ExtractProgress) -> None:
-        """Take over a report of the extraction."""
-        if self._bar is None or state.stage != self._stage:
-            self._stack.close()
-            self._stage, self._num_done = state.stage, 0
-            title = state.stage.capitalize()
-            self._bar = self._stack.enter_context(
-                progress(title, total=state.num_total, unit="images")
-            )
-        self._bar.update(state.num_done - self._num_done)
-        self._num_done = state.num_done
-        self._bar.rows(
-            (worker.name, f"{worker.memory_bytes / 1e9:.1f} GB, {worker.use:.0%} in the tower")
-            for worker in state.workers.values()
-        )
+def _show(stages: Stages, state: ExtractProgress) -> None:
+    bar = stages.show(state.stage.capitalize(), state.num_done, state.num_total)
+    bar.rows(
+        (worker.name, f"{worker.memory_bytes / 1e9:.1f} GB, {worker.use:.0%} in the tower")
+        for worker in state.workers.values()
+    )
 
 
 def _print_summary(result: ExtractResult) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -135,6 +135,31 @@ def progress(
         yield bar
     bar.rows(())
     bar.write_line()
+
+
+class Stages:
+    """Shows work that goes through stages: one bar after the other, each from its first report."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        """Begin without a bar; ``stack``, when left, ends the last one."""
+        self._stack = stack
+        self._title = ""
+        self._bar: Bar | None = None
+
+    def show(self, title: str, num_done: int, num_total: int, note: str | None = None) -> Bar:
+        """Take absolute counts of images in the stage called ``title``, and return its bar.
+
+        What is done at a stage's first report does not count into its rate.
+        """
+        if self._bar is None or title != self._title:
+            self._stack.close()
+            self._title = title
+            self._bar = self._stack.enter_context(
+                progress(title, total=num_total, unit="images", num_done=num_done)
+            )
+        self._bar.report(num_done, num_total)
+        self._bar.update(0, note)
+        return self._bar
 
 
 def format_duration(duration_s: float) -> str:

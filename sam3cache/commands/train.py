@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sam3cache.commands.defaults import only_store
-from sam3cache.commands.progress import Bar, format_duration, progress
+from sam3cache.commands.progress import Stages, format_duration
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -140,39 +141,20 @@ def train(
         **settings,
     )
     with ExitStack() as stack:
-        result = run(config, _Screen(stack).show)
+        result = run(config, partial(_show, Stages(stack)))
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
     else:
         _print_summary(result, config.store)
 
 
-class _Screen:
-    """Shows a training's progress: a bar while samples are loaded, then one over all epochs."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._stage = ""
-        self._num_done = 0
-        self._bar: Bar | None = None
-
-    def show(self, state: Progress) -> None:
-        """Take over a report of the training."""
-        if self._bar is None or state.stage != self._stage:
-            self._stack.close()
-            self._stage = state.stage
-            title = "Loading" if state.stage == "load" else "Training"
-            # What an earlier part of the run has done does not count into the rate.
-            self._num_done = state.num_done
-            self._bar = self._stack.enter_context(
-                progress(title, total=state.num_total, unit="images", num_done=state.num_done)
-            )
-        note = None
-        if state.loss is not None:
-            best = "" if state.best_dice is None else f", best val Dice {state.best_dice:.4f}"
-            note = f"epoch {state.epoch}, loss {state.loss:.4f}{best}"
-        self._bar.update(state.num_done - self._num_done, note)
-        self._num_done = state.num_done
+def _show(stages: Stages, state: Progress) -> None:
+    note = None
+    if state.loss is not None:
+        best = "" if state.best_dice is None else f", best val Dice {state.best_dice:.4f}"
+        note = f"epoch {state.epoch}, loss {state.loss:.4f}{best}"
+    title = "Loading" if state.stage == "load" else "Training"
+    stages.show(title, state.num_done, state.num_total, note)
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
