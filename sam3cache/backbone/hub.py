@@ -54,7 +54,7 @@ def _download(spec: TowerSpec, repo: str) -> Path:
         )
     advice = (
         f"accept the licence at https://huggingface.co/{repo} and run `hf auth login`, "
-        "or name a downloaded file with --weights PATH"
+        "or name a downloaded file with --weights PATH (--backbone sam3-mini needs no weights)"
     )
     with suppress(LocalEntryNotFoundError):
         return Path(hf_hub_download(repo, spec.hub_file, local_files_only=True))

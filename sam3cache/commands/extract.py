@@ -132,8 +132,8 @@ def extract(
         click.echo(f"warning: group {group} is in more than one split", err=True)
     if result.num_moved:
         click.echo(
-            f"warning: {result.num_moved} samples are in another split than before; heads trained "
-            "until now may have seen what is now validation or test",
+            f"warning: {result.num_moved} samples were in the training split and are no longer; "
+            "heads trained until now have seen them",
             err=True,
         )
     if as_json:
@@ -156,13 +156,22 @@ def _show(stages: Stages, state: ExtractProgress) -> None:
 
 def _print_summary(result: ExtractResult) -> None:
     state = "sealed" if result.sealed else "not sealed yet: another process is at work on it"
-    click.echo(
-        f"{result.store}: {result.num_samples} samples, {state}; {result.num_computed} computed in "
-        f"{result.elapsed_s:.1f} s, {result.num_kept} kept, {len(result.set_aside)} set aside, "
-        f"{result.num_removed} removed. {result.split_rule}"
-    )
+    changes = [
+        f"{number} {what}"
+        for number, what in (
+            (result.num_computed, f"computed in {result.elapsed_s:.1f} s"),
+            (result.num_kept, "kept"),
+            (result.num_relabelled, "with a new mask"),
+            (result.num_removed, "changed, mended or no longer in the manifest"),
+            (len(result.set_aside), "set aside"),
+        )
+        if number
+    ]
+    click.echo(f"{result.store}: {result.num_samples} samples, {state}; {', '.join(changes)}.")
+    click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
-        click.echo(f"Next: sam3cache train {result.store} --head film-conv --name first")
+        store = result.store
+        click.echo(f"Next: sam3cache train {store.as_posix()} --head film-conv --name {store.stem}")
 
 
 def _as_json(result: ExtractResult) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def train(
     Examples:
       sam3cache train features/angio.zarr --head film-conv --name first
       sam3cache train features/angio.zarr --head linear --name floor
-      sam3cache train features/angio.zarr --name first --resume
+      sam3cache train features/angio.zarr --name first --resume    (same options as before)
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     from sam3cache.training import TrainConfig
     from sam3cache.training import train as run

@@ -108,10 +108,11 @@ class ExtractResult:
         store: the store's folder.
         sealed: whether the store is complete; not so while another process works on it.
         num_samples: samples that can be used.
-        num_computed: images that this run put through the workers.
+        num_computed: images whose features this run computed.
+        num_relabelled: images that this run gave a new mask, their features being as they were.
         num_kept: images that were there before.
         num_removed: rows that this run turned into tombstones.
-        num_moved: samples that this run put into another split than before.
+        num_moved: samples that this run took out of the training split.
         set_aside: samples that could not be used, and why.
         leaks: groups that the manifest puts into more than one split.
         split_rule: where the splits come from, in words.
@@ -122,6 +123,7 @@ class ExtractResult:
     sealed: bool
     num_samples: int
     num_computed: int
+    num_relabelled: int
     num_kept: int
     num_removed: int
     num_moved: int

@@ -44,7 +44,7 @@ class RowPlan:
         samples: by row, for rows that are pending or ok.
         masks: by row, the file each mask shall have come from, for the same rows.
         num_removed: rows that became tombstones.
-        num_moved: samples that are in another split than before.
+        num_moved: samples that were in the training split and are no longer.
     """
 
     rows: tuple[SampleRow, ...]
@@ -216,8 +216,7 @@ def plan_rows(
         masks={row: replace(owner[row].mask or LabelRow(0), row=row) for row in sorted(live)},
         num_removed=num_removed,
         num_moved=sum(
-            old_splits.get(row, item.sample.split) != item.sample.split
-            for row, item in owner.items()
+            old_splits.get(row) == "train" != item.sample.split for row, item in owner.items()
         ),
     )
 

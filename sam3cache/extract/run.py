@@ -39,6 +39,7 @@ from sam3cache.features import (
     describe_store,
     is_described,
     is_sealed,
+    label_rows_of,
     merge_sample_facts,
     missing_items,
     open_store,
@@ -112,7 +113,7 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
             num_images = sum(len(task.rows) for task in tasks)
             elsewhere = run_pool(job.setups, tasks, _reporter(report, num_images))
             ours = [task for task in tasks if task.block not in elsewhere]
-            num_computed += sum(len(task.rows) for task in ours)
+            num_computed += sum(len(task.rows) for task in ours if _computes(task))
         if tasks and ours:
             num_pauses = 0
         else:
@@ -130,6 +131,7 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
         sealed=store.sealed,
         num_samples=len(store.samples),
         num_computed=num_computed,
+        num_relabelled=job.num_relabelled,
         num_kept=len(job.plan.samples) - num_computed,
         num_removed=job.plan.num_removed,
         num_moved=job.plan.num_moved,
@@ -138,6 +140,10 @@ def extract(config: ExtractConfig, report: Report = lambda progress: None) -> Ex
         split_rule=manifest.split_rule,
         elapsed_s=time.monotonic() - start_s,
     )
+
+
+def _computes(task: BlockTask) -> bool:
+    return any(item.startswith("levels.") for item in task.items)
 
 
 def _reporter(report: Report, num_total: int) -> Callable[[Mapping[int, WorkerStatus], int], None]:
@@ -155,6 +161,7 @@ class _Job:
     label_set: LabelSetSpec | None
     setups: tuple[WorkerSetup, ...]
     tasks: tuple[BlockTask, ...]
+    num_relabelled: int = 0
 
 
 def _weights_digest(config: ExtractConfig) -> str:
@@ -200,6 +207,7 @@ def _prepare(
     if description is not None:
         existing = _rows(root)
         old_splits = {note.row: note.split for note in read_annotations(root)}
+        _require_common_source(root, config, existing, wanted)
     plan = plan_rows(existing, wanted, hashes, old_splits)
     label_set = _label_set(root, description, plan)
     label_sets = {} if label_set is None else {label_set.name: label_set}
@@ -222,7 +230,33 @@ def _prepare(
             samples=plan.rows,
             annotations=plan.annotations,
         )
-    return replace(job, tasks=tasks)
+    return replace(job, tasks=tasks, num_relabelled=_num_relabelled(root, job))
+
+
+def _require_common_source(
+    root: Path, config: ExtractConfig, existing: list[SampleRow], wanted: list[Wanted]
+) -> None:
+    """Refuse a manifest that has nothing to do with the store: mostly a slip in -o."""
+    stored = {row.source for row in existing if row.status == "ok"}
+    if stored and stored.isdisjoint(item.sample.source for item in wanted):
+        raise StoreError(
+            f"none of the {len(stored)} images in {root} is in {config.manifest}, so that all "
+            "would be given up; give -o another folder, or the manifest that this store was made "
+            "from"
+        )
+
+
+def _num_relabelled(root: Path, job: _Job) -> int:
+    """Count the stored masks that come from another file, or another state of it, than now."""
+    if job.label_set is None:
+        return 0
+    stored = label_rows_of(job.label_set.name, read_receipts(root))
+    return sum(
+        (stored[row].source, stored[row].size_bytes, stored[row].mtime_ns)
+        != (mask.source, mask.size_bytes, mask.mtime_ns)
+        for row, mask in job.plan.masks.items()
+        if row in stored
+    )
 
 
 def _fit_channels(item: Wanted, num_channels: int) -> Wanted:

@@ -11,6 +11,7 @@ from sam3cache.features.receipts import is_sealed, read_receipts, read_receipts_
 from sam3cache.features.store import (
     FeatureStore,
     StoredSample,
+    label_rows_of,
     merge_sample_facts,
     open_store,
     read_description,
@@ -49,6 +50,7 @@ __all__ = [
     "describe_store",
     "is_described",
     "is_sealed",
+    "label_rows_of",
     "merge_sample_facts",
     "missing_items",
     "open_store",

@@ -123,9 +123,9 @@ def read_description(root: Path) -> dict[str, Any]:
         description = json.loads(path.read_bytes())["attributes"]["sam3cache"]
         version = int(description["format_version"])
     except (FileNotFoundError, NotADirectoryError):
+        what = "is not a feature store (no zarr.json in it)" if root.exists() else "does not exist"
         raise NotAStoreError(
-            f"{root} is not a feature store (no zarr.json in it); make one with "
-            f"`sam3cache extract MANIFEST -o {root}`"
+            f"{root} {what}; give the folder that `sam3cache extract MANIFEST -o FOLDER` wrote"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise NotAStoreError(

@@ -81,6 +81,9 @@ def _read_folder(folder: Path, seed: int) -> Manifest:
     has_parts = (root / "images").is_dir()
     images = _pictures(root / "images", root) if has_parts else _pictures(root, root, deep=False)
     if not images:
+        tables = sorted(folder.glob("*.csv"))
+        if tables:
+            raise ManifestError(f"{folder}: no pictures; did you mean its CSV, {tables[0]}?")
         raise ManifestError(
             f"{folder}: no pictures; put them into {folder / 'images'} and their masks, with the "
             f"same stems, into {folder / 'masks'}; known are {', '.join(sorted(SUFFIXES))}"

@@ -71,7 +71,7 @@ def test_a_corrected_mask_is_taken_over_without_touching_a_feature(copy):
     before = shard.stat().st_mtime_ns
     Image.fromarray(np.full((56, 56), 255, np.uint8)).save(copy / "masks/02.png")
     result = run(copy)
-    assert result.sealed
+    assert (result.num_computed, result.num_relabelled, result.sealed) == (0, 1, True)
     assert shard.stat().st_mtime_ns == before
     assert open_store(store).read_mask(2).all()
 
@@ -199,6 +199,19 @@ def test_a_folder_that_is_something_else_is_left_alone(copy):
     with pytest.raises(StoreError, match="not empty and not a feature store"):
         run(copy)
     assert (store / "notes.txt").exists()
+
+
+def test_a_store_of_other_pictures_is_not_emptied_by_a_slip_in_its_name(copy):
+    store = copy.parent / "x.zarr"
+    before = (store / "complete.json").read_bytes()
+    for path in (copy / "images").iterdir():
+        path.rename(path.with_name(f"other-{path.name}"))
+    manifest = copy / "manifest.csv"
+    text = manifest.read_text(encoding="utf-8").replace("images/", "images/other-")
+    manifest.write_text(text, encoding="utf-8")
+    with pytest.raises(StoreError, match=r"none of the 4 images in .* is in "):
+        run(copy)
+    assert (store / "complete.json").read_bytes() == before
 
 
 def test_a_manifest_of_which_nothing_can_be_read_stops_before_it_starts(copy):

@@ -137,11 +137,11 @@ def test_what_was_never_good_does_not_come_back_to_life(folder):
     assert statuses(again) == statuses(mended)
 
 
-def test_samples_that_change_their_split_are_counted(folder):
+def test_samples_that_leave_the_training_split_are_counted(folder):
     plan = plan_rows([], wanted_of(folder))
     splits = {note.row: note.split for note in plan.annotations}
     assert plan_rows(plan.rows, wanted_of(folder), old_splits=splits).num_moved == 0
-    splits[2] = "test"
+    splits[2], splits[3] = "train", "val"
     assert plan_rows(plan.rows, wanted_of(folder), old_splits=splits).num_moved == 1
 
 

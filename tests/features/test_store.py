@@ -103,8 +103,10 @@ def test_a_row_or_level_that_is_not_there_raises(store_path):
 
 
 def test_what_is_not_a_store_is_refused(tmp_path):
-    with pytest.raises(NotAStoreError, match=r"no zarr\.json"):
+    with pytest.raises(NotAStoreError, match="does not exist"):
         open_store(tmp_path / "nowhere")
+    with pytest.raises(NotAStoreError, match=r"no zarr\.json"):
+        open_store(tmp_path)
     zarr.create_group(tmp_path / "plain.zarr")
     with pytest.raises(NotAStoreError, match="does not describe one"):
         open_store(tmp_path / "plain.zarr")

@@ -587,6 +587,7 @@ def test_a_mask_without_an_image_is_listed(tmp_path):
     [
         ([], ["no pictures", "images"]),
         (["images/a.txt"], ["no pictures"]),
+        (["a.csv"], ["did you mean", "a.csv"]),
         (["masks/a.png"], ["no pictures"]),
         (["images/a.png", "images/a.jpg"], ["a.jpg", "a.png", "one stem"]),
         (["images/a.png", "masks/a.png", "masks/a.npy"], ["masks/a.npy", "both masks"]),
