@@ -103,7 +103,7 @@ def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
     help="Show the traceback of a failure, too (also SAM3CACHE_DEBUG=1).",
 )
 def main(debug: bool) -> None:
-    """Run SAM 3 once over your images; train heads on the cached features in seconds.
+    """Run SAM 3 once over your images; train heads on the cached features.
 
     \b
     The whole road, on artificial angiograms and a miniature of SAM 3:
