@@ -86,7 +86,7 @@ def test_the_only_store_and_run_need_not_be_named(here, invoke):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
-        (["nowhere.zarr", "checkpoints/first"], 1, "nowhere.zarr is not a feature store"),
+        (["nowhere.zarr", "checkpoints/first"], 1, "nowhere.zarr does not exist"),
         (["features/angio.zarr", "nowhere"], 1, "no checkpoint at nowhere"),
         (["features/angio.zarr", "checkpoints/first"], 1, "name it again with --head"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--split", "val"], 2, "10 test"),

@@ -50,7 +50,7 @@ def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "expected"),
     [
-        (["features/y.zarr"], 1, "features/y.zarr is not a feature store"),
+        (["features/y.zarr"], 1, "features/y.zarr does not exist"),
         (["features/x.zarr", "--epochs", "0"], 2, "epochs is 0: expected at least 1"),
         (["features/x.zarr", "--head", "unet"], 1, "no head is named 'unet'"),
         (["features/x.zarr", "--head-option", "wide"], 2, "expected NAME=VALUE"),
