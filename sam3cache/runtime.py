@@ -6,12 +6,14 @@ import os
 import platform
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from sam3cache.errors import ConfigError
 
+TEMPORARY_SUFFIX = ".partial"
 REPORTED_PACKAGES = ("sam3cache", "sam3", "torch", "torchvision", "zarr", "numpy")
 
 _CGROUP_LISTING, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -231,6 +233,41 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(num_threads)
+
+
+def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write ``data`` so that a crash leaves the old file or the new one, never a part.
+
+    Args:
+        path: where to write; its folder is made if it is missing.
+        data: the whole content.
+
+    Raises:
+        OSError: as the operating system has it (disk full, read-only folder); no temporary stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable; POSIX only, as NTFS journals renames and opens no folders."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_file(source: Path, target: Path) -> None:

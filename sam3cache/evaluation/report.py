@@ -16,7 +16,7 @@ from typing import Any
 from sam3cache.errors import ConfigError
 from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Summary
-from sam3cache.heads.checkpoint import write_atomically
+from sam3cache.runtime import write_atomic
 
 METRICS = ("dice", "iou", "precision", "recall")
 IMAGES_FILE = "per_image.csv"
@@ -171,9 +171,9 @@ def write_result(result: EvalResult) -> None:
     writer = csv.DictWriter(table, names)
     writer.writeheader()
     writer.writerows(dataclasses.asdict(image) for image in result.images)
-    write_atomically(result.output / IMAGES_FILE, table.getvalue().encode())
+    write_atomic(result.output / IMAGES_FILE, table.getvalue().encode())
     text = json.dumps(result.record(), indent=2, allow_nan=False) + "\n"
-    write_atomically(result.output / SUMMARY_FILE, text.encode())
+    write_atomic(result.output / SUMMARY_FILE, text.encode())
 
 
 def known_or_none(angle_deg: float) -> float | None:

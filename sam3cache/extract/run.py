@@ -50,7 +50,6 @@ from sam3cache.features import (
     seal_store,
     store_lock,
 )
-from sam3cache.features.files import TEMPORARY_SUFFIX
 from sam3cache.images import preprocessing_fields, read_manifest
 
 Report = Callable[[ExtractProgress], None]
@@ -276,7 +275,9 @@ def _foreign_files(root: Path) -> list[Path]:
     ours = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
     ours |= {"samples.parquet", "annotations.parquet"}
     return [
-        path for path in root.iterdir() if path.name not in ours and path.suffix != TEMPORARY_SUFFIX
+        path
+        for path in root.iterdir()
+        if path.name not in ours and path.suffix != runtime.TEMPORARY_SUFFIX
     ]
 
 

@@ -1,53 +1,14 @@
-"""Files that are either whole or absent: temporary name, flush to disk, rename."""
+"""Hashes of JSON and of files, and the sweeping up of what killed writers left."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sam3cache.runtime import replace_file
-
-TEMPORARY_SUFFIX = ".partial"
-
-
-def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write ``data`` so that a crash leaves the old file or the new one, never a part.
-
-    Args:
-        path: where to write; its folder is made if it is missing.
-        data: the whole content.
-
-    Raises:
-        OSError: as the operating system has it (disk full, read-only folder); no temporary stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_file(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename durable; POSIX only, as NTFS journals renames and opens no folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from sam3cache.runtime import TEMPORARY_SUFFIX
 
 
 def canonical_json(value: Any) -> bytes:

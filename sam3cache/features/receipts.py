@@ -13,9 +13,8 @@ from sam3cache.features.files import (
     canonical_json,
     sha256_of_file,
     sha256_of_json,
-    write_atomic,
 )
-from sam3cache.runtime import replace_file
+from sam3cache.runtime import replace_file, write_atomic
 
 SEAL_FILE = "complete.json"
 FOLDED_FILE = "receipts/folded.json"

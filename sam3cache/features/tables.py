@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sam3cache.errors import CorruptStoreError
-from sam3cache.features.files import write_atomic
+from sam3cache.runtime import write_atomic
 
 Status = Literal["pending", "ok", "aside", "removed"]
 

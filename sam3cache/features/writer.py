@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import NumericError
-from sam3cache.features.files import sweep_temporaries, write_atomic
+from sam3cache.features.files import sweep_temporaries
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import (
     BLOCK_ROWS,
@@ -55,6 +55,7 @@ from sam3cache.features.tables import (
     write_label_rows,
     write_samples,
 )
+from sam3cache.runtime import write_atomic
 
 GROUP_FILE = "zarr.json"
 

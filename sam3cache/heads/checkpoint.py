@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ import sam3cache
 from sam3cache.errors import CheckpointError, FingerprintError, HeadError
 from sam3cache.heads.head import Head
 from sam3cache.heads.registry import HEADS, build_head
-from sam3cache.runtime import replace_file
+from sam3cache.runtime import write_atomic
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -88,8 +87,8 @@ def save_checkpoint(folder: Path, head: nn.Module, info: CheckpointInfo) -> Chec
     info = dataclasses.replace(info, weights_sha256=_weights_sha256(weights))
     record = dataclasses.asdict(info)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / MODEL_FILE, save(weights, {_HEADER_KEY: json.dumps(record)}))
-    write_atomically(folder / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomic(folder / MODEL_FILE, save(weights, {_HEADER_KEY: json.dumps(record)}))
+    write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
     return info
 
 
@@ -177,16 +176,6 @@ def check_fingerprints(
 def short_hash(text: str) -> str:
     """Return 16 hexadecimal digits of a text's SHA-256: short, and no group's name can be read."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by another in one step; after a crash one of the two is there, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_file(partial, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

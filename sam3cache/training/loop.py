@@ -31,11 +31,11 @@ from sam3cache.heads import (
     count_parameters,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import short_hash, write_atomically
+from sam3cache.heads.checkpoint import short_hash
 from sam3cache.loading import CachedSamples
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.records import Batch
-from sam3cache.runtime import peak_memory_bytes, pick_device
+from sam3cache.runtime import peak_memory_bytes, pick_device, write_atomic
 from sam3cache.training.config import TrainConfig, check_same_run, resolve_precision
 from sam3cache.training.loss import dice_bce_loss
 from sam3cache.training.state import STATE_FILE, RunState, read_state, restore, save_state
@@ -293,7 +293,7 @@ class _Run:
         if metrics.exists():
             # Lines of epochs that were not committed are written anew.
             lines = metrics.read_bytes().splitlines(keepends=True)
-            write_atomically(metrics, b"".join(lines[: state.epoch]))
+            write_atomic(metrics, b"".join(lines[: state.epoch]))
         return dataclasses.replace(state, settings=fresh.settings)
 
     def _epoch(self, epoch: int, tensorboard: SummaryWriter) -> float:

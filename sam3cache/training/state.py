@@ -17,7 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sam3cache.errors import CheckpointError
-from sam3cache.heads.checkpoint import read_tensors, write_atomically
+from sam3cache.heads.checkpoint import read_tensors
+from sam3cache.runtime import write_atomic
 
 STATE_FILE = "training.safetensors"
 _HEADER_KEY = "training"
@@ -58,7 +59,7 @@ def save_state(
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(plain, {_HEADER_KEY: json.dumps(asdict(state))}))
+    write_atomic(path, save(plain, {_HEADER_KEY: json.dumps(asdict(state))}))
 
 
 def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:

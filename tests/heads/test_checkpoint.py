@@ -21,8 +21,9 @@ from sam3cache.heads import (
     load_checkpoint,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import read_record, write_atomically
+from sam3cache.heads.checkpoint import read_record
 from sam3cache.records import Batch
+from sam3cache.runtime import write_atomic
 
 SHAPES = {"fpn_72": (8, 6, 6)}
 LEVELS = {
@@ -225,6 +226,6 @@ def test_a_checkpoint_that_windows_holds_open_for_a_moment_is_still_replaced(
 
     monkeypatch.setattr(os, "replace", refuse_once)
     monkeypatch.setattr(runtime, "_REPLACE_PATIENCE_S", 5.0)
-    write_atomically(tmp_path / "file", b"new")
+    write_atomic(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert not refusals
