@@ -181,7 +181,7 @@ class _Worker:
 
     def _decode_ahead(self, pool: ThreadPoolExecutor, task: BlockTask) -> list[Future[_Decoded]]:
         with_mask = any(item.startswith("labels.") for item in task.items)
-        with_pixels = task.items != {item for item in task.items if item.startswith("labels.")}
+        with_pixels = any(not item.startswith("labels.") for item in task.items)
         return [
             pool.submit(self._decode, row, task.samples[row.row], with_pixels, with_mask)
             for row in task.rows
@@ -192,7 +192,7 @@ class _Worker:
     ) -> _Decoded:
         try:
             pixels_CHW = None
-            if with_pixels or row.status == "pending":
+            if with_pixels:
                 pixels_HWC = read_image(sample)
                 row = replace(
                     row,

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sam3cache.errors import CheckpointError, ConfigError, NumericError
 from sam3cache.features import FeatureStore, StoredSample, open_store
+from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
     CheckpointInfo,
     Head,
@@ -220,6 +221,8 @@ class _Run:
         """Go through the epochs that are left."""
         if self.state.epoch == 0:
             self._clear()
+        # What a killed part of the run left half written.
+        sweep_temporaries(self.config.run_dir)
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._report_train(self.state.epoch, self.state.epoch * len(self.train_samples))
