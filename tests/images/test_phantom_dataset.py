@@ -15,6 +15,7 @@ from sam3cache.images.phantom import make_phantoms
 from sam3cache.images.phantom.anatomy import Patient, Side, grow_patient
 from sam3cache.images.phantom.attenuation import MASK_PATH_MM, catheter, contrast
 from sam3cache.images.phantom.dataset import COLUMNS, Phantom, render, split_of
+from sam3cache.images.phantom.detector import expose
 from sam3cache.images.phantom.projection import View
 
 SIZE_PX = 96
@@ -212,3 +213,10 @@ def test_the_catheter_is_in_the_picture_but_not_in_the_mask():
     assert wire.sum() > 100
     assert not phantom.branches[wire].any()
     assert phantom.image[wire].mean() + 15 < phantom.image[beside & phantom.is_open].mean()
+
+
+def test_a_field_that_hardly_a_photon_crosses_is_exposed_all_the_same():
+    attenuation_HW = np.zeros((64, 64))
+    attenuation_HW[:, 32:] = 30.0
+    picture_HW = expose(attenuation_HW, np.ones((64, 64), bool), np.random.default_rng(0))
+    assert picture_HW[:, :28].min() > picture_HW[:, 36:].max()

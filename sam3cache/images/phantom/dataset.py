@@ -19,7 +19,7 @@ from sam3cache.images.phantom.projection import View
 
 COLUMNS = (
     "id", "image", "mask", "branches", "primary_angle", "secondary_angle", "split", "group", "side",
-    "sod_mm", "sid_mm", "pixel_mm",
+    "sod_mm", "sid_mm", "pixel_mm", "synthetic",
 )  # fmt: skip
 
 # (primary, secondary) degrees: the views in common use for each coronary system.
@@ -179,6 +179,8 @@ def _render_all(
             "sod_mm": str(view.sod_mm),
             "sid_mm": str(view.sid_mm),
             "pixel_mm": str(view.pixel_mm),
+            # Goes along into every store and report, where it says that no patient was measured.
+            "synthetic": "yes",
         }
         yield row, render(patient, side, view, draw)
 

@@ -59,7 +59,8 @@ def expose(
     primary_HW = blur(np.exp(-attenuation_HW), blur_px * scale)
     beam_HW = primary_HW + scatter * blur(primary_HW, 40.0 * scale)
     beam_HW /= beam_HW[open_HW].mean()
-    counts_HW = rng.poisson(photons * beam_HW) / photons
+    # A narrow blur by its spectrum rings below zero where hardly a photon comes through.
+    counts_HW = rng.poisson(photons * np.maximum(beam_HW, 0.0)) / photons
     counts_HW += 0.004 * rng.standard_normal(counts_HW.shape)
     log_HW = np.log(np.maximum(counts_HW, 1e-3))
     log_HW -= 0.65 * blur(log_HW, 36.0 * scale)
