@@ -1,4 +1,4 @@
-"""Finding a tower's weights: a path, the Hugging Face hub, or a seed."""
+"""Finding a tower's weights: a path, this package, the Hugging Face hub, or a seed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def find_weights(spec: TowerSpec, weights: str | Path | None) -> Weights:
     Raises:
         WeightsError: there are none, or they are not of this backbone.
     """
-    if weights == "random" or (weights is None and spec.hub_repo is None):
+    if weights == "random" or (weights is None and not (spec.packaged_file or spec.hub_repo)):
         return SeededWeights(spec)
+    if weights is None and spec.packaged_file:
+        return read_checkpoint(Path(__file__).with_name(spec.packaged_file), spec)
     if weights is None:
         return read_checkpoint(_download(spec, str(spec.hub_repo)), spec)
     path = Path(weights)

@@ -57,8 +57,10 @@ class TowerSpec:
         neck_dim: channels of every neck level.
         neck_levels_on_file: how many neck levels a checkpoint of this model may hold. SAM 3 has a
             fourth, of stride 28, that nothing reads; SAM 3.1 does not.
-        hub_repo: where its weights are on the Hugging Face hub; None when they are generated.
+        hub_repo: where its weights are on the Hugging Face hub; None when they are not there.
         hub_file: the checkpoint's name there.
+        packaged_file: weights that come with this package, in the folder of this module; a JSON
+            file of that name tells how they were made.
     """
 
     name: str
@@ -75,6 +77,7 @@ class TowerSpec:
     neck_levels_on_file: tuple[int, ...] = (4,)
     hub_repo: str | None = None
     hub_file: str | None = None
+    packaged_file: str | None = None
 
     def level_shape(self, level: str) -> tuple[int, int, int]:
         """Return (C, H, W) of a level's features.
@@ -170,11 +173,13 @@ BACKBONES: Mapping[str, TowerSpec] = MappingProxyType(
                 mlp_ratio=2.0,
                 global_blocks=(1, 3),
                 neck_levels_on_file=(3, 4),
+                packaged_file="sam3_mini.safetensors",
             ),
         )
     }
 )
-"""By name, the towers that can be run. ``sam3-mini`` has SAM 3's shapes at 2.3M parameters."""
+"""By name, the towers that can be run. ``sam3-mini`` has SAM 3's shapes at 2.3M parameters, and
+weights pretrained on artificial angiograms (recipes/sam3_mini.py)."""
 
 
 def find_spec(backbone: str | TowerSpec) -> TowerSpec:

@@ -144,7 +144,7 @@ def load_tower(
         backbone: a name in ``BACKBONES``, or a spec.
         weights: a checkpoint's path, a repository on the Hugging Face hub that holds the file
             ``spec.hub_file``, "random" for seeded weights, or None for the backbone's own
-            (fetched from the hub; seeded for ``sam3-mini``).
+            (fetched from the hub; part of this package for ``sam3-mini``).
         levels: what to compute, of ``LEVELS``.
         device: where.
         numeric_path: "fp32", or "bf16" for half the memory and several times the speed.
