@@ -170,8 +170,14 @@ def _print_summary(result: ExtractResult) -> None:
     click.echo(f"{result.store}: {result.num_samples} samples, {state}; {', '.join(changes)}.")
     click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
+        from sam3cache.extract import DEFAULT_LEVELS
+        from sam3cache.features import open_store
+
         store = result.store
-        click.echo(f"Next: sam3cache train {store.as_posix()} --head film-conv --name {store.stem}")
+        # The default head reads the picture too; this store may not keep it.
+        fits = set(DEFAULT_LEVELS) <= set(open_store(store).levels)
+        head = "" if fits else " --head film-conv"
+        click.echo(f"Next: sam3cache train {store.as_posix()}{head} --name {store.stem}")
 
 
 def _as_json(result: ExtractResult) -> dict[str, Any]:

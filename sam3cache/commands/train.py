@@ -44,9 +44,9 @@ class _GroupedCommand(click.Command):
 @click.argument("store", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--head",
-    default="film-conv",
+    default="film-detail",
     show_default=True,
-    help="film-conv, linear, or your own as package.module:Class.",
+    help="film-detail, film-conv, linear, or your own as package.module:Class.",
 )
 @click.option(
     "--head-option",
@@ -74,9 +74,8 @@ class _GroupedCommand(click.Command):
 @click.option(
     "--lr",
     "learning_rate",
-    default=1e-4,
-    show_default=True,
-    help="Of AdamW at the first step; a cosine takes it to 0.",
+    type=float,
+    help="Of AdamW at the first step; a cosine takes it to 0. [default: the head's own]",
 )
 @click.option("--seed", default=0, show_default=True, help="Of weights, order and dropout.")
 @click.option(
@@ -126,7 +125,7 @@ def train(
 
     \b
     Examples:
-      sam3cache train features/angio.zarr --head film-conv --name first
+      sam3cache train features/angio.zarr --name first
       sam3cache train features/angio.zarr --head linear --name floor
       sam3cache train features/angio.zarr --name first --resume    (same options as before)
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
@@ -175,6 +174,9 @@ def _print_summary(result: TrainResult, store: str) -> None:
         f"{result.epochs}, over {result.num_val} images; trained on {result.num_train} samples "
         f"({result.residency}, {result.resident_bytes / 1e9:.2f} GB) in "
         f"{format_duration(result.elapsed_s)}{speed}."
+    )
+    click.echo(
+        f"Head: {result.parameters['total']:,} parameters, {result.gflop:.1f} GFLOP an image."
     )
     if result.num_without_mask:
         click.echo(f"{result.num_without_mask} samples without a mask were left out.")

@@ -26,9 +26,11 @@ class Head(nn.Module):
 
     Attributes:
         needs: levels read from the store, in the order of use.
+        learning_rate: what it is trained with unless told otherwise.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    learning_rate: ClassVar[float] = 1e-4
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K, H, W) over the padded square, at any stride."""

@@ -14,16 +14,22 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sam3cache.errors import HeadError
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.heads.film_conv import FilmConv
+from sam3cache.heads.film_detail import FilmDetail
 from sam3cache.heads.head import Head, LevelShapes
 from sam3cache.heads.linear import Linear
 from sam3cache.records import Batch
 
-HEADS: dict[str, Callable[..., Head]] = {"film-conv": FilmConv, "linear": Linear}
-"""The heads that come with the package, by the name that ``--head`` takes."""
+HEADS: dict[str, Callable[..., Head]] = {
+    "film-detail": FilmDetail,
+    "film-conv": FilmConv,
+    "linear": Linear,
+}
+"""The heads that come with the package, by the name that ``--head`` takes; the first is default."""
 
 
 def build_head(
@@ -117,15 +123,7 @@ def _check_options(name: str, head_class: Callable[..., Head], options: Mapping[
 
 def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes: int) -> None:
     """Run the head once, so that a misfit shows before the store is read."""
-    levels = {
-        level: torch.zeros(
-            (1, *level_shapes[level]),
-            dtype=torch.uint8 if level.startswith("image_") else torch.float16,
-        )
-        for level in head.needs
-    }
-    content_12 = torch.full((1, 2), INPUT_SIZE_PX)
-    batch = Batch(levels, angles_B2=torch.zeros(1, 2), content_B2=content_12)
+    batch = _blank(head, level_shapes)
     head.eval()
     try:
         with torch.no_grad():
@@ -143,6 +141,39 @@ def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes:
             f"head {name} returned {shape} for one sample; expected logits of shape "
             f"(1, {num_classes}, H, W)"
         )
+
+
+def forward_gflop(head: Head, level_shapes: LevelShapes) -> float:
+    """Count the arithmetic of a head's forward pass over one image, in 10⁹ operations.
+
+    Multiplications and additions of convolutions and matrix products, as PyTorch's own counter
+    has them; the rest (norms, activations, interpolation) is a few percent and left out.
+
+    Args:
+        head: on any device.
+        level_shapes: (C, H, W) of every level that it needs.
+    """
+    batch = _blank(head, level_shapes, next(head.parameters()).device)
+    was_training = head.training
+    head.eval()  # Dropout would draw random numbers, and so change a training that begins.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head(batch)
+    head.train(was_training)
+    return counter.get_total_flops() / 1e9
+
+
+def _blank(head: Head, level_shapes: LevelShapes, device: torch.device | str = "cpu") -> Batch:
+    """Return one black sample."""
+    levels = {
+        level: torch.zeros(
+            (1, *level_shapes[level]),
+            dtype=torch.uint8 if level.startswith("image_") else torch.float16,
+            device=device,
+        )
+        for level in head.needs
+    }
+    content_12 = torch.full((1, 2), INPUT_SIZE_PX, device=device)
+    return Batch(levels, angles_B2=torch.zeros(1, 2, device=device), content_B2=content_12)
 
 
 def _one_line(error: Exception) -> str:

@@ -42,7 +42,8 @@ class TrainConfig:
         label_set: label set of the store to learn.
         epochs: passes over the training split.
         batch_size: samples a step.
-        learning_rate: of AdamW at the first step; a cosine takes it to 0 at the last.
+        learning_rate: of AdamW at the first step; a cosine takes it to 0 at the last. None: the
+            head's own.
         weight_decay: of AdamW.
         bce_weight: share of cross-entropy in the loss, in [0, 1]; the rest is Dice.
         loss_size_px: side of the grid that logits and masks are compared on.
@@ -60,13 +61,13 @@ class TrainConfig:
 
     store: str
     name: str
-    head: str = "film-conv"
+    head: str = "film-detail"
     head_options: Mapping[str, Any] = field(default_factory=dict)
     output: str = "checkpoints"
     label_set: str = "mask"
     epochs: int = 30
     batch_size: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     bce_weight: float = 0.5
     loss_size_px: int = INPUT_SIZE_PX
@@ -87,7 +88,11 @@ class TrainConfig:
         rules = (
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0, such as 1e-4"),
+            (
+                "learning_rate",
+                self.learning_rate is None or 0 < self.learning_rate < math.inf,
+                "above 0, such as 1e-4",
+            ),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("bce_weight", 0 <= self.bce_weight <= 1, "between 0 (Dice alone) and 1"),
             ("loss_size_px", 1 <= self.loss_size_px <= 4096, "1 to 4096, such as 1008 or 252"),

@@ -30,6 +30,7 @@ from sam3cache.heads import (
     build_head,
     check_fingerprints,
     count_parameters,
+    forward_gflop,
     save_checkpoint,
 )
 from sam3cache.heads.checkpoint import short_hash
@@ -91,6 +92,7 @@ class TrainResult:
         num_empty_masks: validation images whose mask is empty: Dice 0 if the head marks anything
             there, and no part of the mean if it does not.
         parameters: number of the head's parameters by part.
+        gflop: of the head's forward pass over one image; see ``heads.forward_gflop``.
         precision: what the head computed in.
         residency: where the training samples lay.
         resident_bytes: memory that they took there.
@@ -110,6 +112,7 @@ class TrainResult:
     num_without_mask: int
     num_empty_masks: int
     parameters: dict[str, int]
+    gflop: float
     precision: str
     residency: str
     resident_bytes: int
@@ -149,16 +152,22 @@ class _Run:
         self.device = pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         store = open_store(config.store, allow_unsealed=config.allow_unsealed)
+        level_shapes = {name: spec.shape for name, spec in store.levels.items()}
         self.num_planes = _num_planes(store, config)
         torch.manual_seed(config.seed)
         self.head: Head = build_head(
             config.head,
-            {name: spec.shape for name, spec in store.levels.items()},
+            level_shapes,
             config.head_options,
             num_classes=self.num_planes,
         ).to(self.device)
+        self.gflop = forward_gflop(self.head, level_shapes)
+        # A user's own head need not be derived from ours.
+        self.learning_rate = config.learning_rate or float(
+            getattr(self.head, "learning_rate", Head.learning_rate)
+        )
         self.optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.head.parameters(), lr=self.learning_rate, weight_decay=config.weight_decay
         )
         self.scaler = torch.amp.GradScaler(
             torch.device(self.device).type, enabled=self.precision == "fp16"
@@ -176,6 +185,7 @@ class _Run:
         }
         learned = [row for row in train_rows if store.has_mask(row, config.label_set)]
         settings = config.settings() | {
+            "learning_rate": self.learning_rate,
             "precision": self.precision,
             "num_train": len(learned),
             "num_val": len(with_mask),
@@ -193,8 +203,13 @@ class _Run:
                 "undefined; check the masks, or the split"
             )
 
+        num_to_load = len(learned) + len(with_mask)
+
         def report_load(num_done: int, num_total: int) -> None:
-            report(Progress("load", num_done, num_total))
+            report(Progress("load", num_done, num_to_load))
+
+        def report_load_val(num_done: int, num_total: int) -> None:
+            report(Progress("load", len(learned) + num_done, num_to_load))
 
         self.train_samples = CachedSamples(
             store,
@@ -213,6 +228,7 @@ class _Run:
             device=self.device,
             residency=config.residency,
             label_set=config.label_set,
+            report=report_load_val,
         )
         self.trained_on = _trained_on(self.train_samples.samples)
         self.num_without_mask = self.train_samples.num_without_mask + len(val_rows) - len(with_mask)
@@ -243,6 +259,7 @@ class _Run:
             num_without_mask=self.num_without_mask,
             num_empty_masks=self.num_empty_masks,
             parameters=count_parameters(self.head),
+            gflop=self.gflop,
             precision=self.precision,
             residency=self.train_samples.residency,
             resident_bytes=self.train_samples.resident_bytes,
@@ -355,7 +372,7 @@ class _Run:
             # The cosine of CosineAnnealingLR, as a function of the step: nothing to save.
             cosine = math.cos(math.pi * step / (steps_per_epoch * config.epochs))
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * 0.5 * (1 + cosine)
+                group["lr"] = self.learning_rate * 0.5 * (1 + cosine)
             loss = self._step(batch)
             step += 1
             num_seen += len(batch.rows)
