@@ -1,6 +1,7 @@
 """The layers: a module imports only from the layers below it, inside functions too."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,9 @@ ONLY_IN = {
     "sam3": {"backbone"},
     "transformers": {"backbone"},
     "huggingface_hub": {"backbone"},
-    "PIL": {"images"},
+    "PIL": {"images", "evaluation"},
+    "matplotlib": {"evaluation"},
+    "jinja2": {"evaluation"},
     "tifffile": {"images"},
     "imagecodecs": {"images"},
     "zarr": {"features"},
@@ -103,6 +106,20 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
     assert offences(part_of(path), path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "evaluation").rglob("*.py")), ids=lambda path: path.name
+)
+def test_evaluation_encodes_pictures_and_never_decodes_a_file(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    called = {ast.unparse(n.func) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)}
+    assert called.isdisjoint({"Image.open", "PIL.Image.open"})
+    # What draws the page is imported when one is drawn: it takes longer than all of the rest.
+    at_once = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = imported_names("\n".join(map(ast.unparse, at_once)))
+    assert {"matplotlib", "jinja2", "PIL"}.isdisjoint(name.partition(".")[0] for name in names)
+    assert not {"imread", "pyplot"} & set(re.findall(r"\w+", source))
+
+
 def test_every_part_that_has_a_layer_exists() -> None:
     assert {part_of(path) for path in MODULES} == set(MAY_IMPORT)
 
@@ -113,6 +130,8 @@ def test_every_part_that_has_a_layer_exists() -> None:
         ("training", "import sam3", "training imports sam3"),
         ("training", "def f():\n    from sam3.model import vitdet", "training imports sam3"),
         ("loading", "from PIL import Image", "loading imports PIL"),
+        ("training", "from matplotlib.figure import Figure", "training imports matplotlib"),
+        ("commands", "import jinja2", "commands imports jinja2"),
         ("heads", "from sam3cache.features import open_store", "heads imports sam3cache.features"),
         ("features", "from sam3cache import images", "features imports sam3cache.images"),
         ("training", "import sam3cache.evaluation", "training imports sam3cache.evaluation"),

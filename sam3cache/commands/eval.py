@@ -59,6 +59,12 @@ if TYPE_CHECKING:
     help="Predict with shuffled and constant angles, too: does the head use them?",
 )
 @click.option(
+    "--page/--no-page",
+    default=True,
+    show_default=True,
+    help="Also write report.html, a page to look at: pictures, contours, curves.",
+)
+@click.option(
     "--allow-unsealed", is_flag=True, help="Use what an unfinished extraction has written so far."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
@@ -74,6 +80,7 @@ def eval_(
     batch_size: int,
     seed: int,
     angles_check: bool,
+    page: bool,
     allow_unsealed: bool,
     as_json: bool,
 ) -> None:
@@ -85,7 +92,7 @@ def eval_(
 
     Dice, IoU, precision and recall are taken image by image, on the mask's own grid, and written
     to per_image.csv; their means, with 95% bootstrap intervals over groups (patients), to
-    summary.json.
+    summary.json. report.html shows them, with the best, median and worst image, in any browser.
 
     \b
     Examples:
@@ -108,6 +115,7 @@ def eval_(
         head=head,
         allow_unsealed=allow_unsealed,
         check_angles=angles_check,
+        page=page,
     )
     with ExitStack() as stack:
         stages = Stages(stack)
@@ -132,13 +140,9 @@ def _print(result: EvalResult) -> None:
         f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {result.store}, "
         f"split {result.split}"
     )
-    console.print(_counts(result))
-    if result.split != "train" and (result.num_seen_in_training or result.num_in_training_groups):
-        console.print(
-            f"Warning: the head was trained on {result.num_seen_in_training} of these images, and "
-            f"on groups with the names of {result.num_in_training_groups} of them: scores on those "
-            "say little about new ones"
-        )
+    console.print(f"{result.num_images} images of {result.num_groups} groups")
+    for notice in result.notices:
+        console.print(f"Note: {notice}")
     for name, summaries in result.classes.items():
         console.print(_metrics_table(name, summaries))
     if result.angle_use is not None:
@@ -151,17 +155,8 @@ def _print(result: EvalResult) -> None:
                 f"{result.angle_use.max_probability_change:.2g}"
             )
     console.print(f"Written: {result.output.as_posix()}/per_image.csv and summary.json")
-
-
-def _counts(result: EvalResult) -> str:
-    counts = [f"{result.num_images} images of {result.num_groups} groups"]
-    if result.num_without_mask:
-        counts.append(f"{result.num_without_mask} without a mask")
-    if result.num_empty_against_empty:
-        counts.append(
-            f"{result.num_empty_against_empty} empty against empty, left out of the means"
-        )
-    return "; ".join(counts)
+    if result.page is not None:
+        console.print(f"Page: {result.page.as_posix()}")
 
 
 def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:

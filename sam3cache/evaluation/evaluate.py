@@ -6,6 +6,7 @@ Shape legend: B batch, K mask planes, N images, S shuffles, H height, W width of
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import math
 import time
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from sam3cache.errors import CheckpointError, ConfigError
 from sam3cache.evaluation.angle_use import NUM_SHUFFLES, AngleUse, judge, plan_trial
+from sam3cache.evaluation.cases import Case, by_image, choose_cases, mean_dice
+from sam3cache.evaluation.notices import notices_of
+from sam3cache.evaluation.page import PAGE_FILE, page_html
 from sam3cache.evaluation.report import (
     METRICS,
     EvalResult,
@@ -33,12 +37,18 @@ from sam3cache.evaluation.report import (
 from sam3cache.evaluation.statistics import Summary, summarise
 from sam3cache.features import FeatureStore, StoredSample, open_store
 from sam3cache.geometry import Letterbox
-from sam3cache.heads import CheckpointInfo, Head, check_fingerprints, load_checkpoint
+from sam3cache.heads import (
+    CheckpointInfo,
+    Head,
+    check_fingerprints,
+    count_parameters,
+    load_checkpoint,
+)
 from sam3cache.heads.checkpoint import MODEL_FILE, short_hash
 from sam3cache.loading import CachedSamples
 from sam3cache.metrics import MaskScores, dice_iou_precision_recall
 from sam3cache.records import IGNORE_LABEL, SPLITS, Batch
-from sam3cache.runtime import environment_fields
+from sam3cache.runtime import environment_fields, write_atomic
 
 Report = Callable[[int, int], None]
 """Called with images done and images in all."""
@@ -61,6 +71,7 @@ class EvalConfig:
         head: the user's own head, as "package.module:Class", if the checkpoint is of one.
         allow_unsealed: evaluate on what an unfinished extraction has written so far.
         check_angles: also predict with shuffled and constant angles.
+        page: also write report.html, the evaluation as a page to look at.
     """
 
     store: Path
@@ -75,6 +86,7 @@ class EvalConfig:
     head: str | None = None
     allow_unsealed: bool = False
     check_angles: bool = True
+    page: bool = True
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a file.
@@ -168,12 +180,29 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         num_in_training_groups=_num_known(info, "groups", groups),
         classes={name: _summaries(images, name, config.seed) for name in classes},
         angle_use=check.result(groups, config.seed) if config.check_angles else None,
+        notices=(),
         images=tuple(images),
+        page=output / PAGE_FILE if config.page else None,
         output=output,
         environment=environment_fields(),
         elapsed_s=time.monotonic() - start_s,
     )
+    result = replace(result, notices=notices_of(result, store, samples, info))
     write_result(result)
+    # Whatever else is in the folder, no page of earlier figures stands beside these.
+    (output / PAGE_FILE).unlink(missing_ok=True)
+    if result.page is not None:
+        cases = _cases(head, cached, by_image(images, len(classes)), threshold)
+        html = page_html(
+            result,
+            store,
+            info,
+            count_parameters(head),
+            cases,
+            _most_typical(cases, cached),
+            datetime.datetime.now().astimezone().date(),
+        )
+        write_atomic(result.page, html.encode())
     return result
 
 
@@ -342,6 +371,39 @@ def _select(store: FeatureStore, split: str) -> list[StoredSample]:
             "--split, or evaluate on all of them by --split all"
         )
     return samples
+
+
+def _cases(
+    head: Head,
+    cached: CachedSamples,
+    images: Sequence[tuple[ImageScore, ...]],
+    threshold: float,
+) -> list[Case]:
+    """Predict the images to show again: to keep what was predicted of all takes too much memory."""
+    cases = []
+    for title, i in choose_cases([mean_dice(scores) for scores in images]):
+        (logits_KSS,) = _logits(head, cached.batch([i]))
+        prediction = _predict(logits_KSS, cached.letterbox(i), _mask(cached, i), threshold)
+        assert prediction.mask_KHW is not None
+        cases.append(
+            Case(
+                title,
+                cached.samples[i],
+                cached.letterbox(i),
+                images[i],
+                prediction.mask_KHW.cpu().numpy(),
+                (prediction.probability_KHW >= threshold).cpu().numpy(),
+            )
+        )
+    return cases
+
+
+def _most_typical(cases: Sequence[Case], cached: CachedSamples) -> tuple[StoredSample, Letterbox]:
+    """Return the median case, or the one nearest to it; without any, the first image."""
+    if not cases:
+        return cached.samples[0], cached.letterbox(0)
+    case = cases[len(cases) // 2]
+    return case.sample, case.letterbox
 
 
 def _num_known(info: CheckpointInfo, kind: str, names: Sequence[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""What an evaluation found, and the two files that keep it."""
+"""What an evaluation found, and the two files of figures that keep it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ class EvalResult:
             likewise. On another store a name may be another's.
         classes: by class, by metric, the summary over images.
         angle_use: what the head makes of the view angle; None when that was not asked.
+        notices: what a reader has to know before the figures, in whole sentences.
         images: the scores, image by image and class by class; in per_image.csv.
+        page: the evaluation as a page to look at; None when that was not asked.
         output: folder that the results were written to.
         environment: versions installed.
         elapsed_s: of the whole evaluation.
@@ -114,7 +116,9 @@ class EvalResult:
     num_in_training_groups: int | None
     classes: Mapping[str, Mapping[str, Summary]]
     angle_use: AngleUse | None
+    notices: tuple[str, ...]
     images: tuple[ImageScore, ...]
+    page: Path | None
     output: Path
     environment: Mapping[str, str]
     elapsed_s: float
@@ -124,6 +128,7 @@ class EvalResult:
         record = dataclasses.asdict(dataclasses.replace(self, images=()))
         del record["images"]
         record["output"] = self.output.as_posix()
+        record["page"] = None if self.page is None else self.page.as_posix()
         record["bootstrap"] = {
             "unit": "group",
             "num_resamples": NUM_RESAMPLES,

@@ -26,12 +26,17 @@ def test_people_get_narrow_tables_and_a_sentence(here, invoke):
     assert lines[0] == (
         "view_store:Sided, epoch 7 (checkpoints/first/best) on features/angio.zarr, split test"
     )
-    assert lines[1] == "10 images of 10 groups; 1 without a mask"
+    assert lines[1] == "10 images of 10 groups"
+    assert lines[2] == "Note: 1 of 10 images without a mask: they have no scores."
     (dice,) = (line.split() for line in lines if line.strip().startswith("Dice"))
     assert dice == ["Dice", "9", "1.000", "0.000", "1.000", "1.000", "to", "1.000"] + ["1.000"] * 2
     assert any(line.startswith("The head uses the view angle: ") for line in lines)
     assert any(line.split()[:2] == ["true", "1.0000"] for line in lines)
-    assert lines[-1] == "Written: checkpoints/first/eval-test/per_image.csv and summary.json"
+    assert lines[-2:] == [
+        "Written: checkpoints/first/eval-test/per_image.csv and summary.json",
+        "Page: checkpoints/first/eval-test/report.html",
+    ]
+    assert Path("checkpoints/first/eval-test/report.html").is_file()
     tables = [line for line in lines if line.startswith(" ")]
     assert max(map(len, tables)) <= 80
     assert "Evaluating: 10/10 images" in result.stderr
@@ -44,12 +49,12 @@ def test_a_head_that_has_seen_the_images_is_not_measured_without_a_warning(here,
     build_store(here / "y.zarr", num_samples=9, level_shapes=shapes, splits=moved)
     quick = ("--head", "linear", "--epochs", "1", "--loss-size", "12", "--device", "cpu")
     assert invoke("train", "x.zarr", "--name", "run", *quick).exit_code == 0
-    evaluate = ("checkpoints/run", "--device", "cpu", "--no-angles-check", "-o")
-    warning = "Warning: the head was trained on 3 of these images, and on groups with the names of"
+    evaluate = ("checkpoints/run", "--device", "cpu", "--no-angles-check", "--no-page", "-o")
+    warning = "Note: The head was trained on 3 of these images, and on groups with the names of"
     assert f"{warning} 3 of them" in invoke("eval", "y.zarr", *evaluate, "y").stdout
     on_train = invoke("eval", "x.zarr", *evaluate, "x", "--split", "train")
     assert on_train.exit_code == 0
-    assert "Warning" not in on_train.stdout
+    assert "trained on" not in on_train.stdout
 
 
 def test_programs_get_json_alone_on_stdout(here, invoke):
@@ -59,16 +64,20 @@ def test_programs_get_json_alone_on_stdout(here, invoke):
     assert summary["classes"]["vessel"]["dice"]["mean"] == 1.0
     assert summary["angle_use"]["verdict"] == "used"
     assert summary["output"] == "checkpoints/first/eval-test"
+    assert summary["page"] == "checkpoints/first/eval-test/report.html"
+    assert summary["notices"] == ["1 of 10 images without a mask: they have no scores."]
 
 
 def test_options_reach_the_evaluation(here, invoke):
     result = invoke(
         *("eval", "features/angio.zarr", "checkpoints/first/best", *HEAD, "--json"),
         *("--no-angles-check", "--split", "all", "--threshold", "0.3", "-o", "out", "--seed", "4"),
+        "--no-page",
     )
     summary = json.loads(result.stdout)
     assert (summary["split"], summary["threshold"], summary["seed"]) == ("all", 0.3, 4)
-    assert summary["angle_use"] is None
+    assert (summary["angle_use"], summary["page"]) == (None, None)
+    assert not Path("out/report.html").exists()
     with Path("out/per_image.csv").open(encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == 10
 

@@ -1,6 +1,7 @@
 import csv
 import json
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,12 @@ def sided(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "sided", SIDED)
 
 
+# The page takes longer than the figures here; test_page.py has its tests.
+figures_alone = partial(EvalConfig, page=False)
+
+
 def config(store: Path, run: Path) -> EvalConfig:
-    return EvalConfig(store, run, head=SIDED)
+    return figures_alone(store, run, head=SIDED)
 
 
 def test_a_perfect_head_scores_one_on_the_masks_own_grid(store: Path, sided: Path) -> None:
@@ -65,7 +70,7 @@ def test_a_perfect_head_scores_one_on_the_masks_own_grid(store: Path, sided: Pat
 def test_scores_are_those_of_an_independent_computation(store: Path, tmp_path: Path) -> None:
     """Upsampled by torch's own interpolation, cropped and counted with numpy."""
     run = write_checkpoint(tmp_path / "run", "linear")
-    result = evaluate(EvalConfig(store, run, batch_size=5))
+    result = evaluate(figures_alone(store, run, batch_size=5))
     opened = open_store(store)
     head, _ = load_checkpoint(run / "best")
     batch = CachedSamples(opened, range(12), ["fpn_72"]).batch(range(12))
@@ -112,7 +117,7 @@ def test_images_without_a_mask_and_empty_ones_are_counted_not_averaged(
 
 def test_the_batch_size_changes_no_score(store: Path, tmp_path: Path) -> None:
     run = write_checkpoint(tmp_path / "run", "film-conv", options=SMALL)
-    one, many = (evaluate(EvalConfig(store, run, batch_size=size)) for size in (1, 12))
+    one, many = (evaluate(figures_alone(store, run, batch_size=size)) for size in (1, 12))
     for a, b in zip(one.images, many.images, strict=True):
         assert a.dice == pytest.approx(b.dice, abs=1e-3)
 
@@ -156,8 +161,8 @@ def test_another_store_of_the_same_fingerprint_is_welcome(tmp_path: Path, sided:
 
 def test_the_threshold_is_the_checkpoints_unless_given(store: Path, tmp_path: Path) -> None:
     run = write_checkpoint(tmp_path / "run", "linear")
-    default = evaluate(EvalConfig(store, run))
-    strict = evaluate(EvalConfig(store, run, threshold=0.9))
+    default = evaluate(figures_alone(store, run))
+    strict = evaluate(figures_alone(store, run, threshold=0.9))
     assert (default.threshold, strict.threshold) == (0.5, 0.9)
     assert sum(i.predicted_px for i in strict.images) < sum(i.predicted_px for i in default.images)
 
@@ -261,7 +266,7 @@ def silence_film(head: torch.nn.Module) -> None:
 def test_a_head_that_ignores_the_angle_is_told(store: Path, tmp_path: Path, head: str) -> None:
     options, edit = (SMALL, silence_film) if head == "film-conv" else ({}, lambda head: None)
     run = write_checkpoint(tmp_path / "run", head, options=options, edit=edit)
-    use = evaluate(EvalConfig(store, run)).angle_use
+    use = evaluate(figures_alone(store, run)).angle_use
     assert use is not None
     assert use.verdict == "unused"
     assert use.max_probability_change == 0.0
@@ -292,7 +297,7 @@ def test_a_head_whose_masks_the_angle_does_not_change_hardly_uses_it(
         head.segmentation[-1].bias.data += 3  # type: ignore[union-attr, operator]
 
     run = write_checkpoint(tmp_path / "run", "film-conv", options=SMALL, edit=predict_everything)
-    use = evaluate(EvalConfig(store, run)).angle_use
+    use = evaluate(figures_alone(store, run)).angle_use
     assert use is not None
     assert use.verdict == "negligible", use.sentence
     assert use.sentence.startswith("The head hardly uses the view angle: ")
@@ -317,7 +322,7 @@ def test_a_head_trained_on_views_is_found_to_use_them(store: Path, tmp_path: Pat
             optimiser.step()
 
     run = write_checkpoint(tmp_path / "run", "film-conv", options=SMALL, edit=train)
-    use = evaluate(EvalConfig(store, run)).angle_use
+    use = evaluate(figures_alone(store, run)).angle_use
     assert use is not None
     assert use.verdict == "used", use.sentence
     assert use.dice_true is not None
@@ -355,7 +360,7 @@ def test_the_validation_dice_is_the_one_that_training_saw(
             device="cpu",
         )
     )
-    result = evaluate(EvalConfig(store, trained.run_dir, split="val"))
+    result = evaluate(figures_alone(store, trained.run_dir, split="val"))
     assert result.classes["vessel"]["dice"].mean == pytest.approx(trained.best_dice)
     assert trained.best_dice > 0
 
@@ -387,7 +392,7 @@ def test_images_and_groups_that_the_head_was_trained_on_are_counted(
         (strange, "all", (0, 6)),
     ):
         result = evaluate(
-            EvalConfig(
+            figures_alone(
                 *(path, trained.run_dir),
                 split=split,  # type: ignore[arg-type]
                 check_angles=False,

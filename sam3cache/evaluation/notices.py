@@ -1,0 +1,82 @@
+"""What a reader of an evaluation has to know first: of its pictures, features and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sam3cache.evaluation.report import EvalResult
+from sam3cache.features import FeatureStore, StoredSample
+from sam3cache.heads import CheckpointInfo
+
+IMAGE_LEVEL_PREFIX = "image_"
+"""Begins the names of levels that hold pictures; all others come from a backbone."""
+
+MINIATURE = "sam3-mini"
+RANDOM_WEIGHTS = "random:"
+"""Begins the hash of weights that nobody trained."""
+
+
+def notices_of(
+    result: EvalResult,
+    store: FeatureStore,
+    samples: Sequence[StoredSample],
+    info: CheckpointInfo,
+) -> tuple[str, ...]:
+    """Return whole sentences, the gravest first; none where there is nothing to warn of.
+
+    Args:
+        result: the figures.
+        store: that was measured on.
+        samples: the images that were measured.
+        info: of the checkpoint.
+    """
+    sentences = [*_of_pictures(samples), *_of_features(store, info)]
+    num_seen, num_in_groups = result.num_seen_in_training, result.num_in_training_groups
+    # Who measures on the training split asks for just that.
+    if result.split != "train" and (num_seen or num_in_groups):
+        sentences.append(
+            f"The head was trained on {num_seen or 0} of these images, and on groups with the "
+            f"names of {num_in_groups or 0} of them: scores on those say little about new ones."
+        )
+    if not store.sealed:
+        sentences.append(
+            "The store is not sealed: its extraction has not finished, so that images may be "
+            "missing here."
+        )
+    if result.num_without_mask:
+        sentences.append(
+            f"{result.num_without_mask} of {len(samples)} images without a mask: they have no "
+            "scores."
+        )
+    if result.num_empty_against_empty:
+        sentences.append(
+            f"{result.num_empty_against_empty} empty against empty: a prediction without a pixel, "
+            "of a mask without one, has no Dice and is left out of the means."
+        )
+    return tuple(sentences)
+
+
+def _of_pictures(samples: Sequence[StoredSample]) -> list[str]:
+    num_synthetic = sum(sample.extra.get("synthetic") == "yes" for sample in samples)
+    if not num_synthetic:
+        return []
+    silent = "nothing here speaks" if num_synthetic == len(samples) else "these do not speak"
+    return [
+        f"{num_synthetic} of {len(samples)} pictures are synthetic angiograms, drawn and not "
+        f"measured: {silent} of patients."
+    ]
+
+
+def _of_features(store: FeatureStore, info: CheckpointInfo) -> list[str]:
+    levels = [level for level in info.levels if not level.startswith(IMAGE_LEVEL_PREFIX)]
+    if not levels:
+        return []
+    hashes = [str(store.fingerprint(level).fields.get("weights_sha256", "")) for level in levels]
+    if any(digest.startswith(RANDOM_WEIGHTS) for digest in hashes):
+        return ["The features come from random weights: they mean nothing."]
+    if store.settings.get("backbone") == MINIATURE:
+        return [
+            f"The features come from {MINIATURE}, a miniature of SAM 3's classes pretrained on "
+            "synthetic angiograms: this shows that the road works, not how good SAM 3 is."
+        ]
+    return []
