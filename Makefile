@@ -8,14 +8,18 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help check lint test format clean
+.PHONY: help demo check lint test format clean
 
 help:
+	@echo "make demo     the whole road on artificial angiograms, in three minutes; ARGS=--quick in one"
 	@echo "make check    what CI runs: format, lint, types, tests"
 	@echo "make lint     format, lint and types alone"
 	@echo "make test     the tests alone; ARGS='-k letterbox -x' goes to pytest"
 	@echo "make format   mend format and lint in place"
 	@echo "make clean    remove the virtual environment, caches and builds"
+
+demo: $(STAMP)
+	$(BIN)/sam3cache demo $(ARGS)
 
 check: lint test
 

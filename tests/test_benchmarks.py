@@ -69,6 +69,38 @@ def test_training_is_measured_and_its_bounds_decide_the_exit_status(tmp_path: Pa
     assert measured["figures"]["validation_s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("dice", "quick", "missed"),
+    [
+        # The default, without features, on random ones, film-conv, linear; two seeds each.
+        (((0.82, 0.84), (0.78, 0.79), (0.77, 0.8), (0.5, 0.5), (0.3, 0.3)), False, []),
+        (((0.79, 0.8), (0.7, 0.7), (0.7, 0.7), (0.5, 0.5), (0.3, 0.3)), False, [0]),
+        # 0.03 and 0.00 above: 0.015 on average.
+        (((0.83, 0.83), (0.8, 0.83), (0.7, 0.7), (0.82, 0.82), (0.3, 0.3)), False, [1, 3]),
+        (((0.2, 0.2), (0.2, 0.2), (0.2, 0.2), (0.2, 0.2), (0.2, 0.2)), True, []),
+    ],
+)
+def test_what_features_are_worth_is_judged_by_the_seeds_means(
+    dice: tuple[tuple[float, ...], ...], quick: bool, missed: list[int]
+) -> None:
+    program = importlib.import_module("heads")
+    scores = {
+        contestant.label: program.Scores(list(values), [1.0, 1.0], 4_500_000, 13.3)
+        for contestant, values in zip(program.CONTESTANTS, dice, strict=True)
+    }
+    report = program.report(
+        program.parse_options(["--quick"] if quick else []),
+        reporting.Machine("cpu"),
+        {"train": 4, "val": 4, "test": 4},
+        2,
+        scores,
+        {},
+    )
+    assert [i for i, bound in enumerate(report.bounds) if not bound.holds] == missed
+    assert len(report.bounds) == (2 if quick else 7)
+    assert report.rows[1][4] == f"{(dice[0][0] + dice[0][1] - dice[1][0] - dice[1][1]) / 2:+.3f}"
+
+
 @pytest.mark.parametrize(("bounds", "status"), [((), 0), ((True,), 0), ((True, False), 1)])
 def test_a_missed_bound_fails(bounds: tuple[bool, ...], status: int) -> None:
     assert report(*bounds).publish(None) == status

@@ -1,10 +1,12 @@
 """The wheel holds the whole package and nothing else, and runs without the checkout."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    assert held == modules | {"sam3cache/py.typed"}
+    ours = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.suffix in {".py", ".jinja", ".safetensors", ".json"}
+    }
+    assert "sam3cache/evaluation/report.html.jinja" in ours
+    assert held == ours | {"sam3cache/py.typed"}
 
 
 def test_the_wheel_carries_our_licence_and_version(wheel: Path) -> None:
@@ -62,13 +69,28 @@ def test_the_wheel_carries_our_licence_and_version(wheel: Path) -> None:
     assert {f"{dist_info}/licenses/LICENSE", f"{dist_info}/licenses/NOTICE"} <= held
 
 
-def test_the_installed_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+Run = Callable[..., str]
+
+
+def without_network() -> list[str]:
+    """Words before a command that take its network away; none where the system has no such way."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return []
+    words = [unshare, "--net", "--map-root-user"]
+    works = subprocess.run([*words, "true"], capture_output=True).returncode == 0
+    return words if works else []
+
+
+@pytest.fixture
+def run(installed: Path, tmp_path: Path) -> Run:
+    """Run Python on the installed wheel, in an empty folder."""
     # -P keeps the working directory off the path; PYTHONPATH comes before an editable install.
     environment = os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
 
-    def run(*args: str) -> str:
+    def run(*args: str, before: Sequence[str] = ()) -> str:
         done = subprocess.run(
-            [sys.executable, *args],
+            [*before, sys.executable, *args],
             cwd=tmp_path,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -79,6 +101,28 @@ def test_the_installed_wheel_runs_outside_the_checkout(installed: Path, tmp_path
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    return run
+
+
+def test_the_installed_wheel_runs_outside_the_checkout(installed: Path, run: Run) -> None:
     assert Path(run("-c", "import sam3cache; print(sam3cache.__file__)")).is_relative_to(installed)
     assert run("-m", "sam3cache", "--version").split() == ["sam3cache", sam3cache.__version__]
     assert "Usage: sam3cache phantom" in run("-m", "sam3cache", "phantom", "--help")
+
+
+def test_the_demo_runs_from_the_wheel_in_an_empty_folder_without_a_network(
+    run: Run, tmp_path: Path
+) -> None:
+    summary = json.loads(
+        run(
+            *("-m", "sam3cache", "demo", "--quick", "--device", "cpu", "--json"),
+            before=without_network(),
+        )
+    )
+    assert summary["reached"] is True
+    assert summary["dice"] >= summary["min_dice"] == 0.65
+    for made in ("store", "checkpoint", "page"):
+        assert (tmp_path / summary[made]).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["sam3cache-demo"]
+    page = (tmp_path / summary["page"]).read_text(encoding="utf-8")
+    assert str(tmp_path) not in page

@@ -23,6 +23,7 @@ COMMANDS = {
     "extract": "Run SAM 3 over images and store its features.",
     "train": "Train a head on stored features.",
     "eval": "Measure a trained head on stored features.",
+    "demo": "Walk the whole road on artificial angiograms, in three minutes.",
     "phantom": "Draw artificial angiograms with exact masks, to try everything out.",
     "doctor": "Check this machine: versions, devices, memory, disk, and the tower.",
 }
@@ -106,7 +107,11 @@ def main(debug: bool) -> None:
     """Run SAM 3 once over your images; train heads on the cached features.
 
     \b
-    The whole road, on artificial angiograms and a miniature of SAM 3:
+    To see it at work, without data, weights or GPU:
+      sam3cache demo
+
+    \b
+    The same road, step by step:
       sam3cache phantom phantoms
       sam3cache extract phantoms --backbone sam3-mini
       sam3cache train
