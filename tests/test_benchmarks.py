@@ -91,10 +91,7 @@ def test_what_features_are_worth_is_judged_by_the_seeds_means(
     report = program.report(
         program.parse_options(["--quick"] if quick else []),
         reporting.Machine("cpu"),
-        {"train": 4, "val": 4, "test": 4},
-        2,
-        scores,
-        {},
+        {"10 patients": scores},
     )
     assert [i for i, bound in enumerate(report.bounds) if not bound.holds] == missed
     assert len(report.bounds) == (2 if quick else 7)

@@ -41,7 +41,7 @@ class FilmDetail(Head):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("fpn_72", "image_1008")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
 
     def __init__(
         self,
