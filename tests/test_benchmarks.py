@@ -91,7 +91,7 @@ def test_what_features_are_worth_is_judged_by_the_seeds_means(
     report = program.report(
         program.parse_options(["--quick"] if quick else []),
         reporting.Machine("cpu"),
-        {"10 patients": scores},
+        {"10 patients, 5 epochs": scores},
     )
     assert [i for i, bound in enumerate(report.bounds) if not bound.holds] == missed
     assert len(report.bounds) == (2 if quick else 7)

@@ -54,7 +54,9 @@ def test_the_readme_walks_every_command():
 
 def test_commands_that_are_not_run_here_are_those_of_installing_alone():
     others = [line for kind, body in FENCES if kind != "bash" for line in body.splitlines()]
-    allowed = re.compile(r"make (demo|test|check)|python -m venv|\.venv[/\\]\w+[/\\](pip|python)( |$)")
+    allowed = re.compile(
+        r"make (demo|test|check)|python -m venv|\.venv[/\\]\w+[/\\](pip|python)( |$)"
+    )
     assert [line for line in others if not allowed.match(line)] == []
 
 

@@ -49,7 +49,7 @@ class _Size:
 _FULL = _Size(num_images=56, epochs=10, batch_size=4, duration="three minutes")
 _QUICK = _Size(num_images=24, epochs=6, batch_size=4, duration="a minute")
 
-# A coarser stem than the default's, for haste.
+# A narrower stem than the default's, for haste.
 _HEAD_OPTIONS: dict[str, Any] = {"width": 16}
 
 
@@ -67,8 +67,8 @@ def demo(out: Path, quick: bool, seed: int, device: str, as_json: bool) -> None:
     to look at. The pictures are synthetic and the backbone is sam3-mini, a miniature of SAM 3's
     own classes pretrained on such pictures: it shows that the road works, not how good SAM 3 is.
 
-    The head is the default one with a coarser stem, for haste. The exit code is 5 when the head
-    does not reach Dice 0.65 on patients it has not seen, which means that something is broken.
+    The head is the default one with a narrower stem (width=16), for haste. The exit code is 5 when
+    it does not reach Dice 0.65 on patients it has not seen: then something is broken.
 
     \b
     Examples:

@@ -20,13 +20,14 @@ from sam3cache.heads.head import Head, LevelShapes
 from sam3cache.heads.view import FiLM, ViewEncoder
 from sam3cache.records import Batch
 
-TOKEN_STRIDE_PX = 14
+CELLS = 7
+"""Cells of 2 x 2 pixels along a side of a token's 14 x 14."""
 
 
 class FilmDetail(Head):
     """Features of ``fpn_72`` modulated by the view, fused with a stem on ``image_1008``.
 
-    About 4.5 million parameters and 14 GFLOP forward an image by default; logits at stride 4.
+    About 4.5 million parameters and 13 GFLOP forward an image by default; logits at stride 4.
 
     Args:
         level_shapes: shapes of the store's levels.
@@ -35,8 +36,8 @@ class FilmDetail(Head):
         width: channels of the stem at stride 4, a multiple of 8; twice as many at stride 8.
         context_width: channels of the features at stride 14, a multiple of 8; two and four times
             as many at strides 28 and 56.
-        stride_px: of the logits and the stem's finest layer, 4 or 8; 8 takes a third of the time
-            and loses thin vessels.
+        stride_px: of the logits and the stem's finest layer, 4 or 8; 8 takes two thirds of the
+            time and loses thin vessels.
         use_features: False leaves the frozen features out, to learn what they are worth.
     """
 
@@ -63,25 +64,25 @@ class FilmDetail(Head):
             )
         self.view_encoder = ViewEncoder(embedding_dim)
         self.stem = Stem(level_shapes["image_1008"][0], width, stride_px)
-        self.context = (
-            Context(level_shapes["fpn_72"][0], context_width, embedding_dim)
-            if use_features
-            else None
-        )
+        num_features = level_shapes["fpn_72"][0]
+        self.context = Context(num_features, context_width, embedding_dim) if use_features else None
         self.segmentation = Fusion(
-            width, context_width if use_features else None, embedding_dim, stride_px, num_classes
+            width,
+            context_width if use_features else None,
+            num_features,
+            embedding_dim,
+            stride_px,
+            num_classes,
         )
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K, H, W) at stride ``stride_px``."""
         embedding_BD = self.view_encoder(batch.angles_B2)
         detail = self.stem(self.feature(batch, "image_1008"))
-        context_BCHW = (
-            None
-            if self.context is None
-            else self.context(self.feature(batch, "fpn_72"), embedding_BD)
-        )
-        logits_BKHW: Tensor = self.segmentation(detail, context_BCHW, embedding_BD)
+        context = None
+        if self.context is not None:
+            context = self.context(self.feature(batch, "fpn_72"), embedding_BD)
+        logits_BKHW: Tensor = self.segmentation(detail, context, embedding_BD)
         return logits_BKHW.float()
 
 
@@ -135,22 +136,27 @@ class Context(nn.Module):
         self.middle_to_fine = nn.Conv2d(2 * width, width, 1)
         self.fine_out = _conv(width, width)
 
-    def forward(self, feature_BCHW: Tensor, embedding_BD: Tensor) -> Tensor:
-        """Return features (B, width, H, W) at the stride of the frozen ones."""
-        fine = self.fine(self.enter(self.film(channel_norm(feature_BCHW), embedding_BD)))
+    def forward(self, feature_BCHW: Tensor, embedding_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, C, H, W), and the same in context (B, width, H, W)."""
+        token_BCHW = self.film(channel_norm(feature_BCHW), embedding_BD)
+        fine = self.fine(self.enter(token_BCHW))
         middle = self.middle(fine)
         coarse = self.coarse(middle)
         middle = self.middle_out(middle + _resize(self.coarse_to_middle(coarse), middle))
-        out_BCHW: Tensor = self.fine_out(fine + _resize(self.middle_to_fine(middle), fine))
-        return out_BCHW
+        return token_BCHW, self.fine_out(fine + _resize(self.middle_to_fine(middle), fine))
 
 
 class Fusion(nn.Module):
     """Brings picture and features together at stride 8, then at stride 4, and draws the masks.
 
+    The features by themselves make a draft of the logits: each token for its own 14 x 14 pixels,
+    in cells of 2 x 2 (Shi et al. 2016, sub-pixel convolution), and what its surroundings say of
+    it. The stem sees that draft and adds what it lacks.
+
     Args:
         width: of the stem.
-        context_width: of the features; None without.
+        context_width: channels of the features in context; None without features.
+        num_features: channels of the features before that.
         embedding_dim: D, length of the view embedding.
         stride_px: of the logits.
         num_classes: K.
@@ -160,6 +166,7 @@ class Fusion(nn.Module):
         self,
         width: int,
         context_width: int | None,
+        num_features: int,
         embedding_dim: int,
         stride_px: int,
         num_classes: int,
@@ -174,37 +181,37 @@ class Fusion(nn.Module):
             self.quarter = nn.Sequential(_conv(width, width), _conv(width, width))
         if context_width is not None:
             self.context_to_eighth = _zeros(nn.Conv2d(context_width, 2 * width, 1))
-            # Each token for the cells of its own 14 x 14 pixels (Shi et al. 2016, sub-pixel
-            # convolution): seven a side, of which four make one of stride 4.
-            self.cells = nn.Conv2d(context_width, SUBPIXEL_CHANNELS * 7**2, 1)
-            self.cells_to_last = _zeros(
-                nn.Conv2d(SUBPIXEL_CHANNELS * (stride_px // 2) ** 2, last, 1)
-            )
+            self.token_logits = _zeros(nn.Conv2d(num_features, num_classes * CELLS**2, 1))
+            self.context_logits = _zeros(nn.Conv2d(context_width, num_classes, 1))
+            self.draft_to_last = nn.Conv2d(num_classes, last, 1)
         self.logits = nn.Conv2d(last, num_classes, 1)
         # Masks are a small part of a picture: begin with little of it marked.
         nn.init.constant_(self.logits.bias, -2.0)  # type: ignore[arg-type]
 
     def forward(
-        self, detail: tuple[Tensor, Tensor], context_BCHW: Tensor | None, embedding_BD: Tensor
+        self,
+        detail: tuple[Tensor, Tensor],
+        context: tuple[Tensor, Tensor] | None,
+        embedding_BD: Tensor,
     ) -> Tensor:
         """Return logits (B, K, H, W) at stride ``stride_px``."""
         quarter, eighth = detail
-        if context_BCHW is not None:
-            eighth = eighth + _resize(self.context_to_eighth(context_BCHW), eighth)
+        if context is not None:
+            eighth = eighth + _resize(self.context_to_eighth(context[1]), eighth)
         fused = self.eighth(self.film(eighth, embedding_BD))
         if self.stride_px == 4:
             fused = quarter + _resize(self.eighth_to_quarter(fused), quarter)
-        if context_BCHW is not None:
-            cells = F.pixel_shuffle(self.cells(context_BCHW), 7)
-            fused = fused + self.cells_to_last(F.pixel_unshuffle(cells, self.stride_px // 2))
+        draft_BKHW: Tensor | float = 0.0
+        if context is not None:
+            token_BCHW, context_BCHW = context
+            cells = F.pixel_shuffle(self.token_logits(token_BCHW), CELLS)
+            draft_BKHW = F.avg_pool2d(cells, self.stride_px // 2)
+            draft_BKHW = draft_BKHW + _resize(self.context_logits(context_BCHW), draft_BKHW)
+            fused = fused + self.draft_to_last(draft_BKHW)
         if self.stride_px == 4:
             fused = self.quarter(fused)
-        logits_BKHW: Tensor = self.logits(fused)
+        logits_BKHW: Tensor = self.logits(fused) + draft_BKHW
         return logits_BKHW
-
-
-SUBPIXEL_CHANNELS = 8
-"""Channels of a cell of 2 x 2 pixels, of which a token has seven a side."""
 
 
 def channel_norm(feature_BCHW: Tensor) -> Tensor:
