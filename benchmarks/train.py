@@ -57,6 +57,7 @@ from sam3cache.records import Batch
 from sam3cache.runtime import pick_device
 from sam3cache.training import Progress, TrainConfig, dice_bce_loss, train
 
+HEAD = "film-conv"
 NUM_TRAIN, NUM_VAL, NUM_EPOCHS = 521, 111, 30
 FRAME_PX, MASK_PX = 1016, 512
 
@@ -77,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.workdir, prefix="sam3cache-") as folder:
         print(f"Writing a store of {num_train} + {num_val} samples", flush=True)
         store = write_store(Path(folder) / "synthetic.zarr", num_train, num_val)
-        config = TrainConfig(store=str(store), name="epoch", output=folder, device=device, epochs=1)
+        config = TrainConfig(
+            store=str(store), name="epoch", head=HEAD, output=folder, device=device, epochs=1
+        )
         batch = one_batch(store, config)
 
         rivals = [Rival("sam3-mini", config, first(batch, 4) if options.quick else batch)]
@@ -234,7 +237,7 @@ class Rival:
             device=device,
             numeric_path="fp32" if on_cpu else "bf16",
         )
-        self.head = build_head("film-conv", {"fpn_72": self.tower.spec.level_shape("fpn_72")})
+        self.head = build_head(HEAD, {"fpn_72": self.tower.spec.level_shape("fpn_72")})
         self.head.to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=self.config.learning_rate)
         size_px = self.tower.spec.size_px

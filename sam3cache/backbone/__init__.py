@@ -5,7 +5,13 @@ it. The ``sam3`` package is imported when a tower is built, not before.
 """
 
 from sam3cache.backbone.spec import BACKBONES, LEVELS, TowerSpec
-from sam3cache.backbone.tower import NumericPath, Tower, load_tower, weights_sha256
+from sam3cache.backbone.tower import (
+    NumericPath,
+    Tower,
+    ignore_warnings_of_sam3,
+    load_tower,
+    weights_sha256,
+)
 
 __all__ = [
     "BACKBONES",
@@ -13,6 +19,7 @@ __all__ = [
     "NumericPath",
     "Tower",
     "TowerSpec",
+    "ignore_warnings_of_sam3",
     "load_tower",
     "weights_sha256",
 ]

@@ -214,6 +214,17 @@ def tf32(allowed: bool | None) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+def ignore_warnings_of_sam3() -> None:
+    """Keep what importing ``sam3`` warns of out of the output, from now on.
+
+    ``load_tower`` does so for as long as it imports. That is enough where no other thread enters
+    or leaves ``warnings.catch_warnings`` meanwhile, which sets the filters of all threads; a
+    process in which threads decode images calls this before it starts them.
+    """
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+    warnings.filterwarnings("ignore", "CUDA is not available or torch_xla", UserWarning)
+
+
 def _import_sam3_modules() -> ModuleType:
     """Import ``sam3``, which takes seconds, without its side effects.
 
@@ -222,8 +233,7 @@ def _import_sam3_modules() -> ModuleType:
     """
     try:
         with warnings.catch_warnings(), tf32(None):
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-            warnings.filterwarnings("ignore", "CUDA is not available or torch_xla", UserWarning)
+            ignore_warnings_of_sam3()
             from sam3cache.backbone import sam3_modules
     # A torchvision of another build fails in each of these ways, depending on the versions.
     except (ImportError, RuntimeError, AttributeError, OSError) as error:

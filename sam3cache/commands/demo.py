@@ -129,6 +129,8 @@ def _walk(out: Path, size: _Size, seed: int, device: str) -> tuple[TrainResult, 
             out / "phantoms",
             size.num_images,
             seed,
+            # A patient each: for what interval and verdict on the angles take, patients count.
+            views_per_patient=1,
             report=lambda num_done, num_total: _show(stages, "1/4 Drawing", num_done, num_total),
         )
         extract(
@@ -171,9 +173,8 @@ def _print_summary(out: Path, summary: dict[str, Any], measured: EvalResult) -> 
     """Print what was reached, where it lies, and what to try next."""
     store, folder = summary["store"], out.as_posix()
     click.echo(
-        f"\nDice {summary['dice']:.3f} on {summary['num_test_images']} synthetic angiograms of "
-        f"{measured.num_groups} patients unseen in training, after "
-        f"{format_duration(summary['elapsed_s'])}."
+        f"\nDice {summary['dice']:.3f} on {summary['num_test_images']} synthetic angiograms, each "
+        f"of a patient unseen in training, after {format_duration(summary['elapsed_s'])}."
     )
     if measured.angle_use is not None:
         click.echo(measured.angle_use.sentence)

@@ -163,7 +163,11 @@ class _Worker:
         self._start_s = time.monotonic()
 
     def serve(self) -> None:
+        from sam3cache.backbone import ignore_warnings_of_sam3
+
         runtime.set_num_threads(self._setup.num_threads)
+        # Decoding threads set aside warnings, and put them back, while the tower is loaded.
+        ignore_warnings_of_sam3()
         held: deque[tuple[BlockTask, list[Future[_Decoded]]]] = deque()
         more = True
         with ThreadPoolExecutor(_NUM_DECODE_THREADS) as pool:

@@ -24,7 +24,7 @@ from sam3cache.heads.head import Head, LevelShapes
 from sam3cache.heads.linear import Linear
 from sam3cache.records import Batch
 
-HEADS: dict[str, Callable[..., Head]] = {
+HEADS: dict[str, type[Head]] = {
     "film-detail": FilmDetail,
     "film-conv": FilmConv,
     "linear": Linear,
@@ -57,10 +57,12 @@ def build_head(
     head_class = find_head(name)
     needs = cast(tuple[str, ...], head_class.needs)  # type: ignore[attr-defined]
     if missing := [level for level in needs if level not in level_shapes]:
+        fitting = [other for other in HEADS if set(HEADS[other].needs) <= set(level_shapes)]
         raise HeadError(
             f"head {name} needs {', '.join(missing)}, which is not among the store's levels "
             f"({', '.join(level_shapes) or 'none'}); run `sam3cache extract` with "
             f"--levels {','.join([*level_shapes, *missing])}"
+            + (f", or take --head {' or '.join(fitting)}" if fitting else "")
         )
     options = dict(options or {})
     _check_options(name, head_class, options)
@@ -159,7 +161,7 @@ def forward_gflop(head: Head, level_shapes: LevelShapes) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head(batch)
     head.train(was_training)
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9
 
 
 def _blank(head: Head, level_shapes: LevelShapes, device: torch.device | str = "cpu") -> Batch:

@@ -27,8 +27,8 @@ def test_a_folder_in_use_is_refused_before_anything_is_drawn(invoke: Invoke, tmp
 def test_a_demo_that_does_not_find_the_vessels_says_so_and_leaves_all_it_made(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Too little to learn from: three patients, one epoch, a step of them all.
-    small = demo_module._Size(num_images=9, epochs=1, batch_size=9, duration="no time")
+    # Too little to learn from: one epoch, a step of them all.
+    small = demo_module._Size(num_images=6, epochs=1, batch_size=6, duration="no time")
     monkeypatch.setattr(demo_module, "_QUICK", small)
     out = tmp_path / "demo"
     result = invoke("demo", out, "--quick", "--device", "cpu", "--json")
@@ -48,7 +48,7 @@ def test_a_demo_that_does_not_find_the_vessels_says_so_and_leaves_all_it_made(
     assert summary["reached"] is False
     assert summary["num_test_images"] == 1
     store = open_store(summary["store"])
-    assert len(store.samples) == 9
+    assert len(store.samples) == 6
     record = read_record(Path(summary["checkpoint"]))
     assert record.head == "film-detail"
     page = Path(summary["page"]).read_text(encoding="utf-8")

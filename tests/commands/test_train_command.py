@@ -23,7 +23,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_only_store_is_found_and_the_summary_says_what_comes_next(
     store: Path, invoke: Invoke
 ) -> None:
-    result = invoke("train", *QUICK)
+    result = invoke("train", "--head", "film-conv", *QUICK)
     assert result.exit_code == 0
     assert "Checkpoint: checkpoints/film-conv/best" in result.stdout
     assert "Next: sam3cache eval features/x.zarr checkpoints/film-conv" in result.stdout
@@ -41,7 +41,8 @@ def test_json_on_stdout_is_the_summary_alone(store: Path, invoke: Invoke) -> Non
 
 
 def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
-    options = ("--head-option", "widths=[6,4]", "--head-option", "embedding_dim=32")
+    options = ("--head", "film-conv", "--head-option", "widths=[6,4]")
+    options += ("--head-option", "embedding_dim=32")
     assert invoke("train", store, *options, *QUICK).exit_code == 0
     record = json.loads(Path("checkpoints/film-conv/best/checkpoint.json").read_text("utf-8"))
     assert record["head_options"] == {"widths": [6, 4], "embedding_dim": 32}
@@ -53,8 +54,15 @@ def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
         (["features/y.zarr"], 1, "features/y.zarr does not exist"),
         (["features/x.zarr", "--epochs", "0"], 2, "epochs is 0: expected at least 1"),
         (["features/x.zarr", "--head", "unet"], 1, "no head is named 'unet'"),
+        (
+            ["features/x.zarr"],
+            1,
+            "head film-detail needs image_1008, which is not among the store's levels (fpn_72); "
+            "run `sam3cache extract` with --levels fpn_72,image_1008, or take --head film-conv or "
+            "linear",
+        ),
         (["features/x.zarr", "--head-option", "wide"], 2, "expected NAME=VALUE"),
-        (["features/x.zarr", "--resume"], 2, "there is no run to resume"),
+        (["features/x.zarr", "--head", "linear", "--resume"], 2, "there is no run to resume"),
     ],
 )
 def test_a_mistake_is_answered_by_one_line(

@@ -62,7 +62,8 @@ def users_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_registered_head_can_be_built_for_any_number_of_channels(name: str) -> None:
-    assert build_head(name, SHAPES, num_classes=2).needs == ("fpn_72",)
+    shapes = SHAPES | {"image_1008": (1, 84, 84)}
+    assert build_head(name, shapes, num_classes=2).needs[0] == "fpn_72"
 
 
 def test_a_users_own_head_is_found_in_the_working_directory(users_heads: str) -> None:
@@ -77,7 +78,7 @@ def test_a_users_own_head_is_found_in_the_working_directory(users_heads: str) ->
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("unet", {}, r"no head is named 'unet'; take one of film-conv, linear"),
+        ("unet", {}, r"no head is named 'unet'; take one of film-detail, film-conv, linear"),
         (":Net", {}, r"no head is named ':Net'"),
         ("film-conv", {"depth": 3}, r"film-conv has no option depth; it takes embedding_dim"),
         ("film-conv", {"widths": 3}, r"film-conv cannot be built with options \{'widths': 3\}"),

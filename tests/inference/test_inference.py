@@ -40,6 +40,7 @@ def run(store: FeatureStore) -> Path:
     config = TrainConfig(
         str(store.path),
         "first",
+        head="film-conv",
         output=str(store.path.parent / "checkpoints"),
         head_options={"embedding_dim": 64, "widths": [16, 16]},
         epochs=1,

@@ -46,7 +46,7 @@ def test_settings_are_plain_json_and_leave_out_how_and_where_the_run_was_started
     ).settings()
     assert settings["head_options"] == {"widths": [8, 4]}
     assert settings["store"] == "x.zarr"
-    assert settings["learning_rate"] == 1e-4
+    assert settings["learning_rate"] is None, "the head's own, which the training fills in"
     assert "resume" not in settings
     assert "someone" not in str(settings)
 
@@ -55,7 +55,7 @@ def test_only_settings_that_make_the_result_have_to_be_the_same_on_resuming() ->
     old = TrainConfig("x.zarr", "run").settings()
     moved = {"store": "y.zarr", "name": "z", "device": "cuda:0", "residency": "stream"}
     check_same_run(old, old | moved)
-    with pytest.raises(ConfigError, match=r"\(batch_size 16 → 8; head film-conv → linear\)"):
+    with pytest.raises(ConfigError, match=r"\(batch_size 16 → 8; head film-detail → linear\)"):
         check_same_run(old, old | {"batch_size": 8, "head": "linear"})
 
 

@@ -42,6 +42,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_for(store: Path, output: Path, **values: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
         "name": "run",
+        "head": "film-conv",
         "epochs": 4,
         "batch_size": 3,
         "learning_rate": 3e-3,
@@ -232,6 +233,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_bit(
     config = config_for(store, tmp_path, epochs=12)
     options = {
         "--name": config.name,
+        "--head": config.head,
         "--epochs": config.epochs,
         "--batch-size": config.batch_size,
         "--lr": config.learning_rate,
