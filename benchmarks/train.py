@@ -57,7 +57,7 @@ from sam3cache.records import Batch
 from sam3cache.runtime import pick_device
 from sam3cache.training import Progress, TrainConfig, dice_bce_loss, train
 
-HEAD = "film-conv"
+HEAD, LEARNING_RATE = "film-conv", 1e-4
 NUM_TRAIN, NUM_VAL, NUM_EPOCHS = 521, 111, 30
 FRAME_PX, MASK_PX = 1016, 512
 
@@ -79,7 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Writing a store of {num_train} + {num_val} samples", flush=True)
         store = write_store(Path(folder) / "synthetic.zarr", num_train, num_val)
         config = TrainConfig(
-            store=str(store), name="epoch", head=HEAD, output=folder, device=device, epochs=1
+            store=str(store),
+            name="epoch",
+            head=HEAD,
+            learning_rate=LEARNING_RATE,
+            output=folder,
+            device=device,
+            epochs=1,
         )
         batch = one_batch(store, config)
 
@@ -239,7 +245,7 @@ class Rival:
         )
         self.head = build_head(HEAD, {"fpn_72": self.tower.spec.level_shape("fpn_72")})
         self.head.to(device)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=self.config.learning_rate)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=LEARNING_RATE)
         size_px = self.tower.spec.size_px
         shape = (len(self.batch.rows), 1, size_px, size_px)
         self.pixels_BCHW = torch.randint(256, shape, dtype=torch.uint8, device=device)

@@ -13,7 +13,12 @@ from click.testing import CliRunner, Result
 # same road on a laptop and on a server with 100 cores, and two halves of it do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-LONGEST = ("test_extract_tower.py", "test_extract_rows.py", "test_loop.py")
+LONGEST = (
+    "test_extract_tower.py",
+    "test_project_wheel.py",
+    "test_extract_rows.py",
+    "test_loop.py",
+)
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 Invoke = Callable[..., Result]

@@ -106,7 +106,7 @@ CASES = [
     ("train nowhere.zarr --name x", "nowhere.zarr"),
     ("train good --name x", "good"),
     ("train unsealed.zarr --name x", "not sealed"),
-    ("train train-only.zarr --name x", "val"),
+    ("train train-only.zarr --name x --head linear", "val"),
     ("train images.zarr --name x", "fpn_72"),
     ("train good.zarr --name x --head film-covn", "film-covn"),
     ("train good.zarr --name x --head nowhere:Head", "nowhere"),
@@ -211,7 +211,7 @@ def test_a_bad_sample_is_set_aside_in_one_line_and_the_rest_is_stored(aside, sam
     "line",
     [
         "extract good -o locked/x.zarr --backbone sam3-mini --devices cpu",
-        "train good.zarr --name x -o locked --device cpu",
+        "train good.zarr --name x --head linear -o locked --device cpu",
         "eval good.zarr checkpoints/run -o locked/results --device cpu",
         "phantom locked/new --num 1",
     ],
