@@ -161,6 +161,8 @@ def _parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise ConfigError(f"--head-option {text!r}: expected NAME=VALUE, such as embedding_dim=128")
+    if value in ("True", "False"):  # as Python writes them
+        value = value.lower()
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

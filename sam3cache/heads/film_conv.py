@@ -5,8 +5,6 @@ Shape legend: B batch, C and O channels in and out, D embedding, H height, W wid
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +27,7 @@ class FilmConv(Head):
         widths: channels after the first and the second convolution.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("fpn_72",)
+    needs: tuple[str, ...] = ("fpn_72",)
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ Shape legend: B batch, C channels, D embedding, H height, W width, K mask planes
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class FilmDetail(Head):
         use_features: False leaves the frozen features out, to learn what they are worth.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("fpn_72", "image_1008")
+    needs: tuple[str, ...] = ("fpn_72", "image_1008")
     learning_rate: ClassVar[float] = 2e-3
 
     def __init__(
@@ -56,15 +57,20 @@ class FilmDetail(Head):
         use_features: bool = True,
     ) -> None:
         super().__init__()
-        if stride_px not in (4, 8):
+        # Not only in (4, 8): 4.0 is, and no stride.
+        if not (isinstance(stride_px, int) and stride_px in (4, 8)):
             raise ValueError(f"stride_px is {stride_px!r}: expected 4 or 8")
-        if width < 8 or width % 8 or context_width < 8 or context_width % 8:
-            raise ValueError(
-                f"width {width} and context_width {context_width}: expected multiples of 8"
-            )
+        if not isinstance(use_features, bool):
+            raise ValueError(f"use_features is {use_features!r}: expected true or false")
+        for name, value in (("width", width), ("context_width", context_width)):
+            if not isinstance(value, int) or value < 8 or value % 8:
+                raise ValueError(f"{name} is {value!r}: expected a multiple of 8, at least 8")
+        if not isinstance(embedding_dim, int) or embedding_dim < 1:
+            raise ValueError(f"embedding_dim is {embedding_dim!r}: expected at least 1")
+        self.needs = self.levels_read({"use_features": use_features})
         self.view_encoder = ViewEncoder(embedding_dim)
         self.stem = Stem(level_shapes["image_1008"][0], width, stride_px)
-        num_features = level_shapes["fpn_72"][0]
+        num_features = level_shapes["fpn_72"][0] if use_features else 0
         self.context = Context(num_features, context_width, embedding_dim) if use_features else None
         self.segmentation = Fusion(
             width,
@@ -75,13 +81,18 @@ class FilmDetail(Head):
             num_classes,
         )
 
+    @classmethod
+    def levels_read(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the picture alone where ``use_features`` is False."""
+        return cls.needs if options.get("use_features", True) else ("image_1008",)
+
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K, H, W) at stride ``stride_px``."""
         embedding_BD = self.view_encoder(batch.angles_B2)
         detail = self.stem(self.feature(batch, "image_1008"))
         context = None
         if self.context is not None:
-            context = self.context(self.feature(batch, "fpn_72"), embedding_BD)
+            context = self.context(batch.levels["fpn_72"], embedding_BD)
         logits_BKHW: Tensor = self.segmentation(detail, context, embedding_BD)
         return logits_BKHW.float()
 
@@ -215,10 +226,16 @@ class Fusion(nn.Module):
 
 
 def channel_norm(feature_BCHW: Tensor) -> Tensor:
-    """Bring each position's channels to mean 0 and variance 1, whatever a backbone's scale is."""
-    mean_B1HW = feature_BCHW.mean(dim=1, keepdim=True)
-    variance_B1HW = feature_BCHW.var(dim=1, keepdim=True, correction=0)
-    return (feature_BCHW - mean_B1HW) * torch.rsqrt(variance_B1HW + 1e-6)
+    """Bring each position's channels to mean 0 and variance 1, whatever a backbone's scale is.
+
+    In float32 whatever the rest computes in: a variance overflows float16 from a deviation of 256
+    on, and bfloat16 would keep little of a feature beside a large mean.
+    """
+    with torch.autocast(feature_BCHW.device.type, enabled=False):
+        feature_BCHW = feature_BCHW.float()
+        centred_BCHW = feature_BCHW - feature_BCHW.mean(dim=1, keepdim=True)
+        variance_B1HW = centred_BCHW.square().mean(dim=1, keepdim=True)
+        return centred_BCHW * torch.rsqrt(variance_B1HW + 1e-12)
 
 
 def _conv(num_in: int, num_out: int, *, stride: int = 1) -> nn.Module:

@@ -6,7 +6,7 @@ Shape legend: B batch, C channels, H height, W width, K mask planes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,13 @@ class Head(nn.Module):
         learning_rate: what it is trained with unless told otherwise.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     learning_rate: ClassVar[float] = 1e-4
+
+    @classmethod
+    def levels_read(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the levels that a head built with some options reads: mostly ``needs``."""
+        return cls.needs
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K, H, W) over the padded square, at any stride."""

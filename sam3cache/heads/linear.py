@@ -5,8 +5,6 @@ Shape legend: B batch, H height, W width, K planes.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from sam3cache.heads.head import Head, LevelShapes
@@ -21,7 +19,7 @@ class Linear(Head):
         num_classes: K, mask planes.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("fpn_72",)
+    needs: tuple[str, ...] = ("fpn_72",)
 
     def __init__(self, level_shapes: LevelShapes, *, num_classes: int = 1) -> None:
         super().__init__()

@@ -32,6 +32,10 @@ HEADS: dict[str, type[Head]] = {
 """The heads that come with the package, by the name that ``--head`` takes; the first is default."""
 
 
+# What code that somebody else wrote, or an option of the wrong kind, mostly fails by.
+_MISTAKES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
+
+
 def build_head(
     name: str,
     level_shapes: LevelShapes,
@@ -55,7 +59,8 @@ def build_head(
             level is missing, or the head does not fit the features.
     """
     head_class = find_head(name)
-    needs = cast(tuple[str, ...], head_class.needs)  # type: ignore[attr-defined]
+    options = dict(options or {})
+    needs = _levels_read(head_class, options)
     if missing := [level for level in needs if level not in level_shapes]:
         fitting = [other for other in HEADS if set(HEADS[other].needs) <= set(level_shapes)]
         raise HeadError(
@@ -64,11 +69,10 @@ def build_head(
             f"--levels {','.join([*level_shapes, *missing])}"
             + (f", or take --head {' or '.join(fitting)}" if fitting else "")
         )
-    options = dict(options or {})
     _check_options(name, head_class, options)
     try:
         head = head_class(level_shapes, num_classes=num_classes, **options)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+    except _MISTAKES as error:
         raise HeadError(
             f"head {name} cannot be built with options {options}: {_one_line(error)}; correct the "
             "options, or the class's __init__(level_shapes, *, num_classes, ...)"
@@ -111,6 +115,13 @@ def find_head(name: str) -> Callable[..., Head]:
     return cast(Callable[..., Head], head_class)
 
 
+def _levels_read(head_class: Callable[..., Head], options: Mapping[str, Any]) -> tuple[str, ...]:
+    # A user's own head need not be derived from ours.
+    levels_read = getattr(head_class, "levels_read", None)
+    needs = head_class.needs if levels_read is None else levels_read(options)  # type: ignore[attr-defined]
+    return cast(tuple[str, ...], needs)
+
+
 def _check_options(name: str, head_class: Callable[..., Head], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(head_class).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -130,7 +141,7 @@ def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes:
     try:
         with torch.no_grad():
             logits = head(batch)
-    except (RuntimeError, ValueError) as error:
+    except _MISTAKES as error:
         shapes = ", ".join(f"{level} {tuple(level_shapes[level])}" for level in head.needs)
         raise HeadError(
             f"head {name} does not fit the features {shapes}: {_one_line(error)}; build its layers "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from sam3cache.errors import CheckpointError, ConfigError, NumericError
+from sam3cache.errors import CheckpointError, ConfigError, HeadError, NumericError
 from sam3cache.features import FeatureStore, StoredSample, open_store
 from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
@@ -163,9 +163,7 @@ class _Run:
         ).to(self.device)
         self.gflop = forward_gflop(self.head, level_shapes)
         # A user's own head need not be derived from ours.
-        self.learning_rate = config.learning_rate or float(
-            getattr(self.head, "learning_rate", Head.learning_rate)
-        )
+        self.learning_rate = config.learning_rate or _own_learning_rate(config.head, self.head)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(), lr=self.learning_rate, weight_decay=config.weight_decay
         )
@@ -463,6 +461,18 @@ class _Run:
         if self.device == "cpu":
             return peak_memory_bytes()
         return int(torch.cuda.max_memory_allocated(self.device))
+
+
+def _own_learning_rate(name: str, head: Head) -> float:
+    value = getattr(head, "learning_rate", None)
+    if value is None:
+        return Head.learning_rate
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise HeadError(
+            f"head {name} has learning_rate {value!r}: expected a number above 0, such as 1e-4; "
+            "correct it, or give --lr"
+        )
+    return float(value)
 
 
 def _num_planes(store: FeatureStore, config: TrainConfig) -> int:

@@ -136,8 +136,11 @@ def test_it_can_be_had_without_the_features() -> None:
     other = with_features(batch, small_batch(seed=1).levels["fpn_72"])
     with torch.no_grad():
         assert torch.equal(head(batch), head(other))
-    assert "context" not in head.describe()
-    assert not any("context" in name or "cells" in name for name, _ in head.named_parameters())
+    assert head.needs == ("image_1008",)
+    parts = {name.split(".")[1] for name, _ in head.named_parameters() if "segmentation" in name}
+    assert parts == {"film", "eighth", "eighth_to_quarter", "quarter", "logits"}
+    shapes = {"image_1008": SMALL_SHAPES["image_1008"]}
+    build_head("film-detail", shapes, SMALL | {"use_features": False})
 
 
 @pytest.mark.parametrize("use_features", [True, False])
@@ -152,8 +155,11 @@ def test_the_view_reaches_the_output_with_and_without_features(use_features: boo
     ("options", "message"),
     [
         ({"stride_px": 2}, "stride_px is 2: expected 4 or 8"),
-        ({"width": 12}, "width 12 and context_width 96: expected multiples of 8"),
-        ({"context_width": 0}, "width 32 and context_width 0: expected multiples of 8"),
+        ({"stride_px": 4.0}, "stride_px is 4.0: expected 4 or 8"),
+        ({"width": 12}, "width is 12: expected a multiple of 8"),
+        ({"context_width": 0}, "context_width is 0: expected a multiple of 8"),
+        ({"embedding_dim": 0}, "embedding_dim is 0: expected at least 1"),
+        ({"use_features": "no"}, "use_features is 'no': expected true or false"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_in_one_line(
@@ -176,3 +182,19 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
 def test_it_is_the_default_and_has_a_learning_rate_of_its_own() -> None:
     assert TrainConfig("x.zarr", "run").head == next(iter(HEADS)) == "film-detail"
     assert FilmDetail.learning_rate > Head.learning_rate
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0.0), (1.0, 40.0), (300.0, 0.0)])
+def test_features_of_any_scale_are_normalised_in_half_precision_too(
+    dtype: torch.dtype, scale: float, shift: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    feature_BCHW = torch.randn(1, 64, 6, 6, generator=generator) * scale + shift
+    with torch.autocast("cpu", torch.bfloat16):
+        normal_BCHW = channel_norm(feature_BCHW.to(dtype))
+    assert normal_BCHW.dtype == torch.float32
+    torch.testing.assert_close(normal_BCHW.mean(1), torch.zeros(1, 6, 6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        normal_BCHW.std(1, correction=0), torch.ones(1, 6, 6), atol=1e-3, rtol=0
+    )
