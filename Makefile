@@ -16,7 +16,7 @@ help:
 	@echo "make lint     format, lint and types alone"
 	@echo "make test     the tests alone; ARGS='-k letterbox -x' goes to pytest"
 	@echo "make format   mend format and lint in place"
-	@echo "make clean    remove the virtual environment, caches and builds"
+	@echo "make clean    remove the virtual environment, demos, caches and builds"
 
 demo: $(STAMP)
 	$(BIN)/sam3cache demo $(ARGS)
@@ -41,5 +41,5 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) sam3cache-demo* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find sam3cache tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -164,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "training_min": round(elapsed_min, 1),
         },
         "machine": {"cpu": cpu_name(), "num_cores": num_cpu_cores()},
-        "versions": environment_fields(),
+        "versions": {
+            name: version for name, version in environment_fields().items() if name != "platform"
+        },
     }
     text = json.dumps(record, indent=2) + "\n"
     write_atomic(options.output / f"{NAME}.json", text.encode())

@@ -1,7 +1,8 @@
 """The wheel holds the whole package and nothing else, and runs without the checkout."""
 
-import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import click
 import pytest
 
 import sam3cache
+from sam3cache.commands import main
+from sam3cache.commands.demo import MIN_DICE, WHAT_IT_IS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sam3cache"
@@ -113,16 +117,29 @@ def test_the_installed_wheel_runs_outside_the_checkout(installed: Path, run: Run
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder_without_a_network(
     run: Run, tmp_path: Path
 ) -> None:
-    summary = json.loads(
-        run(
-            *("-m", "sam3cache", "demo", "--quick", "--device", "cpu", "--json"),
-            before=without_network(),
-        )
+    output = run(
+        *("-m", "sam3cache", "demo", "a demo", "--quick", "--device", "cpu"),
+        before=without_network(),
     )
-    assert summary["reached"] is True
-    assert summary["dice"] >= summary["min_dice"] == 0.65
-    for made in ("store", "checkpoint", "page"):
-        assert (tmp_path / summary[made]).exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["sam3cache-demo"]
-    page = (tmp_path / summary["page"]).read_text(encoding="utf-8")
+    dice = re.search(r"^Dice (\d\.\d+) on \d+ synthetic angiograms", output, re.MULTILINE)
+    assert dice is not None, output
+    assert float(dice[1]) >= MIN_DICE == 0.65
+    assert WHAT_IT_IS in output
+    places = dict(re.findall(r"^(Store|Checkpoint|Page): +(.*?)(?:  \(|$)", output, re.MULTILINE))
+    assert places.keys() == {"Store", "Checkpoint", "Page"}
+    assert all((tmp_path / place).exists() for place in places.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["a demo"]
+    page = (tmp_path / places["Page"]).read_text(encoding="utf-8")
     assert str(tmp_path) not in page
+    assert "not how good SAM 3 is" in page
+
+    commands = re.findall(r"^  sam3cache (.*)$", output, re.MULTILINE)
+    assert [line.split()[0] for line in commands] == [
+        *("train", "eval", "train", "eval", "extract")
+    ]
+    for line in commands:
+        name, *arguments = shlex.split(line)
+        # Parsed, not run: an option that is not there would end this.
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        command.make_context(name, arguments)

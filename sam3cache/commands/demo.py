@@ -54,18 +54,19 @@ _HEAD_OPTIONS: dict[str, Any] = {"width": 16}
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path), default=Path("sam3cache-demo"))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--quick", is_flag=True, help="Fewer pictures and epochs: a minute instead of three.")
 @click.option("--seed", default=0, show_default=True, help="Of pictures, weights and order.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda:1.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def demo(out: Path, quick: bool, seed: int, device: str, as_json: bool) -> None:
+def demo(out: Path | None, quick: bool, seed: int, device: str, as_json: bool) -> None:
     """Walk the whole road: draw angiograms, extract features, train a head, measure it.
 
-    Needs no data, no weights, no GPU and no network. OUT is a folder to create
-    [default: sam3cache-demo]; it gets the pictures, the feature store, the checkpoint and a page
-    to look at. The pictures are synthetic and the backbone is sam3-mini, a miniature of SAM 3's
-    own classes pretrained on such pictures: it shows that the road works, not how good SAM 3 is.
+    Needs no data, no weights, no GPU and no network. OUT is a folder to create [default:
+    sam3cache-demo, or the next free sam3cache-demo-2, -3 …]; it gets the pictures, the feature
+    store, the checkpoint and a page to look at. The pictures are synthetic and the backbone is
+    sam3-mini, a miniature of SAM 3's own classes pretrained on such pictures: it shows that the
+    road works, not how good SAM 3 is.
 
     The head is the default one with a narrower stem (width=16), for haste. The exit code is 5 when
     it does not reach Dice 0.65 on patients it has not seen: then something is broken.
@@ -76,10 +77,12 @@ def demo(out: Path, quick: bool, seed: int, device: str, as_json: bool) -> None:
       sam3cache demo look --quick
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     size = _QUICK if quick else _FULL
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is None:
+        out = _next_free(Path("sam3cache-demo"))
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"{out} is not an empty folder; name one that does not exist yet, such as "
-            f"`sam3cache demo {out.name}-2`"
+            f"{_next_free(out.resolve())}"
         )
     click.echo(f"{WHAT_IT_IS} About {size.duration} on two cores.", err=True)
     started_s = time.monotonic()
@@ -103,7 +106,7 @@ def demo(out: Path, quick: bool, seed: int, device: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
-        _print_summary(out, summary, measured)
+        _print_summary(out, summary, measured, size)
     if not reached:
         click.echo(
             f"sam3cache: error: the demo reached Dice {dice or 0:.3f}, expected at least "
@@ -111,6 +114,15 @@ def demo(out: Path, quick: bool, seed: int, device: str, as_json: bool) -> None:
             err=True,
         )
         raise click.exceptions.Exit(DICE_MISSED_EXIT_CODE)
+
+
+def _next_free(folder: Path) -> Path:
+    """Return a folder, or where that exists the first of folder-2, folder-3 … that does not."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
 
 
 def _walk(out: Path, size: _Size, seed: int, device: str) -> tuple[TrainResult, EvalResult]:
@@ -169,26 +181,38 @@ def _show(stages: Stages, title: str, num_done: int, num_total: int) -> None:
     stages.show(title, num_done, num_total)
 
 
-def _print_summary(out: Path, summary: dict[str, Any], measured: EvalResult) -> None:
+def _print_summary(out: Path, summary: dict[str, Any], measured: EvalResult, size: _Size) -> None:
     """Print what was reached, where it lies, and what to try next."""
-    store, folder = summary["store"], out.as_posix()
+    dice = "–" if summary["dice"] is None else f"{summary['dice']:.3f}"
     click.echo(
-        f"\nDice {summary['dice']:.3f} on {summary['num_test_images']} synthetic angiograms, each "
-        f"of a patient unseen in training, after {format_duration(summary['elapsed_s'])}."
+        f"\nDice {dice} on {summary['num_test_images']} synthetic angiograms, each of a patient "
+        f"unseen in training, after {format_duration(summary['elapsed_s'])}."
     )
     if measured.angle_use is not None:
         click.echo(measured.angle_use.sentence)
     click.echo(WHAT_IT_IS)
-    click.echo(f"\nStore:      {store}")
+    click.echo(f"\nStore:      {summary['store']}")
     click.echo(f"Checkpoint: {summary['checkpoint']}")
     click.echo(f"Page:       {summary['page']}  (open it in a browser)")
-    click.echo("\nThe store stays; each further head costs a training alone. Try, for example:")
-    for line in (
-        f"sam3cache train {store} --head linear --name floor -o {folder}/checkpoints --epochs 10 "
-        "--batch-size 4 --lr 1e-2",
-        f"sam3cache eval {store} {folder}/checkpoints/floor",
-        f"sam3cache train {store} --name no-features --head-option use_features=false "
-        f"-o {folder}/checkpoints --epochs 10 --batch-size 4",
-        "sam3cache extract YOUR_FOLDER --weights sam3.pt     (images/ and masks/; SAM 3 itself)",
+    click.echo("\nThe store stays; each further head costs a training alone. Try, for example,")
+    store, runs = _quoted(summary["store"]), _quoted((out / "checkpoints").as_posix())
+    train = f"sam3cache train {store} -o {runs} --epochs {size.epochs} --batch-size 4"
+    width = " ".join(f"--head-option {name}={value}" for name, value in _HEAD_OPTIONS.items())
+    for remark, name, options in (
+        ("the floor, a 1x1 convolution on the features:", "floor", "--head linear --lr 1e-2"),
+        (
+            "the demo's head without the features, to see what they are worth:",
+            "no-features",
+            f"{width} --head-option use_features=false",
+        ),
     ):
-        click.echo(f"  {line}")
+        run = _quoted((out / "checkpoints" / name).as_posix())
+        click.echo(f"\n{remark}\n  {train} --name {name} {options}")
+        click.echo(f"  sam3cache eval {store} {run}")
+    click.echo("\nSAM 3 itself on your own images (a folder with images/ and masks/):")
+    click.echo("  sam3cache extract YOUR_FOLDER --weights sam3.pt")
+
+
+def _quoted(path: str) -> str:
+    """Return a path as a word of a command line, on Windows, too."""
+    return f'"{path}"' if " " in path else path

@@ -170,14 +170,15 @@ def _print_summary(result: ExtractResult) -> None:
     click.echo(f"{result.store}: {result.num_samples} samples, {state}; {', '.join(changes)}.")
     click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
-        from sam3cache.extract import DEFAULT_LEVELS
         from sam3cache.features import open_store
+        from sam3cache.heads import HEADS
 
         store = result.store
-        # The default head reads the picture too; this store may not keep it.
-        fits = set(DEFAULT_LEVELS) <= set(open_store(store).levels)
-        head = "" if fits else " --head film-conv"
-        click.echo(f"Next: sam3cache train {store.as_posix()}{head} --name {store.stem}")
+        levels = set(open_store(store).levels)
+        fitting = [name for name, head in HEADS.items() if set(head.needs) <= levels]
+        if fitting:
+            head = "" if fitting[0] == next(iter(HEADS)) else f" --head {fitting[0]}"
+            click.echo(f"Next: sam3cache train {store.as_posix()}{head} --name {store.stem}")
 
 
 def _as_json(result: ExtractResult) -> dict[str, Any]:

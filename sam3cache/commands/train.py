@@ -16,7 +16,7 @@ from sam3cache.commands.progress import Stages, format_duration
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sam3cache.training import Progress, TrainResult
+    from sam3cache.training import Progress, TrainConfig, TrainResult
 
 _GROUPS = {
     "What to train": ("head", "head_options", "label_set", "loss_size_px", "bce_weight"),
@@ -144,7 +144,7 @@ def train(
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
     else:
-        _print_summary(result, config.store)
+        _print_summary(result, config)
 
 
 def _show(stages: Stages, state: Progress) -> None:
@@ -169,7 +169,11 @@ def _parse_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _print_summary(result: TrainResult, store: str) -> None:
+def _print_summary(result: TrainResult, config: TrainConfig) -> None:
+    from sam3cache.evaluation import notices_of_features
+    from sam3cache.features import open_store
+    from sam3cache.heads.checkpoint import read_record
+
     speed = "" if result.images_per_s is None else f", {result.images_per_s:.1f} images/s"
     click.echo(
         f"Best validation Dice {result.best_dice:.4f} in epoch {result.best_epoch} of "
@@ -188,7 +192,11 @@ def _print_summary(result: TrainResult, store: str) -> None:
             "where the head marks anything, else not at all."
         )
     click.echo(f"Checkpoint: {result.best_checkpoint.as_posix()}")
-    click.echo(f"Next: sam3cache eval {Path(store).as_posix()} {result.run_dir.as_posix()}")
+    store = open_store(config.store, allow_unsealed=config.allow_unsealed)
+    for notice in notices_of_features(store, tuple(read_record(result.best_checkpoint).levels)):
+        click.echo(f"Note: {notice}")
+    run_dir = result.run_dir.as_posix()
+    click.echo(f"Next: sam3cache eval {Path(config.store).as_posix()} {run_dir}")
 
 
 def _as_json(result: TrainResult) -> dict[str, Any]:

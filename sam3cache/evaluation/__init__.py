@@ -7,6 +7,7 @@ from sam3cache.evaluation.evaluate import (
     evaluate,
     fingerprints_of,
 )
+from sam3cache.evaluation.notices import notices_of_features
 from sam3cache.evaluation.report import METRICS, EvalResult, ImageScore
 from sam3cache.evaluation.statistics import Interval, Summary, bootstrap_interval, summarise
 
@@ -24,5 +25,6 @@ __all__ = [
     "evaluate",
     "fingerprints_of",
     "format_view",
+    "notices_of_features",
     "summarise",
 ]

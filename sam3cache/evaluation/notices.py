@@ -12,6 +12,9 @@ IMAGE_LEVEL_PREFIX = "image_"
 """Begins the names of levels that hold pictures; all others come from a backbone."""
 
 MINIATURE = "sam3-mini"
+OWN_WEIGHTS = "default"
+"""What a store records of the weights where no others were named."""
+
 RANDOM_WEIGHTS = "random:"
 """Begins the hash of weights that nobody trained."""
 
@@ -30,7 +33,7 @@ def notices_of(
         samples: the images that were measured.
         info: of the checkpoint.
     """
-    sentences = [*_of_pictures(samples), *_of_features(store, info)]
+    sentences = [*_of_pictures(samples), *notices_of_features(store, tuple(info.levels))]
     num_seen, num_in_groups = result.num_seen_in_training, result.num_in_training_groups
     # Who measures on the training split asks for just that.
     if result.split != "train" and (num_seen or num_in_groups):
@@ -67,16 +70,24 @@ def _of_pictures(samples: Sequence[StoredSample]) -> list[str]:
     ]
 
 
-def _of_features(store: FeatureStore, info: CheckpointInfo) -> list[str]:
-    levels = [level for level in info.levels if not level.startswith(IMAGE_LEVEL_PREFIX)]
+def notices_of_features(store: FeatureStore, read: Sequence[str]) -> list[str]:
+    """Say what limits a figure because of the features that it comes from.
+
+    Args:
+        store: that holds them.
+        read: levels that the head reads.
+    """
+    levels = [level for level in read if not level.startswith(IMAGE_LEVEL_PREFIX)]
     if not levels:
         return []
     hashes = [str(store.fingerprint(level).fields.get("weights_sha256", "")) for level in levels]
     if any(digest.startswith(RANDOM_WEIGHTS) for digest in hashes):
         return ["The features come from random weights: they mean nothing."]
     if store.settings.get("backbone") == MINIATURE:
+        own = store.settings.get("weights") in (None, OWN_WEIGHTS)
+        origin = " pretrained on synthetic angiograms" if own else ""
         return [
-            f"The features come from {MINIATURE}, a miniature of SAM 3's classes pretrained on "
-            "synthetic angiograms: this shows that the road works, not how good SAM 3 is."
+            f"The features come from {MINIATURE}, a miniature of SAM 3's classes{origin}: this "
+            "shows that the road works, not how good SAM 3 is."
         ]
     return []

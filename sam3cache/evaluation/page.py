@@ -217,7 +217,8 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
                 "title": case.title,
                 "id": case.sample.id,
                 "view": _view(case.sample),
-                "group": case.sample.group,
+                # By default the file's own path, which has no business on a page that travels.
+                "group": "" if case.sample.group == case.sample.source else case.sample.group,
                 "dice": _number(case.dice),
                 "planes": [(score.class_name, _number(score.dice)) for score in case.scores],
                 "picture": None if picture is None else figures.jpeg_uri(picture),
@@ -278,6 +279,7 @@ def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
 
 
 def _curves(checkpoint: Path, epoch: int) -> dict[str, Any]:
+    checkpoint = checkpoint.resolve()
     if checkpoint.name not in _RUN_FOLDERS:
         return {"svgs": [], "reason": "the checkpoint does not lie in the folder of a run"}
     curves = read_curves(checkpoint.parent)
@@ -403,6 +405,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[Row]:
 def _plain(value: Any) -> str:
     """Write a setting; of a path of this machine its last part alone, as a page travels."""
     if isinstance(value, str):
+        if value.startswith((".", "~")):
+            return PureWindowsPath(value).name
         for kind in (PurePosixPath, PureWindowsPath):
             if kind(value).is_absolute():
                 return kind(value).name

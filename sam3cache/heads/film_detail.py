@@ -246,7 +246,7 @@ def _conv(num_in: int, num_out: int, *, stride: int = 1) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False),
         nn.GroupNorm(max(1, num_out // 8), num_out),
-        nn.SiLU(),
+        nn.SiLU(inplace=True),
     )
 
 

@@ -20,7 +20,10 @@ def test_a_folder_in_use_is_refused_before_anything_is_drawn(invoke: Invoke, tmp
     result = invoke("demo", tmp_path)
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"sam3cache: error: {tmp_path} is not an empty folder; name one")
+    assert line == (
+        f"sam3cache: error: {tmp_path} is not an empty folder; name one that does not exist yet, "
+        f"such as {tmp_path}-2"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -54,3 +57,14 @@ def test_a_demo_that_does_not_find_the_vessels_says_so_and_leaves_all_it_made(
     page = Path(summary["page"]).read_text(encoding="utf-8")
     assert "synthetic" in page
     assert "not how good SAM 3 is" in page
+
+
+def test_unless_named_a_demo_goes_into_the_next_free_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("sam3cache-demo")
+    assert demo_module._next_free(folder) == folder
+    folder.mkdir()
+    Path("sam3cache-demo-2").mkdir()
+    assert demo_module._next_free(folder) == Path("sam3cache-demo-3")

@@ -381,3 +381,10 @@ def test_without_a_page_none_of_earlier_figures_stays(spread: EvalConfig) -> Non
         "per_image.csv",
         "summary.json",
     ]
+
+
+def test_a_group_that_is_the_files_own_path_stays_off_the_page(tmp_path: Path) -> None:
+    config, _ = run_of(tmp_path, [Drawn(0, group="images/0.png"), Drawn(1, group="Doe")])
+    page, _ = page_of(config)
+    assert "images/0.png" not in page.text
+    assert "Group Doe" in page.text

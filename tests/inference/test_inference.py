@@ -51,6 +51,23 @@ def run(store: FeatureStore) -> Path:
     return train(config).run_dir
 
 
+def test_the_default_heads_logits_are_as_close(store: FeatureStore, pictures: Path) -> None:
+    config = TrainConfig(
+        str(store.path),
+        "detail",
+        output=str(store.path.parent / "checkpoints"),
+        head_options={"embedding_dim": 16, "width": 8, "context_width": 8},
+        epochs=1,
+        learning_rate=1e-2,
+        loss_size_px=126,
+        device="cpu",
+    )
+    for one in check_equivalence(store, train(config).run_dir, store.samples[:2], pictures):
+        assert one.holds, one
+        # The picture is stored exactly; the features, rounded, are read all the same.
+        assert one.max_abs_difference > 0
+
+
 @pytest.fixture(scope="module")
 def predictor(run: Path) -> Predictor:
     return load(run)

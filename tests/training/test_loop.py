@@ -431,3 +431,19 @@ def test_an_unsealed_store_is_trained_on_when_allowed(tmp_path: Path) -> None:
     root = build_store(tmp_path / "x.zarr", num_samples=6, level_shapes=SHAPES, seal=False)
     result = train(config_for(root, tmp_path, epochs=1, allow_unsealed=True))
     assert math.isfinite(result.best_dice)
+
+
+@pytest.mark.parametrize("value", ["-1.0", "'fast'", "float('nan')"])
+def test_a_users_head_with_an_impossible_learning_rate_is_refused_in_one_line(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    name = f"rated_heads_{abs(hash(value))}"
+    source = DROPOUT_HEAD.replace("needs =", f"learning_rate = {value}\n    needs =")
+    assert source != DROPOUT_HEAD
+    (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = {"head": f"{name}:Noisy", "head_options": {}, "epochs": 1}
+    with pytest.raises(HeadError, match=r"has learning_rate .*: expected a number above 0"):
+        train(config_for(store, tmp_path / "out", **own, learning_rate=None))
+    assert train(config_for(store, tmp_path / "out", **own)).epochs == 1
