@@ -16,7 +16,7 @@ from sam3cache.commands.progress import Stages
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sam3cache.evaluation import AngleUse, EvalResult, Interval, Summary
+    from sam3cache.evaluation import AngleUse, EvalResult, Summary
 
 
 @click.command("eval")
@@ -160,27 +160,29 @@ def _print(result: EvalResult) -> None:
 
 
 def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
+    from sam3cache.evaluation import interval_text, number_text
+
     table = _table(name, "images", "mean", "std", "median", "95% interval", "min", "max")
     for metric, s in summaries.items():
         table.add_row(
             {"dice": "Dice", "iou": "IoU"}.get(metric, metric),
             str(s.num_values),
-            _number(s.mean),
-            _number(s.std),
-            _number(s.median),
-            _range(s.interval),
-            _number(s.minimum),
-            _number(s.maximum),
+            number_text(s.mean),
+            number_text(s.std),
+            number_text(s.median),
+            interval_text(s.interval),
+            number_text(s.minimum),
+            number_text(s.maximum),
         )
     return table
 
 
 def _angles_table(use: AngleUse) -> Table:
-    from sam3cache.evaluation import format_view
+    from sam3cache.evaluation import format_view, interval_text, number_text
 
     assert use.constant_angles_deg is not None
     table = _table("angles", "Dice", "true gains", "95% interval")
-    table.add_row("true", _number(use.dice_true, 4), "", "")
+    table.add_row("true", number_text(use.dice_true, 4), "", "")
     for name, dice, gain in (
         (f"shuffled ({use.num_shuffles} times)", use.dice_shuffled, use.true_minus_shuffled),
         (
@@ -190,7 +192,9 @@ def _angles_table(use: AngleUse) -> Table:
         ),
     ):
         assert gain is not None
-        table.add_row(name, _number(dice, 4), f"{gain.mean:+.4f}", _range(gain.interval, 4))
+        table.add_row(
+            name, number_text(dice, 4), f"{gain.mean:+.4f}", interval_text(gain.interval, 4)
+        )
     return table
 
 
@@ -203,13 +207,3 @@ def _table(*columns: str) -> Table:
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     return table
-
-
-def _number(value: float | None, num_digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{num_digits}f}"
-
-
-def _range(interval: Interval | None, num_digits: int = 3) -> str:
-    if interval is None:
-        return "–"
-    return f"{interval.low:.{num_digits}f} to {interval.high:.{num_digits}f}"

@@ -9,7 +9,14 @@ from sam3cache.evaluation.evaluate import (
 )
 from sam3cache.evaluation.notices import notices_of_features
 from sam3cache.evaluation.report import METRICS, EvalResult, ImageScore
-from sam3cache.evaluation.statistics import Interval, Summary, bootstrap_interval, summarise
+from sam3cache.evaluation.statistics import (
+    Interval,
+    Summary,
+    bootstrap_interval,
+    interval_text,
+    number_text,
+    summarise,
+)
 
 __all__ = [
     "METRICS",
@@ -25,6 +32,8 @@ __all__ = [
     "evaluate",
     "fingerprints_of",
     "format_view",
+    "interval_text",
     "notices_of_features",
+    "number_text",
     "summarise",
 ]

@@ -29,7 +29,14 @@ from sam3cache.evaluation.cases import (
 )
 from sam3cache.evaluation.notices import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import METRICS, EvalResult
-from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Interval, Summary, summarise
+from sam3cache.evaluation.statistics import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Summary,
+    interval_text,
+    number_text,
+    summarise,
+)
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import CheckpointInfo
@@ -178,8 +185,8 @@ def _numbers(result: EvalResult) -> dict[str, Any]:
                 }
             )
     return {
-        "dice": _number(overall.mean),
-        "dice_interval": _range(overall.interval),
+        "dice": number_text(overall.mean),
+        "dice_interval": interval_text(overall.interval),
         "num_images": result.num_images,
         "num_groups": result.num_groups,
         "num_scored": overall.num_values,
@@ -195,12 +202,12 @@ def _summary_row(metric: str, summary: Summary) -> dict[str, str]:
     return {
         "metric": _METRIC_NAMES[metric],
         "images": str(summary.num_values),
-        "mean": _number(summary.mean),
-        "interval": _range(summary.interval),
-        "std": _number(summary.std),
-        "median": _number(summary.median),
-        "min": _number(summary.minimum),
-        "max": _number(summary.maximum),
+        "mean": number_text(summary.mean),
+        "interval": interval_text(summary.interval),
+        "std": number_text(summary.std),
+        "median": number_text(summary.median),
+        "min": number_text(summary.minimum),
+        "max": number_text(summary.maximum),
     }
 
 
@@ -219,8 +226,8 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
                 "view": _view(case.sample),
                 # By default the file's own path, which has no business on a page that travels.
                 "group": "" if case.sample.group == case.sample.source else case.sample.group,
-                "dice": _number(case.dice),
-                "planes": [(score.class_name, _number(score.dice)) for score in case.scores],
+                "dice": number_text(case.dice),
+                "planes": [(score.class_name, number_text(score.dice)) for score in case.scores],
                 "picture": None if picture is None else figures.jpeg_uri(picture),
                 # Lines on an even ground: exact, and smaller than JPEG would be.
                 "contours": figures.png_uri(drawn) if picture is None else figures.jpeg_uri(drawn),
@@ -257,7 +264,7 @@ def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
     if use.true_minus_shuffled is None or use.true_minus_constant is None:
         return shown
     assert use.constant_angles_deg is not None
-    shown["rows"].append(("The images' own", _number(use.dice_true, 4), "", ""))
+    shown["rows"].append(("The images' own", number_text(use.dice_true, 4), "", ""))
     for name, dice, gain in (
         (
             f"Those of other views, shuffled {use.num_shuffles} times",
@@ -271,7 +278,7 @@ def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
         ),
     ):
         shown["rows"].append(
-            (name, _number(dice, 4), f"{gain.mean:+.4f}", _range(gain.interval, 4))
+            (name, number_text(dice, 4), f"{gain.mean:+.4f}", interval_text(gain.interval, 4))
         )
     shown["num_images"], shown["num_groups"] = use.num_images, use.num_groups
     shown["max_change"] = f"{use.max_probability_change:.2g}"
@@ -423,13 +430,3 @@ def _plain(value: Any) -> str:
 def _view(sample: StoredSample) -> str:
     angles_deg = (sample.primary_angle_deg, sample.secondary_angle_deg)
     return "view unknown" if any(map(math.isnan, angles_deg)) else format_view(*angles_deg)
-
-
-def _number(value: float | None, num_digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{num_digits}f}"
-
-
-def _range(interval: Interval | None, num_digits: int = 3) -> str:
-    if interval is None:
-        return "–"
-    return f"{interval.low:.{num_digits}f} to {interval.high:.{num_digits}f}"

@@ -103,3 +103,15 @@ def bootstrap_interval(
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(float(low), float(high))
+
+
+def number_text(value: float | None, num_digits: int = 3) -> str:
+    """Write a number for people; a dash where there is none."""
+    return "–" if value is None else f"{value:.{num_digits}f}"
+
+
+def interval_text(interval: Interval | None, num_digits: int = 3) -> str:
+    """Write an interval for people; a dash where there is none."""
+    if interval is None:
+        return "–"
+    return f"{interval.low:.{num_digits}f} to {interval.high:.{num_digits}f}"
