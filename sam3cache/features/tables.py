@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -161,15 +160,18 @@ def read_label_rows(folder: Path) -> dict[int, LabelRow]:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomic(path, sink.getbuffer())
+    write_atomic(path, memoryview(sink.getvalue()))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         # Through bytes: a memory-mapped table could not be replaced on Windows while it is open.
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
+        # In this thread alone: one of Arrow's own that lets go of our bytes while the program ends
+        # asks for Python's lock, and the process aborts (pq.read_table keeps such threads).
+        with pq.ParquetFile(pa.BufferReader(path.read_bytes())) as file:
+            table = file.read(use_threads=False)
         lines: list[dict[str, Any]] = table.to_pylist()
         return lines
     except (FileNotFoundError, pa.ArrowException) as error:
