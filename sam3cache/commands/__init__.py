@@ -114,7 +114,7 @@ def main(debug: bool) -> None:
     The same road, step by step:
       sam3cache phantom phantoms
       sam3cache extract phantoms --backbone sam3-mini
-      sam3cache train
+      sam3cache train --epochs 10 --batch-size 4
       sam3cache eval
 
     Every command explains itself: sam3cache COMMAND --help.

@@ -76,6 +76,8 @@ def demo(out: Path | None, quick: bool, seed: int, device: str, as_json: bool) -
       sam3cache demo
       sam3cache demo look --quick
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.runtime import pick_device
+
     size = _QUICK if quick else _FULL
     if out is None:
         out = _next_free(Path("sam3cache-demo"))
@@ -84,6 +86,7 @@ def demo(out: Path | None, quick: bool, seed: int, device: str, as_json: bool) -
             f"{out} is not an empty folder; name one that does not exist yet, such as "
             f"{_next_free(out.resolve())}"
         )
+    device = pick_device(device)
     click.echo(f"{WHAT_IT_IS} About {size.duration} on two cores.", err=True)
     started_s = time.monotonic()
     trained, measured = _walk(out, size, seed, device)
@@ -130,10 +133,8 @@ def _walk(out: Path, size: _Size, seed: int, device: str) -> tuple[TrainResult, 
     from sam3cache.evaluation import EvalConfig, evaluate
     from sam3cache.extract import ExtractConfig, extract
     from sam3cache.images.phantom import make_phantoms
-    from sam3cache.runtime import pick_device
     from sam3cache.training import TrainConfig, train
 
-    device = pick_device(device)
     store = out / "features" / "demo.zarr"
     with ExitStack() as stack:
         stages = Stages(stack)
@@ -199,7 +200,11 @@ def _print_summary(out: Path, summary: dict[str, Any], measured: EvalResult, siz
     train = f"sam3cache train {store} -o {runs} --epochs {size.epochs} --batch-size 4"
     width = " ".join(f"--head-option {name}={value}" for name, value in _HEAD_OPTIONS.items())
     for remark, name, options in (
-        ("the floor, a 1x1 convolution on the features:", "floor", "--head linear --lr 1e-2"),
+        (
+            f"a 1x1 convolution on the features, the floor to compare Dice {dice} with:",
+            "floor",
+            "--head linear --lr 1e-2",
+        ),
         (
             "the demo's head without the features, to see what they are worth:",
             "no-features",
@@ -209,7 +214,10 @@ def _print_summary(out: Path, summary: dict[str, Any], measured: EvalResult, siz
         run = _quoted((out / "checkpoints" / name).as_posix())
         click.echo(f"\n{remark}\n  {train} --name {name} {options}")
         click.echo(f"  sam3cache eval {store} {run}")
-    click.echo("\nSAM 3 itself on your own images (a folder with images/ and masks/):")
+    click.echo(
+        "\nSAM 3 itself on your own images (a folder with images/ and masks/; its weights are "
+        "gated: accept the licence at https://huggingface.co/facebook/sam3):"
+    )
     click.echo("  sam3cache extract YOUR_FOLDER --weights sam3.pt")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -170,15 +171,32 @@ def _print_summary(result: ExtractResult) -> None:
     click.echo(f"{result.store}: {result.num_samples} samples, {state}; {', '.join(changes)}.")
     click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
-        from sam3cache.features import open_store
-        from sam3cache.heads import HEADS
+        _print_what_it_is_good_for(result.store)
 
-        store = result.store
-        levels = set(open_store(store).levels)
-        fitting = [name for name, head in HEADS.items() if set(head.needs) <= levels]
-        if fitting:
-            head = "" if fitting[0] == next(iter(HEADS)) else f" --head {fitting[0]}"
-            click.echo(f"Next: sam3cache train {store.as_posix()}{head} --name {store.stem}")
+
+def _print_what_it_is_good_for(path: Path) -> None:
+    """Say what can be learned from a store: a folder too deep leaves all masks behind."""
+    from sam3cache.extract.config import LABEL_SET
+    from sam3cache.features import open_store
+    from sam3cache.heads import HEADS
+
+    store = open_store(path)
+    has_masks = LABEL_SET in store.label_sets
+    num_masks = sum(has_masks and store.has_mask(s.row, LABEL_SET) for s in store.samples)
+    num_views = sum(
+        not math.isnan(s.primary_angle_deg + s.secondary_angle_deg) for s in store.samples
+    )
+    click.echo(f"{num_masks} have a mask, {num_views} both view angles.")
+    if not num_masks:
+        click.echo(
+            "Without masks nothing can be trained: give a manifest that names them, or a folder "
+            "with images/ and masks/ (docs/data.md), and run the same command again."
+        )
+        return
+    fitting = [name for name, head in HEADS.items() if set(head.needs) <= set(store.levels)]
+    if fitting:
+        head = "" if fitting[0] == next(iter(HEADS)) else f" --head {fitting[0]}"
+        click.echo(f"Next: sam3cache train {path.as_posix()}{head} --name {path.stem}")
 
 
 def _as_json(result: ExtractResult) -> dict[str, Any]:

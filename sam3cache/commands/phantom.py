@@ -34,7 +34,7 @@ def phantom(
     view angles, never evidence about patients.
 
     \b
-    Example:
+    Examples:
       sam3cache phantom phantoms --num 200 --seed 1
       sam3cache extract phantoms --backbone sam3-mini
     """  # noqa: D301 - \b is click's mark for lines to keep as they are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sam3cache.evaluation.angle_use import MIN_GROUPS
 from sam3cache.evaluation.report import EvalResult
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.heads import CheckpointInfo
@@ -40,6 +41,11 @@ def notices_of(
         sentences.append(
             f"The head was trained on {num_seen or 0} of these images, and on groups with the "
             f"names of {num_in_groups or 0} of them: scores on those say little about new ones."
+        )
+    if 1 < result.num_groups < MIN_GROUPS:
+        sentences.append(
+            f"Only {result.num_groups} groups of images: intervals from so few say less than they "
+            "seem to."
         )
     if not store.sealed:
         sentences.append(

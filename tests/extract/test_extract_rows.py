@@ -254,3 +254,15 @@ def test_the_command_lists_what_it_set_aside_and_says_so_by_its_exit_code(copy, 
     assert result.returncode == 3
     assert result.stderr.count("set aside: s03 (images/03.png)") == 1
     assert json.loads(result.stdout)["num_samples"] == 4
+
+
+def test_a_folder_one_too_deep_is_said_to_teach_nothing(tmp_path, run_cli):
+    write_images(tmp_path / "pictures", num_images=2)
+    run = run_cli(
+        *("extract", "pictures/images", "-o", "x.zarr"),
+        *("--levels", "image_1008", "--devices", "cpu"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "0 have a mask, 0 both view angles." in run.stdout
+    assert "Without masks nothing can be trained" in run.stdout
+    assert "Next:" not in run.stdout
