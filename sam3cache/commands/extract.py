@@ -178,7 +178,7 @@ def _print_what_it_is_good_for(path: Path) -> None:
     """Say what can be learned from a store: a folder too deep leaves all masks behind."""
     from sam3cache.extract.config import LABEL_SET
     from sam3cache.features import open_store
-    from sam3cache.heads import HEADS
+    from sam3cache.heads import HEADS, fitting_heads
 
     store = open_store(path)
     has_masks = LABEL_SET in store.label_sets
@@ -193,7 +193,7 @@ def _print_what_it_is_good_for(path: Path) -> None:
             "with images/ and masks/ (docs/data.md), and run the same command again."
         )
         return
-    fitting = [name for name, head in HEADS.items() if set(head.needs) <= set(store.levels)]
+    fitting = fitting_heads(store.levels)
     if fitting:
         head = "" if fitting[0] == next(iter(HEADS)) else f" --head {fitting[0]}"
         click.echo(f"Next: sam3cache train {path.as_posix()}{head} --name {path.stem}")

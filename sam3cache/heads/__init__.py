@@ -11,7 +11,7 @@ from sam3cache.heads.checkpoint import (
     save_checkpoint,
 )
 from sam3cache.heads.head import Head, count_parameters
-from sam3cache.heads.registry import HEADS, build_head, forward_gflop
+from sam3cache.heads.registry import HEADS, build_head, fitting_heads, forward_gflop
 from sam3cache.heads.view import FiLM, ViewEncoder
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "build_head",
     "check_fingerprints",
     "count_parameters",
+    "fitting_heads",
     "forward_gflop",
     "load_checkpoint",
     "save_checkpoint",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +62,7 @@ def build_head(
     options = dict(options or {})
     needs = _levels_read(head_class, options)
     if missing := [level for level in needs if level not in level_shapes]:
-        fitting = [other for other in HEADS if set(HEADS[other].needs) <= set(level_shapes)]
+        fitting = fitting_heads(level_shapes)
         raise HeadError(
             f"head {name} needs {', '.join(missing)}, which is not among the store's levels "
             f"({', '.join(level_shapes) or 'none'}); run `sam3cache extract` with "
@@ -79,6 +79,12 @@ def build_head(
         ) from error
     _try_on_blank(name, head, level_shapes, num_classes)
     return head
+
+
+def fitting_heads(levels: Iterable[str]) -> list[str]:
+    """Return the names in ``HEADS`` of those that some levels are enough for, in that order."""
+    present = set(levels)
+    return [name for name, head in HEADS.items() if set(head.needs) <= present]
 
 
 def find_head(name: str) -> Callable[..., Head]:
