@@ -1,7 +1,7 @@
 """The command line: one group, whose commands are imported only when they run.
 
-``--help`` must answer at once, so the group lists its commands from ``COMMANDS`` and imports
-``sam3cache.commands.<name>`` when that command is called. Deliberate failures, which are all
+``--help`` must answer at once, so a group lists its commands from a table, as ``COMMANDS``, and
+imports ``sam3cache.commands.<name>`` when that command is called. Deliberate failures, which are all
 ``Sam3CacheError``, become one line on stderr and the error's own exit code.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import keyword
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import click
@@ -25,6 +27,7 @@ COMMANDS = {
     "eval": "Measure a trained head on stored features.",
     "demo": "Walk the whole road on artificial angiograms, in three minutes.",
     "phantom": "Draw artificial angiograms with exact masks, to try everything out.",
+    "store": "Look after a feature store: verify, info, labels, subset, merge, export.",
     "doctor": "Check this machine: versions, devices, memory, disk, and the tower.",
 }
 """By name, the one line that ``sam3cache --help`` shows."""
@@ -40,7 +43,23 @@ _PATH_ADVICE = {
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands' names and short texts without importing them."""
+    """A group that knows its commands' names and short texts without importing them.
+
+    Args:
+        texts: by command, the one line that ``--help`` shows.
+        package: whose module ``<name>`` holds the click command ``<name>``, each with an underscore
+            behind where Python has that name for itself.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        texts: Mapping[str, str] = COMMANDS,
+        package: str = __name__,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._texts, self._package = texts, package
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; a console that lacks a character shows ``?`` instead of failing."""
@@ -51,39 +70,42 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands, in the order of the road rather than of the alphabet."""
-        return list(COMMANDS)
+        return list(self._texts)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command's module and return its command, or None for an unknown name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._texts:
             return None
-        module = importlib.import_module(f"sam3cache.commands.{cmd_name}")
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        module = importlib.import_module(f"{self._package}.{name}")
         # ``eval`` would hide Python's own, so that module calls its command ``eval_``.
-        command = getattr(module, "eval_" if cmd_name == "eval" else cmd_name)
+        command = getattr(module, f"{cmd_name}_", None) or getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands from ``COMMANDS`` alone."""
+        """Write the list of commands from the table alone."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self._texts.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, turning every deliberate failure into one line and an exit code."""
+        if ctx.parent is not None:
+            return super().invoke(ctx)  # A group within the group, which sees to it.
         try:
             return super().invoke(ctx)
         except Sam3CacheError as error:
-            _fail(ctx, str(error), error.exit_code)
+            fail(ctx, str(error), error.exit_code)
         except OSError as error:
             if error.errno not in _PATH_ADVICE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            _fail(ctx, f"{where}{error.strerror}; {_PATH_ADVICE[error.errno]}", exit_code=1)
+            fail(ctx, f"{where}{error.strerror}; {_PATH_ADVICE[error.errno]}", exit_code=1)
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted", exit_code=130)
+            fail(ctx, "interrupted", exit_code=130)
 
 
-def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+def fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
     """End the program with one line; called while the failure is being handled."""
     if ctx.params["debug"]:
         traceback.print_exc()
