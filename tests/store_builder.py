@@ -50,7 +50,7 @@ def build_store(
     shapes = level_shapes or {"fpn_72": (256, 72, 72)}
     levels = {
         name: (
-            LevelSpec(name, shape, "uint8" if name.startswith("image") else "float16"),
+            LevelSpec(name, shape),
             Fingerprint(
                 {"level": name, "weights_sha256": weights, "preprocessing.resize_mode": "letterbox"}
             ),
@@ -127,7 +127,7 @@ def build_store(
                     )
                 else:
                     noise[0] += 4.0 * hint * inside
-                    values[row.row] = noise.astype(np.float16)
+                    values[row.row] = noise.astype(np.float32)
             write_level_block(root, spec, fingerprint.digest, block, values)
         if num_samples > 4 and rows[-1].row == num_samples - 1:
             masks[num_samples - 1] = None

@@ -27,7 +27,7 @@ COMMANDS = {
     "eval": "Measure a trained head on stored features.",
     "demo": "Walk the whole road on artificial angiograms, in three minutes.",
     "phantom": "Draw artificial angiograms with exact masks, to try everything out.",
-    "store": "Look after a feature store: verify, info, labels, subset, merge, export.",
+    "store": "Look after a store: verify, info, labels, subset, merge, export.",
     "doctor": "Check this machine: versions, devices, memory, disk, and the tower.",
 }
 """By name, the one line that ``sam3cache --help`` shows."""

@@ -7,6 +7,7 @@ then :func:`seal_store`; ``sam3cache.extract`` does it.
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
+from sam3cache.features.precision import Encoded, Precision, decode, split_name, stored_dtype
 from sam3cache.features.receipts import is_sealed, read_receipts, read_receipts_of_block
 from sam3cache.features.store import (
     FeatureStore,
@@ -39,14 +40,17 @@ __all__ = [
     "BLOCK_ROWS",
     "AnnotationRow",
     "BlockClaims",
+    "Encoded",
     "FeatureStore",
     "Fingerprint",
     "LabelRow",
     "LabelSetSpec",
     "LevelSpec",
+    "Precision",
     "SampleRow",
     "StoredSample",
     "block_of",
+    "decode",
     "describe_store",
     "is_described",
     "is_sealed",
@@ -61,7 +65,9 @@ __all__ = [
     "read_receipts_of_block",
     "read_samples",
     "seal_store",
+    "split_name",
     "store_lock",
+    "stored_dtype",
     "write_label_block",
     "write_level_block",
     "write_sample_facts",

@@ -16,6 +16,9 @@ from sam3cache.features.files import (
 )
 from sam3cache.runtime import replace_file, write_atomic
 
+FORMAT_VERSION = 2
+"""Of the store on disk; docs/format.md says what changed."""
+
 SEAL_FILE = "complete.json"
 FOLDED_FILE = "receipts/folded.json"
 SAMPLES_ITEM = "samples"
@@ -29,11 +32,26 @@ class ShardRecord:
         key: path below the store, forward slashes.
         size_bytes: of the file.
         crc32c: of the file's bytes.
+        chunk_crc32c: of the encoded bytes of the inner chunks that are present, in row order,
+            without a checksum behind them; empty in format version 1.
     """
 
     key: str
     size_bytes: int
     crc32c: int
+    chunk_crc32c: tuple[int, ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """Return the record as a list, as docs/format.md lays it out."""
+        return [self.key, self.size_bytes, self.crc32c, list(self.chunk_crc32c)]
+
+    @classmethod
+    def from_json(cls, value: Any) -> ShardRecord:
+        """Read what :meth:`to_json` wrote."""
+        key, size_bytes, checksum, *rest = value
+        return cls(
+            str(key), int(size_bytes), int(checksum), tuple(map(int, rest[0])) if rest else ()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +81,7 @@ class Receipt:
             "block": self.block,
             "rows": list(self.rows),
             "digest": self.digest,
-            "shards": [[s.key, s.size_bytes, s.crc32c] for s in self.shards],
+            "shards": [shard.to_json() for shard in self.shards],
             "facts": [dict(fact) for fact in self.facts],
         }
 
@@ -80,7 +98,7 @@ class Receipt:
                 block=int(value["block"]),
                 rows=tuple(int(row) for row in value["rows"]),
                 digest=str(value["digest"]),
-                shards=tuple(ShardRecord(str(k), int(n), int(c)) for k, n, c in value["shards"]),
+                shards=tuple(map(ShardRecord.from_json, value["shards"])),
                 facts=tuple(dict(fact) for fact in value["facts"]),
             )
         except (KeyError, TypeError, ValueError):
@@ -163,7 +181,7 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
         hashed: paths below the store whose bytes the seal fixes.
     """
     content: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "receipts": [receipts[key].to_json() for key in sorted(receipts)],
         "hashes": {name: sha256_of_file(root / name) for name in sorted(hashed)},
     }

@@ -31,7 +31,15 @@ from sam3cache.features.levels import (
     LevelSpec,
     ShardGrid,
 )
+from sam3cache.features.precision import (
+    FEATURE_PRECISIONS,
+    Encoded,
+    Precision,
+    decode,
+    value_dtype,
+)
 from sam3cache.features.receipts import (
+    FORMAT_VERSION,
     SAMPLES_ITEM,
     Receipt,
     ReceiptKey,
@@ -49,8 +57,6 @@ from sam3cache.features.tables import (
     read_samples,
 )
 from sam3cache.records import SetAside
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +172,51 @@ class FeatureStore:
         self._fingerprints = {
             name: Fingerprint(level["fingerprint"]) for name, level in description["levels"].items()
         }
-        self.levels = {name: _level_spec(path, name) for name in description["levels"]}
+        self.levels = {name: read_level_spec(path, name) for name in description["levels"]}
         self.label_sets = {
             name: read_label_set_spec(path, name) for name in description["label_sets"]
         }
+        self._places = {name: _Place(spec) for name, spec in self.levels.items()}
+        self._served = _served_by_default(self.levels)
         self._receipts = receipts
-        self._shard_sizes = {
-            shard.key: shard.size_bytes for receipt in receipts.values() for shard in receipt.shards
-        }
-        self._rows_done = {
-            item: frozenset(
-                row for key, receipt in receipts.items() if key[0] == item for row in receipt.rows
-            )
-            for item in {key[0] for key in receipts}
-        }
-        self._readers: dict[str, ShardReader] = {}
+        self._readers: dict[tuple[str, tuple[int, ...]], ShardReader] = {}
         self._readers_lock = threading.Lock()
+
+    @property
+    def served_levels(self) -> Mapping[str, LevelSpec]:
+        """By the name that a head may ask for, the stored level that it gets.
+
+        A level is served by its own name and, where it was chosen or is the most exact that the
+        store has of it, by the name of what it is of: ``fpn_72.int8`` serves ``fpn_72``.
+        """
+        return {name: self.levels[stored] for name, stored in self._served.items()}
+
+    def serve(self, precision: Precision) -> None:
+        """Serve the levels that are stored in a precision by the names of what they are of.
+
+        Raises:
+            MissingSampleError: when no level is stored so.
+        """
+        chosen = {
+            spec.base: name for name, spec in self.levels.items() if spec.precision == precision
+        }
+        if not chosen:
+            raise MissingSampleError(
+                f"{self.path} has no level in precision {precision}; it has "
+                f"{', '.join(self.levels)}"
+            )
+        self._served |= chosen
+
+    def serve_digests(self, digests: Mapping[str, str]) -> None:
+        """Serve each level as it was made, where the store has it so: what a checkpoint asks for.
+
+        Args:
+            digests: by name, the digest of the fingerprint that is wanted.
+        """
+        for name, digest in digests.items():
+            for stored, spec in self.levels.items():
+                if spec.base == name and self._fingerprints[stored].digest == digest:
+                    self._served[name] = stored
 
     @property
     def receipts(self) -> Mapping[ReceiptKey, Receipt]:
@@ -220,22 +255,20 @@ class FeatureStore:
         Raises:
             MissingSampleError: when the store has no such level.
         """
-        self._require_level(level)
-        return self._fingerprints[level]
+        return self._fingerprints[self._stored_name(level)]
 
     def read(self, level: str, row: int) -> NDArray[Any]:
         """Return one sample of a level, checked against its checksum.
 
         Returns:
-            (C, H, W), float16 for features, uint8 for pictures.
+            (C, H, W): uint8 for pictures, float32 for levels in bf16, float16 for all others.
 
         Raises:
             MissingSampleError: when the store has no such level, or no such row in it.
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
-        self._require_level(level)
-        spec = self.levels[level]
-        out = np.empty(spec.shape, dtype=spec.dtype)
+        spec = self.levels[self._stored_name(level)]
+        out = np.empty(spec.shape, dtype=value_dtype(spec.precision))
         self.read_into(level, row, out)
         return out
 
@@ -245,20 +278,57 @@ class FeatureStore:
         Args:
             level: name of the level.
             row: row of the sample.
-            out: C-contiguous, of the level's shape and dtype.
+            out: C-contiguous, of the shape and dtype that :meth:`read` returns.
 
         Raises:
             MissingSampleError: when the store has no such level, or no such row in it.
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
-        self._require_level(level)
-        spec = self.levels[level]
-        assert out.shape == spec.shape, (out.shape, spec.shape)
-        assert out.dtype == np.dtype(spec.dtype), (out.dtype, spec.dtype)
-        assert out.flags.c_contiguous
-        self._require_row(spec.item, row)
-        shard, position = divmod(row, spec.samples_per_shard)
-        self._reader(spec.grid, (shard, 0, 0, 0)).read_into(position, out)
+        spec = self.levels[self._stored_name(level)]
+        assert out.dtype == np.dtype(value_dtype(spec.precision)), (out.dtype, spec.precision)
+        if spec.precision in ("int8", "bf16"):
+            decode(spec.precision, self.read_stored(level, row), out)
+        else:
+            self.read_stored_into(level, row, Encoded(out))
+
+    def read_stored(self, level: str, row: int) -> Encoded:
+        """Return one sample of a level as it is stored; see :mod:`sam3cache.features.precision`.
+
+        Raises:
+            MissingSampleError: when the store has no such level, or no such row in it.
+            CorruptStoreError: when the bytes on disk are not those that were written.
+        """
+        spec = self.levels[self._stored_name(level)]
+        scale_C = None
+        if spec.scale_grid is not None:
+            scale_C = np.empty(spec.shape[0], dtype=np.float32)
+        encoded = Encoded(np.empty(spec.shape, dtype=spec.dtype), scale_C)
+        self.read_stored_into(level, row, encoded)
+        return encoded
+
+    def read_stored_into(self, level: str, row: int, out: Encoded) -> None:
+        """Read one sample of a level as it is stored into the arrays of ``out``.
+
+        Args:
+            level: name of the level.
+            row: row of the sample.
+            out: C-contiguous arrays of the level's shape and stored dtype; scales for int8 alone.
+
+        Raises:
+            MissingSampleError: when the store has no such level, or no such row in it.
+            CorruptStoreError: when the bytes on disk are not those that were written.
+        """
+        place = self._places[self._stored_name(level)]
+        assert out.data_CHW.shape == place.shape, (out.data_CHW.shape, place.shape)
+        assert out.data_CHW.flags.c_contiguous
+        self._require_row(place.item, row)
+        shard, position = divmod(row, place.samples_per_shard)
+        self._reader(place.item, row, place.grid, (shard,)).read_into(position, out.data_CHW)
+        if place.scale_grid is not None:
+            assert out.scale_C is not None
+            block, position = divmod(row, BLOCK_ROWS)
+            reader = self._reader(place.item, row, place.scale_grid, (block,))
+            reader.read_into(position, out.scale_C)
 
     def read_mask(self, row: int, label_set: str = "mask") -> NDArray[np.uint8] | None:
         """Return a sample's mask on its own grid, or None when it has none.
@@ -282,7 +352,7 @@ class FeatureStore:
             for y in range(0, line.height_px, LABEL_TILE_PX):
                 for x in range(0, line.width_px, LABEL_TILE_PX):
                     index = (block, k, y // LABEL_TILE_PX, x // LABEL_TILE_PX)
-                    self._reader(spec.grid, index).read_into(position, tile)
+                    self._reader(spec.item, row, spec.grid, index).read_into(position, tile)
                     part = out[k, y : y + LABEL_TILE_PX, x : x + LABEL_TILE_PX]
                     part[...] = tile[0, : part.shape[0], : part.shape[1]]
         return out
@@ -310,13 +380,15 @@ class FeatureStore:
     def _label_rows(self) -> dict[str, dict[int, LabelRow]]:
         return {}
 
-    def _require_level(self, level: str) -> None:
-        if level not in self.levels:
+    def _stored_name(self, level: str) -> str:
+        name = self._served.get(level)
+        if name is None:
             raise MissingSampleError(
                 f"{self.path} has no level {level}; it has {', '.join(self.levels)}. Add it with "
                 f"`sam3cache extract MANIFEST -o {self.path} --levels "
                 f"{','.join([*self.levels, level])}`"
             )
+        return name
 
     def _require_label_set(self, name: str) -> LabelSetSpec:
         if name not in self.label_sets:
@@ -327,26 +399,48 @@ class FeatureStore:
             )
         return self.label_sets[name]
 
-    def _require_row(self, item: str, row: int) -> None:
-        if row not in self._rows_done.get(item, frozenset()):
+    def _require_row(self, item: str, row: int) -> Receipt:
+        receipt = self._receipts.get((item, row // BLOCK_ROWS))
+        if receipt is None or row not in receipt.rows:
             raise MissingSampleError(
                 f"{self.path} holds no {item} for row {row}; rows with status ok in "
                 "samples.parquet are what it holds"
             )
+        return receipt
 
-    def _reader(self, grid: ShardGrid, index: tuple[int, int, int, int]) -> ShardReader:
-        key = grid.key(index)
-        reader = self._readers.get(key)
+    def _reader(self, item: str, row: int, grid: ShardGrid, index: tuple[int, ...]) -> ShardReader:
+        reader = self._readers.get((grid.folder, index))
         if reader is None:
-            size_bytes = self._shard_sizes.get(key)
-            if size_bytes is None:
+            key = grid.key(index)
+            shards = self._require_row(item, row).shards
+            record = next((shard for shard in shards if shard.key == key), None)
+            if record is None:
                 raise CorruptStoreError(
                     f"{self.path / key} has no receipt; run `sam3cache extract` again"
                 )
-            reader = ShardReader.open(self.path / key, grid, size_bytes)
+            reader = ShardReader.open(self.path / key, grid, record.size_bytes, record.chunk_crc32c)
             with self._readers_lock:
-                self._readers[key] = reader
+                self._readers[grid.folder, index] = reader
         return reader
+
+
+class _Place:
+    """Where a level's samples lie: worked out once, as it is needed for every sample read."""
+
+    def __init__(self, spec: LevelSpec) -> None:
+        self.shape = spec.shape
+        self.item = spec.item
+        self.samples_per_shard = spec.samples_per_shard
+        self.grid = spec.grid
+        self.scale_grid = spec.scale_grid
+
+
+def _served_by_default(levels: Mapping[str, LevelSpec]) -> dict[str, str]:
+    """Return, by the name that may be asked for, the stored level: the most exact there is."""
+    served: dict[str, str] = {}
+    for precision in reversed(FEATURE_PRECISIONS):
+        served |= {s.base: name for name, s in levels.items() if s.precision == precision}
+    return served | {name: name for name in levels}
 
 
 def merge_sample_facts(
@@ -396,10 +490,21 @@ def read_label_set_spec(root: Path, name: str) -> LabelSetSpec:
     return LabelSetSpec(name, classes, array["shape"][2], array["shape"][3])
 
 
-def _level_spec(root: Path, name: str) -> LevelSpec:
-    array = _load_metadata(root / "levels" / name / "zarr.json")
-    _, c, h, w = array["shape"]
-    return LevelSpec(name, (c, h, w), array["data_type"])
+def read_level_spec(root: Path, name: str) -> LevelSpec:
+    """Return a level's shape and dtype.
+
+    Raises:
+        CorruptStoreError: when its metadata cannot be read.
+    """
+    path = root / "levels" / name / "zarr.json"
+    array = _load_metadata(path)
+    try:
+        _, c, h, w = array["shape"]
+        return LevelSpec(name, (int(c), int(h), int(w)), array["data_type"])
+    except (KeyError, TypeError, ValueError):
+        raise CorruptStoreError(
+            f"{path} does not describe a level; restore it, or extract into a new store"
+        ) from None
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from sam3cache.features.levels import (
     group_metadata,
 )
 from sam3cache.features.locks import BlockClaims
+from sam3cache.features.precision import Encoded, encode
 from sam3cache.features.receipts import (
+    FORMAT_VERSION,
     SAMPLES_ITEM,
     Receipt,
     ReceiptKey,
@@ -37,10 +39,10 @@ from sam3cache.features.receipts import (
 )
 from sam3cache.features.shards import crc32c, encode_shard
 from sam3cache.features.store import (
-    FORMAT_VERSION,
     label_rows_of,
     merge_sample_facts,
     read_description,
+    read_level_spec,
 )
 from sam3cache.features.tables import (
     ANNOTATIONS_FILE,
@@ -153,7 +155,7 @@ def _metadata_files(
         f"labels/{GROUP_FILE}": group_metadata({}),
     }
     for spec, _ in levels.values():
-        files[f"{spec.grid.folder}/{GROUP_FILE}"] = spec.grid.metadata(num_rows, spec.shape)
+        files |= spec.metadata_files(num_rows)
     for label_set in label_sets.values():
         attributes = {"classes": list(label_set.classes)}
         files[f"labels/{label_set.name}/{GROUP_FILE}"] = group_metadata(attributes)
@@ -167,7 +169,7 @@ def write_level_block(
     spec: LevelSpec,
     digest: str,
     block: int,
-    features: Mapping[int, NDArray[Any]],
+    features: Mapping[int, NDArray[Any] | Encoded],
 ) -> Receipt:
     """Write one level of one block, then its receipt.
 
@@ -176,31 +178,51 @@ def write_level_block(
         spec: the level.
         digest: of the level's fingerprint.
         block: number of the block.
-        features: by row, (C, H, W) in the level's dtype; only rows of the block.
+        features: by row, (C, H, W): uint8, or finite floats that are stored in the level's
+            precision; or what :meth:`FeatureStore.read_stored` gave, which is kept bit by bit.
+            Only rows of the block.
 
     Raises:
-        NumericError: when a value is not finite; nothing of the block is written then.
+        NumericError: when a value is not finite, or too large for the precision; nothing of the
+            block is written then.
         OSError: when the disk is full or read-only.
     """
-    for row, values in features.items():
-        if spec.dtype == "float16" and not np.isfinite(values).all():
-            raise NumericError(
-                f"level {spec.name} of row {row} has values that are NaN or beyond float16's "
-                "±65504: the weights or the numeric path are wrong rather than the image; try "
-                "--numeric-path fp32, or check the weights' file"
-            )
+    encoded = {row: _encoded(spec, row, values) for row, values in features.items()}
     shards: dict[int, dict[int, NDArray[Any]]] = {}
-    for row, values in features.items():
+    scales: dict[int, NDArray[Any]] = {}
+    for row, stored in encoded.items():
         assert block_of(row) == block, (row, block)
         shard, position = divmod(row, spec.samples_per_shard)
-        shards.setdefault(shard, {})[position] = values
+        shards.setdefault(shard, {})[position] = stored.data_CHW
+        if stored.scale_C is not None:
+            scales[row % BLOCK_ROWS] = stored.scale_C
     records = [
-        _write_shard(root, spec.grid, (shard, 0, 0, 0), chunks)
-        for shard, chunks in sorted(shards.items())
+        _write_shard(root, spec.grid, (shard,), chunks) for shard, chunks in sorted(shards.items())
     ]
+    if scales and spec.scale_grid is not None:
+        records.append(_write_shard(root, spec.scale_grid, (block,), scales))
     receipt = Receipt(spec.item, block, tuple(sorted(features)), digest, tuple(records))
     write_receipt(root, receipt)
     return receipt
+
+
+def _encoded(spec: LevelSpec, row: int, values: NDArray[Any] | Encoded) -> Encoded:
+    if isinstance(values, Encoded):
+        return values
+    # Values beyond float16 overflow on the way to it, which is said below rather than by numpy.
+    with np.errstate(over="ignore"):
+        kept = values if spec.precision in ("uint8", "bf16") else values.astype(np.float16)
+    if spec.precision != "uint8" and not np.isfinite(kept).all():
+        overflows = bool(np.isfinite(values).all())
+        advice = (
+            f"store the level as {spec.base}.bf16, whose range is float32's"
+            if overflows
+            else "the weights or the numeric path are wrong rather than the image; try "
+            "--numeric-path fp32, or check the weights' file"
+        )
+        what = "beyond float16's ±65504" if overflows else "that are NaN or infinite"
+        raise NumericError(f"level {spec.name} of row {row} has values {what}: {advice}")
+    return encode(spec.precision, kept)
 
 
 def write_label_block(
@@ -366,7 +388,8 @@ def seal_store(root: Path) -> None:
     receipts = read_receipts(root)
     write_samples(root, merge_sample_facts(read_samples(root), receipts))
     hashed = ["zarr.json", "levels/zarr.json", "labels/zarr.json", SAMPLES_FILE, ANNOTATIONS_FILE]
-    hashed += [f"levels/{name}/zarr.json" for name in description["levels"]]
+    for name in description["levels"]:
+        hashed += [f"{grid.folder}/zarr.json" for grid in read_level_spec(root, name).grids]
     for name in description["label_sets"]:
         folder = root / "labels" / name
         write_label_rows(folder, label_rows_of(name, receipts).values())
@@ -381,10 +404,10 @@ def seal_store(root: Path) -> None:
 def _write_shard(
     root: Path,
     grid: ShardGrid,
-    index: tuple[int, int, int, int],
+    index: tuple[int, ...],
     chunks: Mapping[int, NDArray[Any]],
 ) -> ShardRecord:
-    data = encode_shard(grid, chunks)
+    shard = encode_shard(grid, chunks)
     key = grid.key(index)
-    write_atomic(root / key, data)
-    return ShardRecord(key, len(data), crc32c(data))
+    write_atomic(root / key, shard.data)
+    return ShardRecord(key, len(shard.data), crc32c(shard.data), shard.chunk_crc32c)

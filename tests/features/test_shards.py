@@ -8,6 +8,9 @@ from sam3cache.features.shards import ShardReader, encode_shard
 
 SPECS = [
     LevelSpec("fpn_72", (8, 72, 72)),
+    LevelSpec("fpn_72.int8", (8, 72, 72)),
+    LevelSpec("fpn_72.bf16", (8, 72, 72)),
+    LevelSpec("fpn_72.r7", (8, 72, 72)),
     LevelSpec("image_1008", (1, 96, 96), "uint8"),
     LevelSpec("image_1008", (3, 96, 96), "uint8"),
     LabelSetSpec("mask", ("a", "b"), 1024, 1024),
@@ -19,7 +22,7 @@ def chunks_of(spec, positions):
     shape, dtype = spec.grid.inner[1:], spec.grid.dtype
     if dtype == "float16":
         return {i: rng.standard_normal(shape).astype(dtype) for i in positions}
-    return {i: rng.integers(0, 255, shape).astype(dtype) for i in positions}
+    return {i: rng.integers(0, 120, shape).astype(dtype) for i in positions}
 
 
 def describe(root, spec):
@@ -29,7 +32,7 @@ def describe(root, spec):
 
 def write(root, spec, chunks):
     describe(root, spec)
-    data = encode_shard(spec.grid, chunks)
+    data = encode_shard(spec.grid, chunks).data
     path = root / spec.grid.key((0, 0, 0, 0))
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
@@ -59,6 +62,27 @@ def test_we_read_what_zarr_writes(tmp_path, spec):
         out = np.empty_like(values)
         reader.read_into(position, out)
         assert np.array_equal(out, values)
+
+
+def test_a_shard_that_took_the_place_of_another_is_noticed(tmp_path):
+    spec = SPECS[0]
+    path, _ = write(tmp_path, spec, chunks_of(spec, (0, 3)))
+    other = encode_shard(spec.grid, {i: -v for i, v in chunks_of(spec, (0, 3)).items()})
+    size_bytes, out = path.stat().st_size, np.empty(spec.shape, "float16")
+    reader = ShardReader.open(path, spec.grid, size_bytes, other.chunk_crc32c)
+    with pytest.raises(CorruptStoreError, match="chunk 3"):
+        reader.read_into(3, out)
+    path.write_bytes(other.data)
+    ShardReader.open(path, spec.grid, size_bytes, other.chunk_crc32c).read_into(3, out)
+
+
+def test_a_chunk_is_checked_when_it_is_first_read(tmp_path):
+    spec = SPECS[0]
+    path, data = write(tmp_path, spec, chunks_of(spec, (0, 3)))
+    reader, out = ShardReader.open(path, spec.grid, len(data)), np.empty(spec.shape, "float16")
+    assert not reader.verified.any()
+    reader.read_into(0, out)
+    assert np.flatnonzero(reader.verified).tolist() == [0]
 
 
 def read_all(path, spec, expected_bytes, out):

@@ -118,9 +118,9 @@ def test_what_is_not_a_store_is_refused(tmp_path):
 def test_a_newer_format_is_refused(own_store_path):
     path = own_store_path / "zarr.json"
     content = json.loads(path.read_bytes())
-    content["attributes"]["sam3cache"]["format_version"] = 2
+    content["attributes"]["sam3cache"]["format_version"] = 3
     path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(StoreError, match="format version 2"):
+    with pytest.raises(StoreError, match="format version 3"):
         open_store(own_store_path)
 
 
