@@ -46,6 +46,7 @@ ONLY_IN = {
     "imagecodecs": {"images"},
     "zarr": {"features"},
     "pyarrow": {"features"},
+    "h5py": {"features"},
 }
 
 # The root is where the public API is told, and where the program starts.

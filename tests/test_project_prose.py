@@ -90,7 +90,6 @@ def test_every_dependency_says_why_it_is_there(heading: str, requirements: list[
 
 # Where a package is imported by another name, by sam3 alone, or not yet (None).
 IMPORTED_AS = {
-    "h5py": None,
     "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",
     "tensorboard": "torch.utils.tensorboard",

@@ -1,7 +1,7 @@
 """The command line: one group, whose commands are imported only when they run.
 
 ``--help`` must answer at once, so a group lists its commands from a table, as ``COMMANDS``, and
-imports ``sam3cache.commands.<name>`` when that command is called. Deliberate failures, which are all
+imports ``sam3cache.commands.<name>`` when that command is called. Deliberate failures, all of them
 ``Sam3CacheError``, become one line on stderr and the error's own exit code.
 """
 

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from sam3cache.training import Progress, TrainConfig, TrainResult
 
 _GROUPS = {
-    "What to train": ("head", "head_options", "label_set", "loss_size_px", "bce_weight"),
+    "What to train": (
+        "head",
+        "head_options",
+        "label_set",
+        "feature_precision",
+        "loss_size_px",
+        "bce_weight",
+    ),
     "How": ("epochs", "batch_size", "learning_rate", "seed"),
     "Where it runs": ("device", "precision", "residency"),
     "The run": ("name", "output", "resume", "overwrite", "allow_unsealed", "as_json"),
@@ -56,6 +63,11 @@ class _GroupedCommand(click.Command):
     help="An argument of the head's own, such as embedding_dim=128; may be repeated.",
 )
 @click.option("--label-set", default="mask", show_default=True, help="Masks of the store to learn.")
+@click.option(
+    "--feature-precision",
+    type=click.Choice(["float16", "bf16", "r7", "int8", "r5"]),
+    help="Read levels as they are stored in this precision. [default: the most exact]",
+)
 @click.option(
     "--loss-size",
     "loss_size_px",

@@ -6,6 +6,7 @@ from sam3cache.evaluation.evaluate import (
     checkpoint_folder,
     evaluate,
     fingerprints_of,
+    serve_as_trained,
 )
 from sam3cache.evaluation.notices import notices_of_features
 from sam3cache.evaluation.report import METRICS, EvalResult, ImageScore
@@ -35,5 +36,6 @@ __all__ = [
     "interval_text",
     "notices_of_features",
     "number_text",
+    "serve_as_trained",
     "summarise",
 ]

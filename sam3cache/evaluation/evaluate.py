@@ -124,7 +124,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     store = open_store(config.store, allow_unsealed=config.allow_unsealed)
     folder = checkpoint_folder(config.checkpoint)
     head, info = load_checkpoint(folder, head=config.head, device=config.device)
-    check_fingerprints(info.levels, fingerprints_of(store))
+    serve_as_trained(store, info)
     samples = _select(store, config.split)
     label_set = config.label_set or info.label_set
     has_mask = [store.has_mask(sample.row, label_set) for sample in samples]
@@ -212,6 +212,16 @@ def checkpoint_folder(path: Path) -> Path:
     return best if (best / MODEL_FILE).is_file() else path
 
 
+def serve_as_trained(store: FeatureStore, info: CheckpointInfo) -> None:
+    """Have a store serve its levels in the precisions that a head was trained on.
+
+    Raises:
+        FingerprintError: it has a level in none that was made as the head's.
+    """
+    store.serve_digests({level: entry["digest"] for level, entry in info.levels.items()})
+    check_fingerprints(info.levels, fingerprints_of(store))
+
+
 def fingerprints_of(store: FeatureStore) -> dict[str, dict[str, Any]]:
     """Return ``digest`` and ``fields`` of each level's fingerprint, as checkpoints record them."""
     return {
@@ -219,7 +229,7 @@ def fingerprints_of(store: FeatureStore) -> dict[str, dict[str, Any]]:
             "digest": store.fingerprint(level).digest,
             "fields": dict(store.fingerprint(level).fields),
         }
-        for level in store.levels
+        for level in store.served_levels
     }
 
 

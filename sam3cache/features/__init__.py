@@ -7,8 +7,32 @@ then :func:`seal_store`; ``sam3cache.extract`` does it.
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
-from sam3cache.features.precision import Encoded, Precision, decode, split_name, stored_dtype
-from sam3cache.features.receipts import is_sealed, read_receipts, read_receipts_of_block
+from sam3cache.features.overlay import make_overlay
+from sam3cache.features.precision import (
+    Encoded,
+    Precision,
+    decode,
+    in_words,
+    split_name,
+    stored_dtype,
+)
+from sam3cache.features.receipts import (
+    Receipt,
+    ReceiptKey,
+    is_sealed,
+    read_receipts,
+    read_receipts_of_block,
+)
+from sam3cache.features.relabel import (
+    LabelSetSummary,
+    open_to_change,
+    put_label_set,
+    remove_label_set,
+    replace_annotations,
+    require_label_set_name,
+    staging_of,
+    summarise_label_sets,
+)
 from sam3cache.features.store import (
     FeatureStore,
     StoredSample,
@@ -45,29 +69,41 @@ __all__ = [
     "Fingerprint",
     "LabelRow",
     "LabelSetSpec",
+    "LabelSetSummary",
     "LevelSpec",
     "Precision",
+    "Receipt",
+    "ReceiptKey",
     "SampleRow",
     "StoredSample",
     "block_of",
     "decode",
     "describe_store",
+    "in_words",
     "is_described",
     "is_sealed",
     "label_rows_of",
+    "make_overlay",
     "merge_sample_facts",
     "missing_items",
     "open_store",
+    "open_to_change",
+    "put_label_set",
     "read_annotations",
     "read_description",
     "read_label_set_spec",
     "read_receipts",
     "read_receipts_of_block",
     "read_samples",
+    "remove_label_set",
+    "replace_annotations",
+    "require_label_set_name",
     "seal_store",
     "split_name",
+    "staging_of",
     "store_lock",
     "stored_dtype",
+    "summarise_label_sets",
     "write_label_block",
     "write_level_block",
     "write_sample_facts",

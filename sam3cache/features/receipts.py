@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from sam3cache.errors import CorruptStoreError
 from sam3cache.features.files import (
@@ -21,6 +22,12 @@ FORMAT_VERSION = 2
 
 SEAL_FILE = "complete.json"
 FOLDED_FILE = "receipts/folded.json"
+CHANGE_FILE = "receipts/change.json"
+"""Names the change of labels or annotations that a store is unsealed for."""
+
+OVERLAY_OF = "overlay_of"
+"""Setting of a store without levels: the seal of the store whose labels and annotations it holds."""
+
 SAMPLES_ITEM = "samples"
 
 
@@ -54,6 +61,51 @@ class ShardRecord:
         )
 
 
+class Facts(Sequence[dict[str, Any]]):
+    """What a receipt knows of rows: kept by column, as there are many and few are asked for."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        """Take the columns, which are lists of one length.
+
+        Raises:
+            ValueError: when they are not.
+        """
+        self._columns = columns
+        columns_are_lists = all(isinstance(column, list) for column in columns.values())
+        if not columns_are_lists or len({len(column) for column in columns.values()}) > 1:
+            raise ValueError("expected lists of one length")
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> Facts:
+        """Make facts of rows that all have the same keys."""
+        lines = list(rows)
+        names = lines[0] if lines else ()
+        return cls({name: [line[name] for line in lines] for name in names})
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns by name."""
+        return self._columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values()), ()))
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {name: column[index] for name, column in self._columns.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Facts) and self._columns == other._columns
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._columns))
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """Says that one item of one block is done.
@@ -72,7 +124,7 @@ class Receipt:
     rows: tuple[int, ...]
     digest: str = ""
     shards: tuple[ShardRecord, ...] = ()
-    facts: tuple[Mapping[str, Any], ...] = ()
+    facts: Facts = field(default_factory=lambda: Facts({}))
 
     def to_json(self) -> dict[str, Any]:
         """Return the receipt as docs/format.md lays it out."""
@@ -82,7 +134,7 @@ class Receipt:
             "rows": list(self.rows),
             "digest": self.digest,
             "shards": [shard.to_json() for shard in self.shards],
-            "facts": [dict(fact) for fact in self.facts],
+            "facts": self.facts.columns,
         }
 
     @classmethod
@@ -99,9 +151,9 @@ class Receipt:
                 rows=tuple(int(row) for row in value["rows"]),
                 digest=str(value["digest"]),
                 shards=tuple(map(ShardRecord.from_json, value["shards"])),
-                facts=tuple(dict(fact) for fact in value["facts"]),
+                facts=_facts(value["facts"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise _unreadable(path) from None
 
     def is_done(self, root: Path) -> bool:
@@ -118,11 +170,16 @@ class Receipt:
 ReceiptKey = tuple[str, int]
 
 
+def _facts(value: Any) -> Facts:
+    return Facts(value) if isinstance(value, dict) else Facts.of(value)  # by row in version 1
+
+
 def write_receipt(root: Path, receipt: Receipt) -> None:
     """Commit one item of one block."""
-    write_atomic(
-        _receipt_path(root, receipt.item, receipt.block), canonical_json(receipt.to_json())
-    )
+    content = receipt.to_json()
+    # Until the seal hashes it: a flipped bit must not vouch for another row or picture.
+    content["sha256"] = sha256_of_json(content)
+    write_atomic(receipt_path(root, receipt.item, receipt.block), canonical_json(content))
 
 
 def read_receipts_of_block(
@@ -134,20 +191,35 @@ def read_receipts_of_block(
         CorruptStoreError: when one cannot be read.
     """
     receipts: dict[ReceiptKey, Receipt] = {}
-    sealed: dict[ReceiptKey, Receipt] | None = None
+    sealed: Mapping[ReceiptKey, Receipt] | None = None
     for item in items:
-        path = _receipt_path(root, item, block)
+        path = receipt_path(root, item, block)
         try:
-            receipts[item, block] = Receipt.from_json(json.loads(path.read_bytes()), path)
+            data = path.read_bytes()
         except FileNotFoundError:
             if sealed is None:
                 seal = root / SEAL_FILE
                 sealed = _receipts_of(_load(seal), seal) if seal.exists() else {}
             if (item, block) in sealed:
                 receipts[item, block] = sealed[item, block]
-        except ValueError:
-            raise _unreadable(path) from None
+        else:
+            receipts[item, block] = parse_receipt(data, path)
     return receipts
+
+
+def parse_receipt(data: bytes, path: Path) -> Receipt:
+    """Read the content of a single receipt's file.
+
+    Raises:
+        CorruptStoreError: when it cannot be read, or does not match its own hash.
+    """
+    content = _parse(data, path)
+    # Format version 1 had no hash.
+    if isinstance(content, dict) and "sha256" in content:
+        body = {name: value for name, value in content.items() if name != "sha256"}
+        if content["sha256"] != sha256_of_json(body):
+            raise _unreadable(path)
+    return Receipt.from_json(content, path)
 
 
 def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
@@ -160,9 +232,9 @@ def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
     for name in (FOLDED_FILE, SEAL_FILE):
         path = root / name
         if path.exists():
-            receipts.update(_receipts_of(_load(path), path))
+            receipts.update(_receipts_of(_load_seal(path), path))
     for path in sorted((root / "receipts").glob("*/*.json")):
-        receipt = Receipt.from_json(_load(path), path)
+        receipt = parse_receipt(_read(path), path)
         receipts[receipt.item, receipt.block] = receipt
     return receipts
 
@@ -184,6 +256,12 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
         "format_version": FORMAT_VERSION,
         "receipts": [receipts[key].to_json() for key in sorted(receipts)],
         "hashes": {name: sha256_of_file(root / name) for name in sorted(hashed)},
+        # A second copy of what is small and cannot be computed again.
+        "metadata": {
+            name: (root / name).read_text(encoding="utf-8")
+            for name in sorted(hashed)
+            if name.endswith(".json")
+        },
     }
     content["seal"] = sha256_of_json(content)
     write_atomic(root / SEAL_FILE, canonical_json(content))
@@ -205,22 +283,38 @@ def break_seal(root: Path) -> None:
         replace_file(root / SEAL_FILE, root / FOLDED_FILE)
 
 
-def check_seal(root: Path) -> dict[ReceiptKey, Receipt]:
+def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:
+    """Make these the receipts of an unsealed store: one file, and no single ones beside it."""
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "receipts": [receipts[key].to_json() for key in sorted(receipts)],
+        "hashes": {},
+    }
+    content["seal"] = sha256_of_json(content)
+    write_atomic(root / FOLDED_FILE, canonical_json(content))
+    _delete_single_receipts(root)
+
+
+def seal_of(root: Path) -> str:
+    """Return the hash that a seal states of itself.
+
+    Raises:
+        CorruptStoreError: when the seal cannot be read.
+    """
+    content = _load(root / SEAL_FILE)
+    if not isinstance(content, dict) or not isinstance(content.get("seal"), str):
+        raise _unreadable(root / SEAL_FILE)
+    return str(content["seal"])
+
+
+def check_seal(root: Path) -> Mapping[ReceiptKey, Receipt]:
     """Check the seal and all that it hashes; return its receipts.
 
     Raises:
         CorruptStoreError: naming the first file that differs.
     """
     path = root / SEAL_FILE
-    content = _load(path)
-    if not isinstance(content, dict) or not isinstance(content.get("hashes"), dict):
-        raise _unreadable(path)
-    body = {name: value for name, value in content.items() if name != "seal"}
-    if content.get("seal") != sha256_of_json(body):
-        raise CorruptStoreError(
-            f"{path} does not match its own hash; restore it from a copy, or delete it and run the "
-            "same `sam3cache extract` again, which then computes every block anew"
-        )
+    content = _load_seal(path)
     for name, expected in content["hashes"].items():
         try:
             found = sha256_of_file(root / name)
@@ -234,26 +328,90 @@ def check_seal(root: Path) -> dict[ReceiptKey, Receipt]:
     return _receipts_of(content, path)
 
 
-def _receipts_of(content: Any, path: Path) -> dict[ReceiptKey, Receipt]:
+def matches_own_hash(data: bytes, content: Mapping[str, Any]) -> bool:
+    """Return whether a seal's hash is that of all the rest.
+
+    Args:
+        data: bytes of the file.
+        content: what they say.
+    """
+    seal = content.get("seal")
+    # As we write it, the hash comes last: the bytes before it need not be put together again.
+    tail = f',"seal":"{seal}"}}'.encode()
+    if data.endswith(tail) and hashlib.sha256(data[: -len(tail)] + b"}").hexdigest() == seal:
+        return True
+    return seal == sha256_of_json({name: part for name, part in content.items() if name != "seal"})
+
+
+def _load_seal(path: Path) -> dict[str, Any]:
+    data = _read(path)
+    content = _parse(data, path)
+    if not isinstance(content, dict) or not isinstance(content.get("hashes"), dict):
+        raise _unreadable(path)
+    if not matches_own_hash(data, content):
+        raise CorruptStoreError(
+            f"{path} does not match its own hash; `sam3cache store verify --repair` on the store "
+            "keeps every block that it can prove, or restore the file from a copy"
+        )
+    return content
+
+
+def _receipts_of(content: Any, path: Path) -> Mapping[ReceiptKey, Receipt]:
     if not isinstance(content, dict) or not isinstance(content.get("receipts"), list):
         raise _unreadable(path)
-    found = (Receipt.from_json(value, path) for value in content["receipts"])
-    return {(receipt.item, receipt.block): receipt for receipt in found}
+    try:
+        return _ReceiptsOnDemand(
+            {(str(v["item"]), int(v["block"])): v for v in content["receipts"]}, path
+        )
+    except (KeyError, TypeError, ValueError):
+        raise _unreadable(path) from None
 
 
-def _receipt_path(root: Path, item: str, block: int) -> Path:
+class _ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
+    """A seal's receipts, each read when it is asked for: of most stores few ever are."""
+
+    def __init__(self, values: dict[ReceiptKey, Any], path: Path) -> None:
+        self._values, self._path = values, path
+        self._read: dict[ReceiptKey, Receipt] = {}
+
+    def __getitem__(self, key: ReceiptKey) -> Receipt:
+        receipt = self._read.get(key)
+        if receipt is None:
+            receipt = self._read[key] = Receipt.from_json(self._values[key], self._path)
+        return receipt
+
+    def __iter__(self) -> Iterator[ReceiptKey]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def receipt_path(root: Path, item: str, block: int) -> Path:
+    """Return where the single receipt of an item of a block lies."""
     return root / "receipts" / item / f"{block:08d}.json"
 
 
 def _load(path: Path) -> Any:
+    return _parse(_read(path), path)
+
+
+def _read(path: Path) -> bytes:
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, FileNotFoundError):
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise _unreadable(path) from None
+
+
+def _parse(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
         raise _unreadable(path) from None
 
 
 def _unreadable(path: Path) -> CorruptStoreError:
     return CorruptStoreError(
-        f"{path} is not a receipt that can be read; delete it and run the same "
-        "`sam3cache extract` again"
+        f"{path} is not what was written there; `sam3cache store verify --repair` on the store "
+        "removes it and keeps every block that is proven"
     )

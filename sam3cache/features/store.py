@@ -39,13 +39,16 @@ from sam3cache.features.precision import (
     value_dtype,
 )
 from sam3cache.features.receipts import (
+    CHANGE_FILE,
     FORMAT_VERSION,
+    OVERLAY_OF,
     SAMPLES_ITEM,
     Receipt,
     ReceiptKey,
     check_seal,
     is_sealed,
     read_receipts,
+    seal_of,
 )
 from sam3cache.features.shards import ShardReader
 from sam3cache.features.tables import (
@@ -92,29 +95,97 @@ class StoredSample:
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_store(path: str | Path, *, allow_unsealed: bool = False) -> FeatureStore:
-    """Open a store for reading and check its seal.
+def open_store(
+    path: str | Path, *, allow_unsealed: bool = False, overlay: str | Path | None = None
+) -> FeatureStore:
+    """Open a store for reading and check its seal. Nothing is written or locked.
 
     Args:
         path: the store's folder.
         allow_unsealed: read what an unfinished extraction has committed so far.
+        overlay: folder of labels and annotations kept beside the store, which go before its own.
 
     Raises:
         NotAStoreError: when ``path`` holds no feature store.
         UnsealedStoreError: when extraction has not finished, unless ``allow_unsealed``.
         CorruptStoreError: when the metadata or tables are not what the store was sealed with.
-        StoreError: when the store's format is newer than this reader.
+        StoreError: when the store's format is newer than this reader, ``path`` is an overlay, or
+            the overlay is of other pictures.
     """
     root = Path(path)
     description = read_description(root)
+    if OVERLAY_OF in description["settings"]:
+        raise StoreError(
+            f"{root} is an overlay, labels and annotations without features; give the store that "
+            f"it was made for, and --overlay {root}"
+        )
     sealed = is_sealed(root)
     if not sealed and not allow_unsealed:
-        raise UnsealedStoreError(
-            f"{root} is not sealed: its extraction has not finished; run the same "
-            "`sam3cache extract` again, or pass --allow-unsealed to use what is there"
+        raise UnsealedStoreError(_why_unsealed(root))
+    receipts = check_seal(root) if sealed else read_receipts(root)
+    laid_over = None if overlay is None else open_overlay(
+        Path(overlay), allow_unsealed=allow_unsealed
+    )
+    store = FeatureStore(root, description, receipts, sealed=sealed, overlay=laid_over)
+    if laid_over is not None:
+        _require_same_pictures(store, laid_over)
+    return store
+
+
+def open_overlay(root: Path, *, allow_unsealed: bool = False) -> FeatureStore:
+    """Open the labels and annotations of an overlay alone, without the store that they are for.
+
+    Raises:
+        NotAStoreError: when it holds none.
+        StoreError: when it is a store of its own.
+        UnsealedStoreError: when a change of it was interrupted, unless ``allow_unsealed``.
+        CorruptStoreError: when it is not what it was sealed with.
+    """
+    description = read_description(root)
+    if OVERLAY_OF not in description["settings"]:
+        raise StoreError(
+            f"{root} is a feature store of its own, not an overlay; give a folder that "
+            "`sam3cache store labels set` or `annotations set` made with --overlay"
         )
+    sealed = is_sealed(root)
+    if not sealed and not allow_unsealed:
+        raise UnsealedStoreError(_why_unsealed(root))
     receipts = check_seal(root) if sealed else read_receipts(root)
     return FeatureStore(root, description, receipts, sealed=sealed)
+
+
+def _why_unsealed(root: Path) -> str:
+    change = interrupted_change(root)
+    if change:
+        return f"{root} is not sealed: {change} was interrupted; run the same command again"
+    return (
+        f"{root} is not sealed: its extraction has not finished; run the same "
+        "`sam3cache extract` again, or pass --allow-unsealed to use what is there"
+    )
+
+
+def interrupted_change(root: Path) -> str:
+    """Return which change of labels or annotations a store is unsealed for; empty if for none."""
+    try:
+        return str(json.loads((root / CHANGE_FILE).read_bytes())["change"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _require_same_pictures(store: FeatureStore, overlay: FeatureStore) -> None:
+    """Refuse an overlay whose rows are not those of the store."""
+    if overlay.settings[OVERLAY_OF] == store.seal:
+        return
+    present = {row.row: row for row in store.sample_rows}
+    for row in overlay.sample_rows:
+        here = present.get(row.row)
+        if here is None or (here.id, here.pixel_sha256) != (row.id, row.pixel_sha256):
+            now = "holds none" if here is None else f"holds {here.id}"
+            raise StoreError(
+                f"overlay {overlay.path} is not of {store.path}: row {row.row} was {row.id} when "
+                f"it was made, and the store {now}, or other pixels; give the store that it was "
+                "made for, or make an overlay in another folder"
+            )
 
 
 def read_description(root: Path) -> dict[str, Any]:
@@ -153,9 +224,10 @@ class FeatureStore:
     Attributes:
         path: the store's folder.
         sealed: whether its extraction has finished.
+        overlay: labels and annotations that go before the store's own; mostly None.
         settings: provenance: backbone, batch size, device model, versions, resize mode.
         levels: by name.
-        label_sets: by name.
+        label_sets: by name, with those of the overlay.
     """
 
     def __init__(
@@ -165,9 +237,11 @@ class FeatureStore:
         receipts: Mapping[ReceiptKey, Receipt],
         *,
         sealed: bool,
+        overlay: FeatureStore | None = None,
     ) -> None:
         self.path = path
         self.sealed = sealed
+        self.overlay = overlay
         self.settings: dict[str, Any] = dict(description["settings"])
         self._fingerprints = {
             name: Fingerprint(level["fingerprint"]) for name, level in description["levels"].items()
@@ -176,6 +250,8 @@ class FeatureStore:
         self.label_sets = {
             name: read_label_set_spec(path, name) for name in description["label_sets"]
         }
+        if overlay is not None:
+            self.label_sets |= overlay.label_sets
         self._places = {name: _Place(spec) for name, spec in self.levels.items()}
         self._served = _served_by_default(self.levels)
         self._receipts = receipts
@@ -224,14 +300,20 @@ class FeatureStore:
         return self._receipts
 
     @cached_property
+    def seal(self) -> str:
+        """Hash over all that the seal holds; empty for a store that is not sealed."""
+        return seal_of(self.path) if self.sealed else ""
+
+    @cached_property
     def sample_rows(self) -> list[SampleRow]:
         """Every line of samples.parquet, tombstones too, with what the receipts add to it."""
         return merge_sample_facts(read_samples(self.path), self._receipts)
 
     @cached_property
     def annotations(self) -> dict[int, AnnotationRow]:
-        """annotations.parquet by row."""
-        return {row.row: row for row in read_annotations(self.path)}
+        """annotations.parquet by row; rows of the overlay go before."""
+        notes = {row.row: row for row in read_annotations(self.path)}
+        return notes if self.overlay is None else notes | self.overlay.annotations
 
     @cached_property
     def samples(self) -> tuple[StoredSample, ...]:
@@ -333,6 +415,8 @@ class FeatureStore:
     def read_mask(self, row: int, label_set: str = "mask") -> NDArray[np.uint8] | None:
         """Return a sample's mask on its own grid, or None when it has none.
 
+        A sample that came into the store after the label set has none in it.
+
         Returns:
             (K, H, W) uint8; 255 is to be ignored.
 
@@ -341,10 +425,18 @@ class FeatureStore:
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
         spec = self._require_label_set(label_set)
-        self._require_row(spec.item, row)
         line = self.label_rows(label_set).get(row)
+        if line is None and row not in self._usable_rows:
+            raise MissingSampleError(
+                f"{self.path} has no sample in row {row}; rows with status ok in samples.parquet "
+                "are what it holds"
+            )
         if line is None or not line.present:
             return None
+        return self.holder_of(label_set)._read_planes(spec, line)
+
+    def _read_planes(self, spec: LabelSetSpec, line: LabelRow) -> NDArray[np.uint8]:
+        row = line.row
         out = np.empty((spec.num_planes, line.height_px, line.width_px), dtype=np.uint8)
         tile = np.empty(spec.grid.inner[1:], dtype=np.uint8)
         block, position = divmod(row, BLOCK_ROWS)
@@ -367,14 +459,27 @@ class FeatureStore:
         line = self.label_rows(label_set).get(row)
         return line is not None and line.present
 
+    def holder_of(self, label_set: str) -> FeatureStore:
+        """Return where a label set lies: in the overlay, if that has one of its name, or here."""
+        if self.overlay is not None and label_set in self.overlay.label_sets:
+            return self.overlay
+        return self
+
     def label_rows(self, label_set: str) -> dict[int, LabelRow]:
         """Return, by row, the sizes and sources of a label set's masks."""
+        holder = self.holder_of(label_set)
+        if holder is not self:
+            return holder.label_rows(label_set)
         if label_set not in self._label_rows:
             if self.sealed:
                 self._label_rows[label_set] = read_label_rows(self.path / "labels" / label_set)
             else:
                 self._label_rows[label_set] = label_rows_of(label_set, self._receipts)
         return self._label_rows[label_set]
+
+    @cached_property
+    def _usable_rows(self) -> frozenset[int]:
+        return frozenset(row.row for row in self.sample_rows if row.status == "ok")
 
     @cached_property
     def _label_rows(self) -> dict[str, dict[int, LabelRow]]:
@@ -394,8 +499,8 @@ class FeatureStore:
         if name not in self.label_sets:
             known = ", ".join(self.label_sets) or "none"
             raise MissingSampleError(
-                f"{self.path} has no label set {name} (it has: {known}); give masks in the "
-                "manifest and run the same `sam3cache extract` again"
+                f"{self.path} has no label set {name} (it has: {known}); set it with "
+                f"`sam3cache store labels set {self.path} {name} --from MANIFEST`"
             )
         return self.label_sets[name]
 
@@ -451,21 +556,32 @@ def merge_sample_facts(
     A pending row takes all facts. One that was ok and has been set aside since (its mask was
     replaced by one that cannot be read) takes that.
     """
-    facts = {
-        fact["row"]: fact
-        for (item, _), receipt in receipts.items()
-        if item == SAMPLES_ITEM
-        for fact in receipt.facts
+    by_block = {
+        block: receipts[item, block].facts.columns
+        for item, block in receipts
+        if item == SAMPLES_ITEM and len(receipts[item, block].facts)
     }
     merged = []
     for row in rows:
-        fact = facts.get(row.row)
-        if fact is not None and row.status == "pending":
-            row = replace(row, **fact)
-        elif fact is not None and row.status == "ok" and fact["status"] == "aside":
-            row = replace(row, status="aside", reason=fact["reason"])
+        facts = by_block.get(row.row // BLOCK_ROWS)
+        # Of most stores no row is touched: what is looked at for each is little.
+        if facts is not None and (
+            row.status == "pending" or (row.status == "ok" and "aside" in facts["status"])
+        ):
+            row = _with_facts(row, facts)
         merged.append(row)
     return merged
+
+
+def _with_facts(row: SampleRow, facts: Mapping[str, Sequence[Any]]) -> SampleRow:
+    if row.row not in facts["row"]:
+        return row
+    at = facts["row"].index(row.row)
+    if row.status == "pending":
+        return replace(row, **{name: column[at] for name, column in facts.items()})
+    if facts["status"][at] == "aside":
+        return replace(row, status="aside", reason=facts["reason"][at])
+    return row
 
 
 def label_rows_of(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> dict[int, LabelRow]:

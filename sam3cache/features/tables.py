@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,16 @@ _SAMPLES_SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("base_id", pa.string()),
         ("variant", pa.string()),
+    ]
+)
+_ANNOTATIONS_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("group", pa.string()),
+        ("primary_angle_deg", pa.float64()),
+        ("secondary_angle_deg", pa.float64()),
     ]
 )
 _LABEL_ROWS_SCHEMA = pa.schema(
@@ -99,7 +109,7 @@ class LabelRow:
 
 def write_samples(root: Path, rows: Iterable[SampleRow]) -> None:
     """Replace samples.parquet."""
-    _write(root / SAMPLES_FILE, pa.Table.from_pylist([asdict(r) for r in rows], _SAMPLES_SCHEMA))
+    _write(root / SAMPLES_FILE, pa.table(_columns(list(rows), _SAMPLES_SCHEMA)))
 
 
 def read_samples(root: Path) -> list[SampleRow]:
@@ -108,20 +118,14 @@ def read_samples(root: Path) -> list[SampleRow]:
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
-    return [SampleRow(**line) for line in _read(root / SAMPLES_FILE)]
+    table = _read(root / SAMPLES_FILE, _SAMPLES_SCHEMA)
+    return list(map(SampleRow, *_values(table, _SAMPLES_SCHEMA)))
 
 
 def write_annotations(root: Path, rows: Sequence[AnnotationRow]) -> None:
     """Replace annotations.parquet; every name in any row's ``extra`` becomes a column."""
     names = sorted({name for row in rows for name in row.extra})
-    columns: dict[str, pa.Array] = {
-        "row": pa.array([r.row for r in rows], pa.int64()),
-        "id": pa.array([r.id for r in rows], pa.string()),
-        "split": pa.array([r.split for r in rows], pa.string()),
-        "group": pa.array([r.group for r in rows], pa.string()),
-        "primary_angle_deg": pa.array([r.primary_angle_deg for r in rows], pa.float64()),
-        "secondary_angle_deg": pa.array([r.secondary_angle_deg for r in rows], pa.float64()),
-    }
+    columns = _columns(rows, _ANNOTATIONS_SCHEMA)
     for name in names:
         columns[EXTRA_PREFIX + name] = pa.array([r.extra.get(name) for r in rows], pa.string())
     _write(root / ANNOTATIONS_FILE, pa.table(columns))
@@ -133,21 +137,22 @@ def read_annotations(root: Path) -> list[AnnotationRow]:
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
-    rows = []
-    for line in _read(root / ANNOTATIONS_FILE):
-        extra = {
-            name.removeprefix(EXTRA_PREFIX): line.pop(name)
-            for name in list(line)
-            if name.startswith(EXTRA_PREFIX)
-        }
-        rows.append(AnnotationRow(**line, extra={k: v for k, v in extra.items() if v is not None}))
-    return rows
+    table = _read(root / ANNOTATIONS_FILE, _ANNOTATIONS_SCHEMA)
+    names = [name for name in table.column_names if name.startswith(EXTRA_PREFIX)]
+    keys = [name.removeprefix(EXTRA_PREFIX) for name in names]
+    lines = zip(*(table[name].to_pylist() for name in names), strict=True)
+    extras: Iterable[dict[str, str]] = (
+        {key: text for key, text in zip(keys, line, strict=True) if text is not None}
+        for line in lines
+    )
+    if not names:
+        extras = ({} for _ in range(table.num_rows))
+    return list(map(AnnotationRow, *_values(table, _ANNOTATIONS_SCHEMA), extras))
 
 
 def write_label_rows(folder: Path, rows: Iterable[LabelRow]) -> None:
     """Replace a label set's rows.parquet."""
-    table = pa.Table.from_pylist([asdict(r) for r in rows], _LABEL_ROWS_SCHEMA)
-    _write(folder / LABEL_ROWS_FILE, table)
+    _write(folder / LABEL_ROWS_FILE, pa.table(_columns(list(rows), _LABEL_ROWS_SCHEMA)))
 
 
 def read_label_rows(folder: Path) -> dict[int, LabelRow]:
@@ -156,26 +161,53 @@ def read_label_rows(folder: Path) -> dict[int, LabelRow]:
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
-    return {line["row"]: LabelRow(**line) for line in _read(folder / LABEL_ROWS_FILE)}
+    table = _read(folder / LABEL_ROWS_FILE, _LABEL_ROWS_SCHEMA)
+    return {row.row: row for row in map(LabelRow, *_values(table, _LABEL_ROWS_SCHEMA))}
+
+
+def _columns(rows: Sequence[Any], schema: pa.Schema) -> dict[str, pa.Array]:
+    return {
+        name: pa.array([getattr(row, name) for row in rows], type_)
+        for name, type_ in zip(schema.names, schema.types, strict=True)
+    }
+
+
+def _values(table: pa.Table, schema: pa.Schema) -> list[list[Any]]:
+    """Return the columns in the schema's order, which is that of the row classes' fields."""
+    return [table[name].to_pylist() for name in schema.names]
 
 
 def _write(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    # The seal hashes the tables; until there is one, a page's own checksum finds damage.
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_atomic(path, memoryview(sink.getvalue()))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a table that has the columns of ``schema``, and beside them only ``extra.`` ones."""
+    # Through bytes: a memory-mapped table could not be replaced on Windows while it is open.
     try:
-        # Through bytes: a memory-mapped table could not be replaced on Windows while it is open.
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise _unreadable(path, "it is missing") from None
+    try:
         # In this thread alone: one of Arrow's own that lets go of our bytes while the program ends
         # asks for Python's lock, and the process aborts (pq.read_table keeps such threads).
-        with pq.ParquetFile(pa.BufferReader(path.read_bytes())) as file:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(use_threads=False)
-        lines: list[dict[str, Any]] = table.to_pylist()
-        return lines
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise CorruptStoreError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); restore it, or extract into a "
-            "new store"
-        ) from None
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        # Arrow says of most damage that it could not be read from disk: OSError.
+        raise _unreadable(path, str(error).partition("\n")[0]) from None
+    fixed = [field for field in table.schema if not field.name.startswith(EXTRA_PREFIX)]
+    if not pa.schema(fixed).equals(schema):
+        raise _unreadable(path, "its columns are not those of such a table")
+    return table
+
+
+def _unreadable(path: Path, reason: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"{path} cannot be read ({reason}); run `sam3cache store verify --repair` on the store, "
+        "restore the file, or extract into a new store"
+    )

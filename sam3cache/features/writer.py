@@ -5,7 +5,7 @@ Shape legend: C channels, H height, W width, K planes of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sam3cache.features.precision import Encoded, encode
 from sam3cache.features.receipts import (
     FORMAT_VERSION,
     SAMPLES_ITEM,
+    Facts,
     Receipt,
     ReceiptKey,
     ShardRecord,
@@ -95,7 +96,7 @@ def describe_store(
         annotations: the whole table, in row order.
     """
     break_seal(root)
-    metadata = _metadata_files(settings, levels, label_sets, num_blocks_of(samples))
+    metadata = metadata_files(settings, levels, label_sets, num_blocks_of(samples))
     for name, content in metadata.items():
         if name != GROUP_FILE:
             write_atomic(root / name, content)
@@ -112,21 +113,25 @@ def is_described(
     label_sets: Mapping[str, LabelSetSpec],
     samples: Sequence[SampleRow],
     annotations: Sequence[AnnotationRow],
+    stored: tuple[Sequence[SampleRow], Sequence[AnnotationRow]] | None = None,
 ) -> bool:
     """Return whether :func:`describe_store` with the same arguments would change nothing.
 
-    Facts that receipts hold count as if they were in the table.
+    Facts that receipts hold count as if they were in the table. Whoever has read the tables, and
+    merged the facts in, gives them as ``stored``.
     """
-    metadata = _metadata_files(settings, levels, label_sets, num_blocks_of(samples))
-    return (
-        all((root / name).exists() for name in (*metadata, SAMPLES_FILE, ANNOTATIONS_FILE))
-        and all((root / name).read_bytes() == content for name, content in metadata.items())
-        and merge_sample_facts(read_samples(root), read_receipts(root)) == list(samples)
-        and read_annotations(root) == list(annotations)
-    )
+    metadata = metadata_files(settings, levels, label_sets, num_blocks_of(samples))
+    if not all((root / name).exists() for name in (*metadata, SAMPLES_FILE, ANNOTATIONS_FILE)):
+        return False
+    if any((root / name).read_bytes() != content for name, content in metadata.items()):
+        return False
+    if stored is None:
+        rows = merge_sample_facts(read_samples(root), read_receipts(root))
+        stored = rows, read_annotations(root)
+    return (list(stored[0]), list(stored[1])) == (list(samples), list(annotations))
 
 
-def _metadata_files(
+def metadata_files(
     settings: Mapping[str, Any],
     levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
     label_sets: Mapping[str, LabelSetSpec],
@@ -275,14 +280,14 @@ def write_label_block(
     records = [
         _write_shard(root, spec.grid, index, chunks) for index, chunks in sorted(tiles.items())
     ]
-    receipt = Receipt(spec.item, block, tuple(sorted(masks)), "", tuple(records), tuple(facts))
+    receipt = Receipt(spec.item, block, tuple(sorted(masks)), "", tuple(records), Facts.of(facts))
     write_receipt(root, receipt)
     return receipt
 
 
 def write_sample_facts(root: Path, block: int, rows: Sequence[SampleRow]) -> Receipt:
     """Write what decoding found out about a block's rows: the receipt of the item "samples"."""
-    facts = tuple(
+    facts = Facts.of(
         {
             "row": row.row,
             "status": row.status,
@@ -376,16 +381,27 @@ def _labels_done(
     return all(written.get(number) == file for number, file in wanted.items())
 
 
-def seal_store(root: Path) -> None:
+def seal_store(root: Path, *, gone_blocks: Collection[int] = ()) -> None:
     """Fold facts into the tables and write the seal; hold :func:`store_lock` meanwhile.
 
     The caller has made sure that nothing is missing (:func:`missing_items`).
+
+    Args:
+        root: the store's folder.
+        gone_blocks: blocks that no sample is in any more, whose receipts end here.
 
     Raises:
         OSError: when the disk is full or read-only; the store stays unsealed and loses nothing.
     """
     description = read_description(root)
-    receipts = read_receipts(root)
+    items = {SAMPLES_ITEM, *(f"levels.{name}" for name in description["levels"])}
+    items |= {f"labels.{name}" for name in description["label_sets"]}
+    receipts = {
+        key: receipt
+        for key, receipt in read_receipts(root).items()
+        # What the description no longer names was being removed.
+        if key[0] in items and key[1] not in gone_blocks
+    }
     write_samples(root, merge_sample_facts(read_samples(root), receipts))
     hashed = ["zarr.json", "levels/zarr.json", "labels/zarr.json", SAMPLES_FILE, ANNOTATIONS_FILE]
     for name in description["levels"]:

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sam3cache.errors import ImageError
-from sam3cache.evaluation import fingerprints_of
+from sam3cache.evaluation import serve_as_trained
 from sam3cache.features import FeatureStore, StoredSample
-from sam3cache.heads import Head, check_fingerprints
+from sam3cache.heads import Head
 from sam3cache.images import pixel_hash, read_image
 from sam3cache.inference.predictor import IMAGE_LEVEL, load
 from sam3cache.loading import CachedSamples
@@ -94,7 +94,7 @@ def check_equivalence(
         ImageError: an image cannot be read, or is not the one that was extracted.
     """
     predictor = load(checkpoint, backbone=backbone, weights=weights, head=head, device=device)
-    check_fingerprints(predictor.info.levels, fingerprints_of(store))
+    serve_as_trained(store, predictor.info)
     rounding = _ROUNDING["fp32" if predictor.tower is None else predictor.tower.numeric_path]
     cached = CachedSamples(
         store,

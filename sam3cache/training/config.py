@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sam3cache.errors import ConfigError
+from sam3cache.features import Precision as StoredPrecision
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.loading import Residency
 
@@ -40,6 +41,8 @@ class TrainConfig:
         head_options: keyword arguments of the head's own, plain JSON values.
         output: folder of all runs.
         label_set: label set of the store to learn.
+        feature_precision: which of the precisions that a level is stored in is read, such as
+            "int8"; None: the most exact.
         epochs: passes over the training split.
         batch_size: samples a step.
         learning_rate: of AdamW at the first step; a cosine takes it to 0 at the last. None: the
@@ -65,6 +68,7 @@ class TrainConfig:
     head_options: Mapping[str, Any] = field(default_factory=dict)
     output: str = "checkpoints"
     label_set: str = "mask"
+    feature_precision: StoredPrecision | None = None
     epochs: int = 30
     batch_size: int = 16
     learning_rate: float | None = None
@@ -97,6 +101,11 @@ class TrainConfig:
             ("bce_weight", 0 <= self.bce_weight <= 1, "between 0 (Dice alone) and 1"),
             ("loss_size_px", 1 <= self.loss_size_px <= 4096, "1 to 4096, such as 1008 or 252"),
             ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
+            (
+                "feature_precision",
+                self.feature_precision in (None, *get_args(StoredPrecision)),
+                f"one of {', '.join(get_args(StoredPrecision))}",
+            ),
             ("precision", self.precision in get_args(Precision), "auto, fp32, bf16 or fp16"),
             ("residency", self.residency in get_args(Residency), "auto, device, ram or stream"),
         )

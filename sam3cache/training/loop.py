@@ -152,7 +152,9 @@ class _Run:
         self.device = pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         store = open_store(config.store, allow_unsealed=config.allow_unsealed)
-        level_shapes = {name: spec.shape for name, spec in store.levels.items()}
+        if config.feature_precision is not None:
+            store.serve(config.feature_precision)
+        level_shapes = {name: spec.shape for name, spec in store.served_levels.items()}
         self.num_planes = _num_planes(store, config)
         torch.manual_seed(config.seed)
         self.head: Head = build_head(
@@ -175,7 +177,7 @@ class _Run:
         with_mask = [row for row in val_rows if store.has_mask(row, config.label_set)]
         levels = {
             level: {
-                "shape": list(store.levels[level].shape),
+                "shape": list(store.served_levels[level].shape),
                 "digest": store.fingerprint(level).digest,
                 "fields": dict(store.fingerprint(level).fields),
             }
