@@ -163,3 +163,40 @@ def _rounded(value_CHW: NDArray[np.float16], num_bits: int) -> NDArray[np.float1
 def _truncated(value_CHW: NDArray[np.float16], dropped: int) -> NDArray[np.float16]:
     bits_CHW = value_CHW.view(np.uint16) & np.uint16(0xFFFF & ~((1 << dropped) - 1))
     return bits_CHW.view(np.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What a precision keeps of one sample's values.
+
+    Attributes:
+        relative_l2: L2 norm of the errors over that of the values.
+        cosine_min: of the least alike position: cosine of its C values with those that are kept.
+        cosine_mean: over all positions.
+        overflows: whether a value is beyond what the precision can hold; the others are then NaN.
+    """
+
+    relative_l2: float
+    cosine_min: float
+    cosine_mean: float
+    overflows: bool
+
+
+def fidelity(precision: Precision, value_CHW: NDArray[np.float32]) -> Fidelity:
+    """Compare what a precision keeps of some values with the values.
+
+    Args:
+        precision: of a level.
+        value_CHW: finite float32.
+    """
+    if precision != "bf16" and np.abs(value_CHW).max() > np.finfo(np.float16).max:
+        return Fidelity(np.nan, np.nan, np.nan, overflows=True)
+    exact_CHW = value_CHW.astype(np.float64)
+    kept_CHW = decode(precision, encode(precision, value_CHW)).astype(np.float64)
+    norms_HW = np.linalg.norm(exact_CHW, axis=0) * np.linalg.norm(kept_CHW, axis=0)
+    # Where there is nothing, nothing is lost.
+    cosine_HW = np.where(
+        norms_HW > 0, (exact_CHW * kept_CHW).sum(axis=0) / np.where(norms_HW > 0, norms_HW, 1), 1
+    )
+    error = np.linalg.norm(exact_CHW - kept_CHW) / max(np.linalg.norm(exact_CHW), 1e-30)
+    return Fidelity(float(error), float(cosine_HW.min()), float(cosine_HW.mean()), overflows=False)
