@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from sam3cache.backbone import NumericPath, Tower
+    from sam3cache.records import Sample
 
 # Height and width of the pictures that go through the tower: wide, tall, square, and small.
 PICTURE_SIZES_PX = ((600, 800), (768, 512), (1024, 1024), (480, 640))
@@ -45,6 +46,7 @@ DISK_TEST_LIMIT_S = 4.0
 FREE_DISK_BYTES = 2**30
 BYTES_AN_IMAGE = 256 * 72 * 72 * 2
 LARGEST_BATCH = 8
+MOST_IMAGES = 8
 
 INSTALL_TORCH = (
     "install torch and torchvision together, of one build and for your CUDA, as "
@@ -88,20 +90,40 @@ class Finding:
     is_flag=True,
     help="Run SAM 3's tower at its full size, too, with random weights: minutes on a CPU, 5 GB.",
 )
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help=f"Folder of pictures: what each precision keeps of the features of up to {MOST_IMAGES}.",
+)
+@click.option("--backbone", default="sam3", show_default=True, help="For --images, as in extract.")
+@click.option("--weights", help="For --images, as in extract. [default: the backbone's own]")
 @click.option("--json", "as_json", is_flag=True, help="Print all findings as JSON on stdout.")
-def doctor(path: Path, device: str, full: bool, as_json: bool) -> None:
+def doctor(
+    path: Path,
+    device: str,
+    full: bool,
+    images: Path | None,
+    backbone: str,
+    weights: str | None,
+    as_json: bool,
+) -> None:
     """Check this machine: versions, devices, memory, disk, and the tower.
 
     Ends with exit code 1 when something is broken, and says what to do about it. Needs no weights
-    and no network.
+    and no network, but for --images: what storing levels in fewer bits loses of the features that
+    your weights make of your pictures.
 
     \b
     Example:
       sam3cache doctor
       sam3cache doctor --full --path D:/features
+      sam3cache doctor --images angio/images --weights sam3.pt
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     findings: list[Finding] = []
-    for finding in _look(path, device, full):
+    if weights is not None and images is None:
+        raise ConfigError("--weights is for --images: name a folder of pictures, too")
+    pictures = [] if images is None else _pictures_in(images)
+    for finding in _look(path, device, full, pictures, backbone, weights):
         if not as_json:
             _show(finding, new_section=not findings or findings[-1].section != finding.section)
         findings.append(finding)
@@ -125,7 +147,14 @@ def _show(finding: Finding, new_section: bool) -> None:
     click.echo(f"  {finding.name:<30}  {finding.value}{mark}")
 
 
-def _look(path: Path, device: str, full: bool) -> Iterator[Finding]:
+def _look(
+    path: Path,
+    device: str,
+    full: bool,
+    pictures: list[Sample],
+    backbone: str,
+    weights: str | None,
+) -> Iterator[Finding]:
     yield from _versions()
     yield from _disk(path)
     try:
@@ -144,6 +173,9 @@ def _look(path: Path, device: str, full: bool) -> Iterator[Finding]:
             yield from _pictures("sam3", chosen, "fp32" if chosen == "cpu" else "bf16")
     except ConfigError as error:
         yield Finding("Tower", "sam3", "cannot be imported", str(error))
+        return
+    if pictures:
+        yield from _precisions(pictures, backbone, weights, chosen)
 
 
 def _versions() -> Iterator[Finding]:
@@ -385,3 +417,63 @@ def _peak_bytes(device: str) -> int:
 
 def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
+
+
+def _precisions(
+    samples: list[Sample], backbone: str, weights: str | None, device: str
+) -> Iterator[Finding]:
+    """Say what each precision keeps of the features that a tower makes of some pictures."""
+    from statistics import mean
+
+    import numpy as np
+
+    from sam3cache.backbone import LEVELS, load_tower
+    from sam3cache.features.precision import FEATURE_PRECISIONS, Fidelity, fidelity
+    from sam3cache.images import letterbox_image, read_image
+
+    numeric_path: NumericPath = "fp32" if device == "cpu" else "bf16"
+    tower = load_tower(
+        backbone, weights=weights, levels=tuple(LEVELS), device=device, numeric_path=numeric_path
+    )
+    found: dict[str, list[Fidelity]] = {}
+    for sample in samples:
+        square_CHW, _ = letterbox_image(read_image(sample))
+        for base, feature_BCHW in tower(square_CHW[None]).items():
+            value_CHW = feature_BCHW[0].float().cpu().numpy()
+            for precision in FEATURE_PRECISIONS:
+                name = base if precision == "float16" else f"{base}.{precision}"
+                found.setdefault(name, []).append(fidelity(precision, value_CHW))
+    section = (
+        f"What is kept of {backbone}'s features ({weights or 'its own weights'}) of "
+        f"{len(samples)} pictures, {numeric_path}, {device}"
+    )
+    for name, kept in found.items():
+        if any(one.overflows for one in kept):
+            yield Finding(section, name, "overflows: values beyond float16's ±65504")
+            continue
+        yield Finding(
+            section,
+            name,
+            f"relative L2 error {mean(one.relative_l2 for one in kept):.1e}, cosine at least "
+            f"{np.floor(min(one.cosine_min for one in kept) * 1e6) / 1e6:.6f}, on average "
+            f"{mean(one.cosine_mean for one in kept):.6f}",
+        )
+
+
+def _pictures_in(folder: Path) -> list[Sample]:
+    from sam3cache.images.files import SUFFIXES
+    from sam3cache.records import Sample
+
+    if not folder.is_dir():
+        raise ConfigError(f"--images {folder} is no folder; give one that holds pictures")
+    # Laid out as for extract, masks lie beside images/.
+    folder = folder / "images" if (folder / "images").is_dir() else folder
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ConfigError(
+            f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))}); give a "
+            "folder that does"
+        )
+    # Spread over the folder, whose neighbours are often alike.
+    chosen = files[:: max(1, len(files) // MOST_IMAGES)][:MOST_IMAGES]
+    return [Sample(f.stem, f.relative_to(folder).as_posix(), folder) for f in chosen]

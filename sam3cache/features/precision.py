@@ -198,5 +198,6 @@ def fidelity(precision: Precision, value_CHW: NDArray[np.float32]) -> Fidelity:
     cosine_HW = np.where(
         norms_HW > 0, (exact_CHW * kept_CHW).sum(axis=0) / np.where(norms_HW > 0, norms_HW, 1), 1
     )
-    error = np.linalg.norm(exact_CHW - kept_CHW) / max(np.linalg.norm(exact_CHW), 1e-30)
-    return Fidelity(float(error), float(cosine_HW.min()), float(cosine_HW.mean()), overflows=False)
+    norm = float(np.linalg.norm(exact_CHW))
+    error = float(np.linalg.norm(exact_CHW - kept_CHW)) / norm if norm else 0.0
+    return Fidelity(error, float(cosine_HW.min()), float(cosine_HW.mean()), overflows=False)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from picture_folder import write_images
 from torch.overrides import TorchFunctionMode
 
 from sam3cache.commands import doctor as doctor_module
@@ -151,3 +152,35 @@ def test_the_full_tower_runs() -> None:
     found = list(doctor_module._pictures("sam3", "cpu", "fp32"))
     assert [finding.problem for finding in found] == [""] * 5
     assert found[-1].name == "a batch of 8"
+
+
+def test_the_doctor_says_what_each_precision_keeps_of_ones_own_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, num_images=9)
+    monkeypatch.setattr(doctor_module, "MOST_IMAGES", 1)
+    pictures = doctor_module._pictures_in(tmp_path)
+    assert [picture.source for picture in pictures] == ["00.png"]
+    found = list(doctor_module._precisions(pictures, "sam3-mini", None, "cpu"))
+    kept = {finding.name: finding.value for finding in found}
+    assert len(kept) == 4 * 5
+    errors = {name: float(value.split("error ")[1].split(",")[0]) for name, value in kept.items()}
+    assert errors["fpn_72"] < 4e-4 < errors["fpn_72.r7"] < 3e-3 < errors["fpn_72.int8"] < 3e-2
+    assert not any(finding.problem for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--weights", "sam3.pt"), "--weights is for --images: name a folder of pictures, too"),
+        (("--images", "nowhere"), "--images nowhere is no folder; give one that holds pictures"),
+        (("--images", "."), "--images . holds no picture"),
+    ],
+)
+def test_the_doctor_refuses_pictures_that_are_none(
+    options: tuple[str, ...], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["doctor", *options], catch_exceptions=False)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"sam3cache: error: {line}")
