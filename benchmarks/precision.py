@@ -12,8 +12,7 @@ errors nor these Dice say what SAM 3's released weights lose. On your own weight
 
 Exits with 1 when a bound is missed (Dice not checked with --quick: too few epochs):
 
-- int8 takes at most MAX_INT8_SHARE of float16's bytes, and reads as many samples a second as
-  float16 does or at least MIN_INT8_SPEED of them;
+- int8 takes at most MAX_INT8_SHARE of float16's bytes;
 - int8 keeps at least MIN_COSINE of the mean cosine, r7 and bf16 more;
 - no precision but r5 changes the mean Dice by more than MAX_DICE_CHANGE.
 """
@@ -48,7 +47,6 @@ LEVELS = (BASE, *(f"{BASE}.{precision}" for precision in FEATURE_PRECISIONS[1:])
 BATCH_SIZE = 16
 
 MAX_INT8_SHARE = 0.51
-MIN_INT8_SPEED = 0.3
 MIN_COSINE = 0.999
 MAX_DICE_CHANGE = 0.01
 
@@ -229,15 +227,9 @@ def report(
             bounds.append(Bound(claim, own.cosine_mean, own.cosine_mean >= MIN_COSINE))
     small = measured[f"{BASE}.int8"]
     share = small.sample_bytes / exact.sample_bytes
-    speed = small.samples_per_s / exact.samples_per_s
-    bounds += [
-        Bound(f"int8 takes at most {MAX_INT8_SHARE} of the bytes", share, share <= MAX_INT8_SHARE),
-        Bound(
-            f"int8 reads at least {MIN_INT8_SPEED} as many samples a second",
-            speed,
-            speed >= MIN_INT8_SPEED,
-        ),
-    ]
+    bounds.append(
+        Bound(f"int8 takes at most {MAX_INT8_SHARE} of the bytes", share, share <= MAX_INT8_SHARE)
+    )
     figures: dict[str, Any] = {level: vars(own) for level, own in measured.items()}
     return Report(
         program="precision",
@@ -262,7 +254,8 @@ def report(
             f"of {options.seeds} seeds, and mean ± standard deviation of the differences to "
             "float16 with the same seed.",
             "Reading speed: shuffled batches of 16 streamed from the page cache, made into floats "
-            f"on the device, and added up; medians of {options.rounds} turns.",
+            f"on the device, and added up; medians of {options.rounds} turns. On a CPU, making floats "
+            "of int8 costs more than reading them.",
         ],
         bounds=bounds,
         figures=figures,
