@@ -1,10 +1,10 @@
 """What fewer bits cost: a level's bytes, reading speed, error and Dice by precision.
 
 Phantoms of this program's own seed go through sam3-mini once, into a store that keeps level fpn_72
-in every precision. From it come the bytes on disk; the time to stream shuffled batches of floats from
-memory, by turns, as a training does; the error of the values, against those of float16; and the mean
-Dice of `film-conv`, which reads nothing but features, trained and measured on each precision with
-the same seeds, of which the difference to float16 with the same seed is what counts.
+in every precision. From it come the bytes on disk; the time to stream shuffled batches of floats, by
+turns, as a training does; the error of the values, against those of float16; and the mean Dice of
+`film-conv`, which reads nothing but features, trained and measured on each precision with the same
+seeds, of which the difference to float16 with the same seed is what counts.
 
 sam3-mini is a miniature that learned from phantoms. Its features are not SAM 3's: neither these
 errors nor these Dice say what SAM 3's released weights lose. On your own weights and images:
@@ -254,8 +254,8 @@ def report(
             f"of {options.seeds} seeds, and mean ± standard deviation of the differences to "
             "float16 with the same seed.",
             "Reading speed: shuffled batches of 16 streamed from the page cache, made into floats "
-            f"on the device, and added up; medians of {options.rounds} turns. On a CPU, making floats "
-            "of int8 costs more than reading them.",
+            f"on the device, and added up; medians of {options.rounds} turns. On a CPU, making "
+            "floats of int8 costs more than reading them.",
         ],
         bounds=bounds,
         figures=figures,
