@@ -14,6 +14,7 @@
     │   ├── CorruptStoreError    bytes on disk differ from what the receipts record
     │   ├── MissingSampleError   a row that the store does not hold
     │   ├── StoreBusyError       another process holds the store's lock
+    │   ├── NoSpaceError         what is to be written does not fit on the disk
     │   └── FingerprintError     features made differently from what is asked for
     ├── HeadError            a head is unknown, or needs what the store lacks
     └── CheckpointError      a head's checkpoint cannot be read or does not fit
@@ -87,6 +88,10 @@ class MissingSampleError(StoreError, LookupError):
 
 class StoreBusyError(StoreError):
     """Another process holds the store's lock."""
+
+
+class NoSpaceError(StoreError):
+    """What is to be written does not fit on the disk; nothing has been written yet."""
 
 
 class FingerprintError(StoreError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import tempfile
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +17,8 @@ from sam3cache.errors import ConfigError
 
 TEMPORARY_SUFFIX = ".partial"
 REPORTED_PACKAGES = ("sam3cache", "sam3", "torch", "torchvision", "zarr", "numpy")
+
+_DISK_PIECE_BYTES = 32 * 2**20
 
 _CGROUP_LISTING, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _FILE_CACHES = ("active", "inactive")
@@ -226,6 +230,55 @@ def peak_memory_bytes() -> int:
     return int(getattr(memory, "peak_wset", memory.rss))
 
 
+@dataclass(frozen=True, slots=True)
+class DiskRates:
+    """How fast a disk is, in bytes a second.
+
+    Attributes:
+        write: every piece flushed to the disk.
+        read: while what was written is still in memory.
+    """
+
+    write: float
+    read: float
+
+
+def measure_disk(folder: Path, *, size_bytes: int = 256 * 2**20, limit_s: float = 4.0) -> DiskRates:
+    """Write to a disk and read it back; nothing of it stays.
+
+    Args:
+        folder: where; it exists.
+        size_bytes: how much at most.
+        limit_s: how long writing goes on at most.
+
+    Raises:
+        OSError: as the operating system has it (disk full, read-only folder).
+    """
+    piece = os.urandom(min(_DISK_PIECE_BYTES, size_bytes))
+    written_bytes = read_bytes = 0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start_s = now_s = time.perf_counter()
+        while written_bytes < size_bytes and now_s - start_s < limit_s:
+            written_bytes += file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            now_s = time.perf_counter()
+        write_rate = written_bytes / (now_s - start_s)
+        file.seek(0)
+        start_s = time.perf_counter()
+        while block := file.read(_DISK_PIECE_BYTES):
+            read_bytes += len(block)
+        return DiskRates(write_rate, read_bytes / (time.perf_counter() - start_s))
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder, at or above a path, that exists: its disk is where it will be."""
+    folder = path.absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
 def set_num_threads(num_threads: int) -> None:
     """Bound the CPU threads of torch in this process, and of what it starts from now on."""
     import torch
@@ -243,7 +296,8 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         data: the whole content.
 
     Raises:
-        OSError: as the operating system has it (disk full, read-only folder); no temporary stays.
+        OSError: as the operating system has it (disk full, read-only folder), naming ``path``; no
+            temporary stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
@@ -253,10 +307,15 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         replace_file(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except BaseException as error:
+        # What ails the disk may well forbid this, too; the first failure is the one to tell.
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            # A full disk is noticed by a write, which does not know where it writes.
+            error.filename, error.filename2 = str(path), None
         raise
-    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:

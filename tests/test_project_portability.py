@@ -28,6 +28,7 @@ GUARDED = {
     ("runtime.py", "/proc/self/cgroup"): 'sys.platform == "linux"',
     ("runtime.py", "/sys/fs/cgroup"): 'sys.platform == "linux"',
     ("runtime.py", "os.open"): 'os.name != "posix"',
+    ("loading/shared.py", "/dev/shm"): 'sys.platform == "linux"',
 }
 
 

@@ -23,6 +23,7 @@ from sam3cache.errors import Sam3CacheError
 
 COMMANDS = {
     "extract": "Run SAM 3 over images and store its features.",
+    "plan": "Say what an extraction would write and how long it would take.",
     "train": "Train a head on stored features.",
     "eval": "Measure a trained head on stored features.",
     "demo": "Walk the whole road on artificial angiograms, in three minutes.",
@@ -36,6 +37,7 @@ COMMANDS = {
 _PATH_ADVICE = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "your quota is used up: free some space, or write to another disk",
+    errno.EIO: "the disk fails: look after it, or write to another",
     errno.EROFS: "write to a path that is not mounted read-only",
     errno.EACCES: "check the permissions of the path, or choose another",
     errno.EPERM: "check the permissions of the path, or choose another",

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -40,9 +39,6 @@ OTHER_PARTS = {
 }
 TOWER_PARAMETERS = 454_039_808
 
-DISK_PIECE_BYTES = 32 * 2**20
-DISK_TEST_BYTES = 256 * 2**20
-DISK_TEST_LIMIT_S = 4.0
 FREE_DISK_BYTES = 2**30
 BYTES_AN_IMAGE = 256 * 72 * 72 * 2
 LARGEST_BATCH = 8
@@ -266,9 +262,7 @@ def _why_no_cuda() -> str:
 
 
 def _disk(path: Path) -> Iterator[Finding]:
-    folder = path.resolve()
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
+    folder = runtime.existing_folder(path)
     try:
         free_bytes = shutil.disk_usage(folder).free
         yield Finding(
@@ -278,31 +272,12 @@ def _disk(path: Path) -> Iterator[Finding]:
             "" if free_bytes >= FREE_DISK_BYTES else "under 1 GB: choose another --path",
         )
         if free_bytes >= FREE_DISK_BYTES:
-            write_rate, read_rate = _disk_rates(folder)
-            yield Finding("Disk", "write, flushed to the disk", f"{write_rate / 1e6:,.0f} MB/s")
-            yield Finding("Disk", "read, while in memory", f"{read_rate / 1e6:,.0f} MB/s")
+            rates = runtime.measure_disk(folder)
+            yield Finding("Disk", "write, flushed to the disk", f"{rates.write / 1e6:,.0f} MB/s")
+            yield Finding("Disk", "read, while in memory", f"{rates.read / 1e6:,.0f} MB/s")
     except OSError as error:
         advice = "choose a --path that can be written to"
         yield Finding("Disk", str(folder), error.strerror or "cannot be used", advice)
-
-
-def _disk_rates(folder: Path) -> tuple[float, float]:
-    """Measure bytes/s written and read back; at most 256 MB, of which nothing stays."""
-    piece = os.urandom(DISK_PIECE_BYTES)
-    written_bytes = read_bytes = 0
-    with tempfile.TemporaryFile(dir=folder) as file:
-        start_s = now_s = time.perf_counter()
-        while written_bytes < DISK_TEST_BYTES and now_s - start_s < DISK_TEST_LIMIT_S:
-            written_bytes += file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            now_s = time.perf_counter()
-        write_rate = written_bytes / (now_s - start_s)
-        file.seek(0)
-        start_s = time.perf_counter()
-        while block := file.read(DISK_PIECE_BYTES):
-            read_bytes += len(block)
-        return write_rate, read_bytes / (time.perf_counter() - start_s)
 
 
 def _parameters() -> Iterator[Finding]:

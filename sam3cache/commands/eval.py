@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     "--label-set", help="Masks to compare with. [default: those that the head was trained on]"
 )
 @click.option(
+    "--overlay",
+    type=click.Path(path_type=Path),
+    help="Folder of labels and annotations kept beside the store.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -74,6 +79,7 @@ def eval_(
     split: Any,
     threshold: float | None,
     label_set: str | None,
+    overlay: Path | None,
     output: Path | None,
     head: str | None,
     device: str,
@@ -111,6 +117,7 @@ def eval_(
         device=pick_device(device),
         seed=seed,
         label_set=label_set,
+        overlay=overlay,
         output=output,
         head=head,
         allow_unsealed=allow_unsealed,

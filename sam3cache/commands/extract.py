@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -15,74 +15,80 @@ import click
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
-    from sam3cache.extract import ExtractProgress, ExtractResult
+    from sam3cache.extract import ExtractConfig, ExtractProgress, ExtractResult
+    from sam3cache.extract.forecast import Forecast
 
 SET_ASIDE_EXIT_CODE = 3
 UNSEALED_EXIT_CODE = 4
 
 
-@click.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="The store to write or go on with. [default: features/MANIFEST'S NAME.zarr]",
+# What extract and plan both take, the manifest apart; in the order of --help.
+_OPTIONS = (
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        help="The store to write or go on with. [default: features/MANIFEST'S NAME.zarr]",
+    ),
+    click.option(
+        "--columns",
+        type=click.Path(path_type=Path),
+        help="TOML file that says which column of the CSV is what (docs/data.md).",
+    ),
+    click.option(
+        "--levels",
+        default="fpn_72,image_1008",
+        show_default=True,
+        help="What to store: some of trunk_72, fpn_72, fpn_144, fpn_288, image_1008.",
+    ),
+    click.option(
+        "--backbone",
+        default="sam3",
+        show_default=True,
+        help="sam3, sam3.1, or sam3-mini: the same classes in small, to try things out.",
+    ),
+    click.option(
+        "--weights",
+        help="Checkpoint file or hub repository; 'random' for tests. [default: the backbone's own]",
+    ),
+    click.option(
+        "--devices",
+        default="all",
+        show_default=True,
+        help="A worker process each: all, cpu, cpu:2, or CUDA devices as 0,1.",
+    ),
+    click.option(
+        "--batch-size",
+        type=int,
+        help="Images a forward pass, 1 to 16. [default: the store's; else 8 on CUDA, 1 on a CPU]",
+    ),
+    click.option(
+        "--numeric-path",
+        type=click.Choice(["auto", "fp32", "bf16"]),
+        default="auto",
+        show_default=True,
+        help="Arithmetic of the tower; auto is bf16 on CUDA and fp32 on a CPU.",
+    ),
+    click.option(
+        "--resize",
+        type=click.Choice(["letterbox", "squash"]),
+        default="letterbox",
+        show_default=True,
+        help="Keep the aspect ratio and pad, or squash to the square as SAM 3's processor does.",
+    ),
 )
-@click.option(
-    "--columns",
-    type=click.Path(path_type=Path),
-    help="TOML file that says which column of the CSV is what (docs/data.md).",
-)
-@click.option(
-    "--levels",
-    default="fpn_72,image_1008",
-    show_default=True,
-    help="What to store: some of trunk_72, fpn_72, fpn_144, fpn_288, image_1008.",
-)
-@click.option(
-    "--backbone",
-    default="sam3",
-    show_default=True,
-    help="sam3, sam3.1, or sam3-mini: the same classes in small, to try things out.",
-)
-@click.option(
-    "--weights",
-    help="Checkpoint file or hub repository; 'random' for tests. [default: the backbone's own]",
-)
-@click.option(
-    "--devices",
-    default="all",
-    show_default=True,
-    help="A worker process each: all, cpu, cpu:2, or CUDA devices as 0,1.",
-)
-@click.option(
-    "--batch-size",
-    type=int,
-    help="Images a forward pass, 1 to 16. [default: the store's; else 8 on CUDA, 1 on a CPU]",
-)
-@click.option(
-    "--numeric-path",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="Arithmetic of the tower; auto is bf16 on CUDA and fp32 on a CPU.",
-)
-@click.option(
-    "--resize",
-    type=click.Choice(["letterbox", "squash"]),
-    default="letterbox",
-    show_default=True,
-    help="Keep the aspect ratio and pad, or squash to the square as SAM 3's own processor does.",
-)
-@click.option(
-    "--seed",
-    type=int,
-    help="Of the split, if the manifest has none. [default: the store's; else 0]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def extract(
+
+
+def extraction_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say what is extracted, and how."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def make_config(
     manifest: Path,
+    *,
     output: Path | None,
     columns: Path | None,
     levels: str,
@@ -92,25 +98,13 @@ def extract(
     batch_size: int | None,
     numeric_path: str,
     resize: str,
-    seed: int | None,
-    as_json: bool,
-) -> None:
-    """Run SAM 3's vision tower once over the images of MANIFEST and store its features.
-
-    MANIFEST is a CSV with a line a sample, or a folder with images/ and perhaps masks/. Stop it at
-    any time: the same command goes on where it was. Samples that cannot be used are listed, and
-    the exit code is then 3; it is 4 when another process is still at work on the store.
-
-    \b
-    Examples:
-      sam3cache extract phantoms --backbone sam3-mini
-      sam3cache extract angio.csv --columns columns.toml -o features/angio.zarr
-    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    seed: int | None = None,
+) -> ExtractConfig:
+    """Return what the options say."""
     from sam3cache.extract import ExtractConfig
-    from sam3cache.extract import extract as run
     from sam3cache.runtime import parse_devices
 
-    config = ExtractConfig(
+    return ExtractConfig(
         manifest=manifest,
         output=output or Path("features") / f"{manifest.resolve().stem}.zarr",
         columns=columns,
@@ -125,8 +119,34 @@ def extract(
         else ("bf16" if numeric_path == "bf16" else "fp32"),
         seed=seed,
     )
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@extraction_options
+@click.option(
+    "--seed",
+    type=int,
+    help="Of the split, if the manifest has none. [default: the store's; else 0]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def extract(manifest: Path, seed: int | None, as_json: bool, **options: Any) -> None:
+    """Run SAM 3's vision tower once over the images of MANIFEST and store its features.
+
+    MANIFEST is a CSV with a line a sample, or a folder with images/ and perhaps masks/. Stop it at
+    any time: the same command goes on where it was. Samples that cannot be used are listed, and
+    the exit code is then 3; it is 4 when another process is still at work on the store.
+
+    \b
+    Examples:
+      sam3cache extract phantoms --backbone sam3-mini
+      sam3cache extract angio.csv --columns columns.toml -o features/angio.zarr
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.extract import extract as run
+
+    config = make_config(manifest, seed=seed, **options)
     with ExitStack() as stack:
-        result = run(config, partial(_show, Stages(stack)))
+        result = run(config, partial(show_stage, Stages(stack)), _announce)
     for aside in result.set_aside:
         click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
     for group in result.leaks:
@@ -147,7 +167,22 @@ def extract(
         raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
 
 
-def _show(stages: Stages, state: ExtractProgress) -> None:
+def _announce(forecast: Forecast) -> None:
+    """Say what is going to be written, if anything is."""
+    from sam3cache.extract.forecast import in_bytes
+
+    if forecast.num_to_compute:
+        parts = ", ".join(f"{item.name} {in_bytes(item.size_bytes)}" for item in forecast.items)
+        click.echo(
+            f"{forecast.num_to_compute} images to compute, about {in_bytes(forecast.size_bytes)} "
+            f"to write in {forecast.num_files} files ({parts}); "
+            f"{in_bytes(forecast.free_bytes)} are free.",
+            err=True,
+        )
+
+
+def show_stage(stages: Stages, state: ExtractProgress) -> None:
+    """Show how far an extraction, or the planning of one, is."""
     bar = stages.show(state.stage.capitalize(), state.num_done, state.num_total)
     bar.rows(
         (worker.name, f"{worker.memory_bytes / 1e9:.1f} GB, {worker.use:.0%} in the tower")
@@ -161,8 +196,9 @@ def _print_summary(result: ExtractResult) -> None:
         f"{number} {what}"
         for number, what in (
             (result.num_computed, f"computed in {result.elapsed_s:.1f} s"),
-            (result.num_kept, "kept"),
+            (result.num_kept, "kept" + _renamed(result.num_renamed)),
             (result.num_relabelled, "with a new mask"),
+            (result.num_reannotated, "with new annotations"),
             (result.num_removed, "changed, mended or no longer in the manifest"),
             (len(result.set_aside), "set aside"),
         )
@@ -171,29 +207,27 @@ def _print_summary(result: ExtractResult) -> None:
     click.echo(f"{result.store}: {result.num_samples} samples, {state}; {', '.join(changes)}.")
     click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
-        _print_what_it_is_good_for(result.store)
+        _print_what_it_is_good_for(result)
 
 
-def _print_what_it_is_good_for(path: Path) -> None:
+def _renamed(num_renamed: int) -> str:
+    return f" ({num_renamed} renamed)" if num_renamed else ""
+
+
+def _print_what_it_is_good_for(result: ExtractResult) -> None:
     """Say what can be learned from a store: a folder too deep leaves all masks behind."""
-    from sam3cache.extract.config import LABEL_SET
     from sam3cache.features import open_store
     from sam3cache.heads import HEADS, fitting_heads
 
-    store = open_store(path)
-    has_masks = LABEL_SET in store.label_sets
-    num_masks = sum(has_masks and store.has_mask(s.row, LABEL_SET) for s in store.samples)
-    num_views = sum(
-        not math.isnan(s.primary_angle_deg + s.secondary_angle_deg) for s in store.samples
-    )
-    click.echo(f"{num_masks} have a mask, {num_views} both view angles.")
-    if not num_masks:
+    click.echo(f"{result.num_with_mask} have a mask, {result.num_with_angles} both view angles.")
+    if not result.num_with_mask:
         click.echo(
             "Without masks nothing can be trained: give a manifest that names them, or a folder "
             "with images/ and masks/ (docs/data.md), and run the same command again."
         )
         return
-    fitting = fitting_heads(store.levels)
+    path = result.store
+    fitting = fitting_heads(open_store(path).served_levels)
     if fitting:
         head = "" if fitting[0] == next(iter(HEADS)) else f" --head {fitting[0]}"
         click.echo(f"Next: sam3cache train {path.as_posix()}{head} --name {path.stem}")

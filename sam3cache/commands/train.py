@@ -23,6 +23,7 @@ _GROUPS = {
         "head",
         "head_options",
         "label_set",
+        "overlay",
         "feature_precision",
         "loss_size_px",
         "bce_weight",
@@ -63,6 +64,7 @@ class _GroupedCommand(click.Command):
     help="An argument of the head's own, such as embedding_dim=128; may be repeated.",
 )
 @click.option("--label-set", default="mask", show_default=True, help="Masks of the store to learn.")
+@click.option("--overlay", help="Folder of labels and annotations kept beside the store.")
 @click.option(
     "--feature-precision",
     type=click.Choice(["float16", "bf16", "r7", "int8", "r5"]),
@@ -105,7 +107,8 @@ class _GroupedCommand(click.Command):
     type=click.Choice(["auto", "device", "ram", "stream"]),
     default="auto",
     show_default=True,
-    help="Where samples lie; auto takes the fastest that fits.",
+    help="Where samples lie: the device's memory, RAM (one copy for all runs of a machine), or the "
+    "store, read ahead of their use. auto takes the first that fits; the result says why.",
 )
 @click.option("--name", help="Of the run: its folder below the output. [default: the head's name]")
 @click.option(
@@ -164,6 +167,8 @@ def _show(stages: Stages, state: Progress) -> None:
     if state.loss is not None:
         best = "" if state.best_dice is None else f", best val Dice {state.best_dice:.4f}"
         note = f"epoch {state.epoch}, loss {state.loss:.4f}{best}"
+        if state.num_validated is not None:
+            note += f", validated {state.num_validated}/{state.num_to_validate}"
     title = "Loading" if state.stage == "load" else "Training"
     stages.show(title, state.num_done, state.num_total, note)
 
@@ -190,8 +195,11 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
     click.echo(
         f"Best validation Dice {result.best_dice:.4f} in epoch {result.best_epoch} of "
         f"{result.epochs}, over {result.num_val} images; trained on {result.num_train} samples "
-        f"({result.residency}, {result.resident_bytes / 1e9:.2f} GB) in "
-        f"{format_duration(result.elapsed_s)}{speed}."
+        f"in {format_duration(result.elapsed_s)}{speed}."
+    )
+    click.echo(
+        f"Samples: {result.placement} ({result.resident_bytes / 1e9:.2f} GB held, ready after "
+        f"{result.load_s:.1f} s)."
     )
     click.echo(
         f"Head: {result.parameters['total']:,} parameters, {result.gflop:.1f} GFLOP an image."
@@ -204,11 +212,12 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
             "where the head marks anything, else not at all."
         )
     click.echo(f"Checkpoint: {result.best_checkpoint.as_posix()}")
-    store = open_store(config.store, allow_unsealed=config.allow_unsealed)
+    store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     for notice in notices_of_features(store, tuple(read_record(result.best_checkpoint).levels)):
         click.echo(f"Note: {notice}")
     run_dir = result.run_dir.as_posix()
-    click.echo(f"Next: sam3cache eval {Path(config.store).as_posix()} {run_dir}")
+    beside = "" if config.overlay is None else f" --overlay {Path(config.overlay).as_posix()}"
+    click.echo(f"Next: sam3cache eval {Path(config.store).as_posix()} {run_dir}{beside}")
 
 
 def _as_json(result: TrainResult) -> dict[str, Any]:

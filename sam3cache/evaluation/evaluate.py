@@ -35,7 +35,7 @@ from sam3cache.evaluation.report import (
     write_result,
 )
 from sam3cache.evaluation.statistics import Summary, summarise
-from sam3cache.features import FeatureStore, StoredSample, open_store
+from sam3cache.features import FeatureStore, StoredSample, open_store, record_data
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import (
     CheckpointInfo,
@@ -72,6 +72,7 @@ class EvalConfig:
         allow_unsealed: evaluate on what an unfinished extraction has written so far.
         check_angles: also predict with shuffled and constant angles.
         page: also write report.html, the evaluation as a page to look at.
+        overlay: folder of labels and annotations beside the store, or None.
     """
 
     store: Path
@@ -87,6 +88,7 @@ class EvalConfig:
     allow_unsealed: bool = False
     check_angles: bool = True
     page: bool = True
+    overlay: Path | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a file.
@@ -121,7 +123,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
             written.
     """
     start_s = time.monotonic()
-    store = open_store(config.store, allow_unsealed=config.allow_unsealed)
+    store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     folder = checkpoint_folder(config.checkpoint)
     head, info = load_checkpoint(folder, head=config.head, device=config.device)
     serve_as_trained(store, info)
@@ -168,6 +170,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         epoch=info.epoch,
         levels={level: store.fingerprint(level).digest for level in info.levels},
         data_sha256=_data_sha256(samples),
+        data=dataclasses.asdict(record_data(store, label_set)),
         split=config.split,
         label_set=label_set,
         threshold=threshold,

@@ -42,6 +42,7 @@ def notices_of(
             f"The head was trained on {num_seen or 0} of these images, and on groups with the "
             f"names of {num_in_groups or 0} of them: scores on those say little about new ones."
         )
+    sentences += _of_data(result, info)
     if 1 < result.num_groups < MIN_GROUPS:
         sentences.append(
             f"Only {result.num_groups} groups of images: intervals from so few say less than they "
@@ -63,6 +64,29 @@ def notices_of(
             "of a mask without one, has no Dice and is left out of the means."
         )
     return tuple(sentences)
+
+
+def _of_data(result: EvalResult, info: CheckpointInfo) -> list[str]:
+    """Say which labels and annotations of these pictures are not those of the training."""
+    trained, here = info.data, result.data
+    # Of other pictures they are others anyhow.
+    if not trained or trained["samples_sha256"] != here["samples_sha256"]:
+        return []
+    different = []
+    if trained["labels_sha256"] != here["labels_sha256"]:
+        was = "" if info.label_set == result.label_set else f", trained on {info.label_set}"
+        different.append(f"masks (label set {result.label_set}{was})")
+    different += [
+        name
+        for name, digest in here["annotations_sha256"].items()
+        if trained["annotations_sha256"].get(name) != digest
+    ]
+    if not different:
+        return []
+    return [
+        f"The head was trained with other {', '.join(different)} of these pictures: corrected "
+        "since, or others were chosen."
+    ]
 
 
 def _of_pictures(samples: Sequence[StoredSample]) -> list[str]:

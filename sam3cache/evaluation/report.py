@@ -74,6 +74,8 @@ class EvalResult:
         epoch: epochs it was trained, from 1.
         levels: by level that the head reads, the digest of its fingerprint.
         data_sha256: of the evaluated images' ids and pixels.
+        data: which samples, labels and annotations were used, by their hashes; see
+            ``features.DataRecord``.
         split: "train", "val", "test" or "all".
         label_set: the masks compared with.
         threshold: probability from which a pixel counts as mask.
@@ -104,6 +106,7 @@ class EvalResult:
     epoch: int
     levels: Mapping[str, str]
     data_sha256: str
+    data: Mapping[str, Any]
     split: str
     label_set: str
     threshold: float

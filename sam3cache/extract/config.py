@@ -75,12 +75,14 @@ class WorkerStatus:
         num_images: images that it has put through the tower.
         memory_bytes: device memory reserved by the worker; on a CPU, memory resident.
         use: share of its time that the tower was at work, 0 to 1.
+        tower_s: time that the tower was at work.
     """
 
     name: str
     num_images: int
     memory_bytes: int
     use: float
+    tower_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,15 @@ class ExtractProgress:
     """How far an extraction is.
 
     Attributes:
-        stage: "checking" while files are looked at, "extracting" while workers run.
+        stage: "checking" while files are looked at; "comparing" while pictures are decoded that
+            may be those of a row; "measuring" during a short run of the workers; "extracting" while
+            they run.
         num_done: images done in this stage.
         num_total: images of this stage.
         workers: by worker number; empty before they report.
     """
 
-    stage: Literal["checking", "extracting"]
+    stage: Literal["checking", "comparing", "measuring", "extracting"]
     num_done: int
     num_total: int
     workers: Mapping[int, WorkerStatus]
@@ -110,9 +114,13 @@ class ExtractResult:
         num_samples: samples that can be used.
         num_computed: images whose features this run computed.
         num_relabelled: images that this run gave a new mask, their features being as they were.
+        num_reannotated: samples that this run gave another split, group, angle or other column.
         num_kept: images that were there before.
+        num_renamed: of these, images that were found in another file than before.
         num_removed: rows that this run turned into tombstones.
         num_moved: samples that this run took out of the training split.
+        num_with_mask: samples that can be used and have a mask.
+        num_with_angles: samples that can be used and whose view angles are both known.
         set_aside: samples that could not be used, and why.
         leaks: groups that the manifest puts into more than one split.
         split_rule: where the splits come from, in words.
@@ -124,9 +132,13 @@ class ExtractResult:
     num_samples: int
     num_computed: int
     num_relabelled: int
+    num_reannotated: int
     num_kept: int
+    num_renamed: int
     num_removed: int
     num_moved: int
+    num_with_mask: int
+    num_with_angles: int
     set_aside: tuple[SetAside, ...]
     leaks: tuple[str, ...]
     split_rule: str

@@ -1,286 +1,278 @@
-"""Which sample goes into which row: what a manifest asks for against what a store holds."""
+"""Planning an extraction: what it would write and how long it would take, changing nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
-from sam3cache.errors import ImageError
-from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, SampleRow
-from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
-from sam3cache.records import Sample, SetAside
+import numpy as np
 
-_NUM_PROBE_THREADS = 8
-_HERE = Path()
+from sam3cache import runtime
+from sam3cache.errors import ManifestError, WeightsError
+from sam3cache.extract.config import (
+    LABEL_SET,
+    ExtractConfig,
+    ExtractProgress,
+)
+from sam3cache.extract.forecast import (
+    Forecast,
+    Packed,
+    TimeForecast,
+    choices,
+    encode_some,
+    forecast_job,
+    forecast_level,
+    forecast_masks,
+    forecast_tables,
+    free_bytes_at,
+    spread,
+)
+from sam3cache.extract.job import (
+    Report,
+    find_seed,
+    make_setups,
+    num_channels_of,
+    plan_job,
+    read_request,
+    require_folder,
+    require_some,
+)
+from sam3cache.extract.levels import find_digest, make_settings, plan_levels
+from sam3cache.extract.pilot import Pilot, run_pilot
+from sam3cache.extract.rows import Wanted, probe_all
+from sam3cache.extract.state import StoreState
+from sam3cache.features import BLOCK_ROWS, LabelSetSpec, is_sealed, read_description
+from sam3cache.images import Manifest, count_rows, find_csv, read_manifest, sample_manifest
+
+MAX_EXACT_ROWS = 200_000
+"""Of a longer CSV only some rows are read; what they say is taken to hold for all."""
+
+NUM_SAMPLED = 64
+_NUM_PILOT_IMAGES = 32
+_NOISE_PX = 512
+_NO_DIGEST = "(not looked at)"
+
+
+def plan(
+    config: ExtractConfig,
+    report: Report = lambda progress: None,
+    *,
+    num_images: int | None = None,
+    measure: bool = True,
+) -> Forecast:
+    """Return what an extraction would write and how long it would take; nothing is changed.
+
+    Args:
+        config: as for :func:`sam3cache.extract.extract`; its manifest may be a folder that does
+            not exist if ``num_images`` is given, and the images are then noise.
+        report: called often, from this thread, with how far it is.
+        num_images: plan for so many images like those of the manifest, rather than for its own.
+        measure: whether to run the workers for some seconds, to learn the time.
+
+    Raises:
+        ManifestError: when the manifest is unusable, or none of its images can be read.
+        ConfigError: when an option cannot be used here.
+        FingerprintError: when the store's features were made differently.
+        StoreError: when the folder is no store, or cannot hold these images.
+        OSError: when the disk cannot be written to.
+    """
+    require_folder(config.output)
+    if num_images is None:
+        csv = find_csv(config.manifest)
+        if csv is None or count_rows(csv) <= MAX_EXACT_ROWS:
+            return _plan_exactly(config, report, measure)
+    if num_images is not None and not config.manifest.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            _write_noise(Path(folder))
+            config = replace(config, manifest=Path(folder), columns=None)
+            return _plan_by_sample(config, report, num_images, measure)
+    return _plan_by_sample(config, report, num_images, measure)
+
+
+def _write_noise(folder: Path) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(4):
+        pixels_HW = noise.integers(0, 256, (_NOISE_PX, _NOISE_PX), dtype=np.uint8)
+        np.save(folder / f"{number}.npy", pixels_HW)
+
+
+def _plan_exactly(config: ExtractConfig, report: Report, measure: bool) -> Forecast:
+    begun_s = time.monotonic()
+    state = StoreState.read(config.output, LABEL_SET)
+    digest = None if state.description is not None else _NO_DIGEST
+    job = plan_job(read_request(config, state, report, digest=digest), state)
+    check_s = time.monotonic() - begun_s
+    forecast = forecast_job(job)
+    forecast.require_space()
+    if not measure or not forecast.num_to_compute:
+        return forecast
+    rows = sorted({row.row for task in job.tasks for row in task.rows})
+    wanted = [job.plan.owners[row] for row in rows]
+    try:
+        pilot = _run_pilot(config, state.description, job.label_set, wanted, report)
+    except WeightsError as error:
+        return replace(forecast, why_no_time=str(error))
+    measured = forecast_job(job, forecast.packed.having(pilot.bytes_an_image, job.levels))
+    measured.require_space()
+    return replace(measured, time=_time(pilot, check_s, forecast.num_to_compute))
+
+
+def _run_pilot(
+    config: ExtractConfig,
+    description: Mapping[str, Any] | None,
+    label_set: LabelSetSpec | None,
+    wanted: Sequence[Wanted],
+    report: Report,
+) -> Pilot:
+    """Measure, with the weights that a new store's plan has done without until now.
+
+    Raises:
+        WeightsError: when they are absent or not the backbone's.
+    """
+    settings = make_settings(config, 0, description)
+    digest = find_digest(config, description)
+    levels = plan_levels(config, description, settings, digest, num_channels_of(wanted))
+    return run_pilot(
+        runtime.existing_folder(config.output),
+        make_setups(config, settings, levels, label_set),
+        spread(wanted, _NUM_PILOT_IMAGES),
+        lambda num_done, num_total: report(ExtractProgress("measuring", num_done, num_total, {})),
+    )
+
+
+def _time(pilot: Pilot, check_s: float, num_images: int) -> TimeForecast:
+    return TimeForecast(
+        check_s=check_s,
+        start_s=pilot.start_s,
+        images_per_s=pilot.images_per_s,
+        tower_images_per_s=pilot.tower_images_per_s,
+        decode_images_per_s=pilot.decode_images_per_s,
+        write_bytes_per_s=pilot.write_bytes_per_s,
+        num_measured=pilot.num_images,
+        total_s=check_s + pilot.start_s + num_images / pilot.images_per_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A sample of the manifest and what its files say without being decoded.
+class _Sampled:
+    """What some samples of a manifest say of all of them.
 
     Attributes:
-        sample: from the manifest; a bare one where the manifest itself set it aside.
-        info: None when the sample is set aside.
-        mask: the mask's file, with row 0; None without a mask.
-        reason: why it is set aside, else empty.
+        num_samples: of the whole manifest.
+        usable: those looked at that can be used.
+        num_looked_at: how many were.
+        check_s: what looking at one took.
     """
 
-    sample: Sample
-    info: ImageInfo | None
-    mask: LabelRow | None = None
-    reason: str = ""
+    num_samples: int
+    usable: Sequence[Wanted]
+    num_looked_at: int
+    check_s: float
+
+    @property
+    def num_usable(self) -> int:
+        return round(self.num_samples * len(self.usable) / self.num_looked_at)
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """The tables that the store shall have, and the samples behind the rows to compute.
+def _plan_by_sample(
+    config: ExtractConfig, report: Report, num_images: int | None, measure: bool
+) -> Forecast:
+    root = config.output
+    description = read_description(root) if (root / "zarr.json").exists() else None
+    seed = find_seed(config, description)
+    sampled = _look_at_some(config, report, num_images, seed)
+    settings = make_settings(config, seed, description)
+    digest = _NO_DIGEST if description is None else find_digest(config, description)
+    num_channels = num_channels_of(sampled.usable)
+    levels = plan_levels(config, description, settings, digest, num_channels)
+    label_set = _label_set(sampled.usable)
+    # Rows of a store that is being worked on are not looked at here: all is planned anew.
+    num_stored = 0
+    if description is not None and is_sealed(root):
+        num_stored = min(sampled.num_usable, description["num_blocks"] * BLOCK_ROWS)
+    packed = encode_some([item.sample for item in sampled.usable], levels, config.resize_mode)
 
-    Attributes:
-        rows: the whole table, tombstones too, in row order.
-        annotations: of every row that is not a tombstone.
-        samples: by row, for rows that are pending or ok.
-        masks: by row, the file each mask shall have come from, for the same rows.
-        num_removed: rows that became tombstones.
-        num_moved: samples that were in the training split and are no longer.
-    """
-
-    rows: tuple[SampleRow, ...]
-    annotations: tuple[AnnotationRow, ...]
-    samples: dict[int, Sample]
-    masks: dict[int, LabelRow]
-    num_removed: int
-    num_moved: int = 0
-
-
-class PixelHashes:
-    """Hashes of decoded pictures, remembered: comparing must not decode anything twice."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str | None] = {}
-
-    def of(self, sample: Sample) -> str | None:
-        """Return the hash of a sample's pixels, or None when picture or mask cannot be read."""
-        if sample.id not in self._known:
-            try:
-                digest: str | None = pixel_hash(read_image(sample))
-                read_mask(sample)
-            except ImageError:
-                digest = None
-            self._known[sample.id] = digest
-        return self._known[sample.id]
-
-
-def probe_all(
-    samples: Sequence[Sample],
-    set_aside: Iterable[SetAside],
-    report: Callable[[int, int], None],
-) -> list[Wanted]:
-    """Look at every file's header; what cannot be read is set aside.
-
-    Args:
-        samples: of the manifest.
-        set_aside: what the manifest itself had to set aside.
-        report: called with samples done and in all.
-    """
-    wanted = []
-    with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
-        for num_done, item in enumerate(pool.map(_probe_one, samples), 1):
-            wanted.append(item)
-            report(num_done, len(samples))
-    for aside in set_aside:
-        bare = Sample(id=aside.id, source=aside.source, root=samples[0].root if samples else _HERE)
-        wanted.append(Wanted(bare, None, reason=aside.reason))
-    return wanted
-
-
-def _probe_one(sample: Sample) -> Wanted:
-    try:
-        info = probe(sample)
-        mask = None
-        if sample.mask_path is not None and sample.mask is not None:
-            stat = sample.mask_path.stat()
-            mask = LabelRow(
-                0,
-                height_px=info.mask_height_px or 0,
-                width_px=info.mask_width_px or 0,
-                present=True,
-                source=sample.mask,
-                size_bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-            )
-        return Wanted(sample, info, mask)
-    except ImageError as error:
-        return Wanted(sample, None, reason=str(error))
-    except OSError as error:
-        return Wanted(sample, None, reason=f"{sample.mask}: {error.strerror}")
-
-
-def hash_changed(
-    existing: Sequence[SampleRow],
-    wanted: Sequence[Wanted],
-    report: Callable[[int, int], None],
-) -> PixelHashes:
-    """Decode, on several threads, the files whose times differ from what the store recorded.
-
-    Args:
-        existing: the store's table.
-        wanted: what the manifest asks for.
-        report: called with samples done and in all.
-    """
-    times: dict[tuple[str, int | None], set[tuple[int, int]]] = {}
-    for row in existing:
-        times.setdefault((row.source, row.frame), set()).add((row.size_bytes, row.mtime_ns))
-    changed = []
-    for item in wanted:
-        known = times.get((item.sample.source, item.sample.frame))
-        if item.info and known and (item.info.size_bytes, item.info.mtime_ns) not in known:
-            changed.append(item.sample)
-    hashes = PixelHashes()
-    with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
-        for num_done, _ in enumerate(pool.map(hashes.of, changed), 1):
-            report(num_done, len(changed))
-    return hashes
-
-
-def plan_rows(
-    existing: Sequence[SampleRow],
-    wanted: Sequence[Wanted],
-    hashes: PixelHashes | None = None,
-    old_splits: Mapping[int, str] = MappingProxyType({}),
-) -> RowPlan:
-    """Give every wanted sample a row, keeping the rows whose picture has not changed.
-
-    A file whose size and time of change are as recorded is taken as unchanged; else its decoded
-    pixels decide. New, changed and mended samples get new rows, from the next block on; rows that
-    nobody wants become tombstones, and come back to life when their sample does.
-
-    Args:
-        existing: the store's table, with the receipts' facts merged in.
-        wanted: what the manifest asks for.
-        hashes: of pictures that have been decoded already.
-        old_splits: by row, the split that a sample is in now.
-    """
-    hashes = hashes or PixelHashes()
-    by_source: dict[tuple[str, int | None], list[SampleRow]] = {}
-    for row in existing:
-        by_source.setdefault((row.source, row.frame), []).append(row)
-
-    kept: dict[int, SampleRow] = {}
-    owner: dict[int, Wanted] = {}
-    fresh: list[Wanted] = []
-    for item in wanted:
-        candidates = [
-            row
-            for row in by_source.get((item.sample.source, item.sample.frame), [])
-            if row.row not in kept
+    def forecast(packed: Packed) -> Forecast:
+        stored = {} if description is None else description["levels"]
+        num_new = sampled.num_usable - num_stored
+        items = [
+            forecast_level(spec, range(num_new if name in stored else sampled.num_usable), packed)
+            for name, (spec, _) in levels.items()
         ]
-        match = _find_row(item, candidates, hashes)
-        if match is None:
-            fresh.append(item)
-        else:
-            kept[match.row] = match
-            owner[match.row] = item
-
-    table = []
-    num_removed = 0
-    for row in existing:
-        if row.row in kept:
-            table.append(kept[row.row])
-        elif row.status == "removed":
-            table.append(row)
-        else:
-            num_removed += 1
-            # A row that was never ok loses its hash, without which it does not come back.
-            table.append(
-                replace(
-                    row,
-                    status="removed",
-                    reason="no longer in the manifest, or changed",
-                    pixel_sha256=row.pixel_sha256 if row.status == "ok" else "",
-                )
+        if label_set is not None:
+            share = np.mean([item.mask is not None for item in sampled.usable])
+            items.append(
+                forecast_masks(label_set, range(num_new), round(num_new * float(share)), packed)
             )
-    next_row = -(-(1 + max((row.row for row in existing), default=-1)) // BLOCK_ROWS) * BLOCK_ROWS
-    for number, item in enumerate(fresh, next_row):
-        table.append(_new_row(number, item))
-        owner[number] = item
-    live = {row.row for row in table if row.status in ("pending", "ok")}
-    return RowPlan(
-        rows=tuple(table),
-        annotations=tuple(
-            _annotation(row.row, owner[row.row]) for row in table if row.row in owner
-        ),
-        samples={row: owner[row].sample for row in sorted(live)},
-        masks={row: replace(owner[row].mask or LabelRow(0), row=row) for row in sorted(live)},
-        num_removed=num_removed,
-        num_moved=sum(
-            old_splits.get(row) == "train" != item.sample.split for row, item in owner.items()
-        ),
-    )
-
-
-def _find_row(item: Wanted, candidates: list[SampleRow], hashes: PixelHashes) -> SampleRow | None:
-    """Return the row that already holds this sample, as it shall stand in the table, or None."""
-    # Rows of this id first, then living ones, then the newest.
-    ranked = sorted(
-        candidates,
-        key=lambda row: (row.id != item.sample.id, row.status == "removed", -row.row),
-    )
-    for row in ranked:
-        if item.info is None:
-            if row.status == "aside" and row.reason == item.reason:
-                return replace(row, id=item.sample.id)
-            continue
-        unchanged = (row.size_bytes, row.mtime_ns) == (item.info.size_bytes, item.info.mtime_ns)
-        if row.status == "aside":
-            # Set aside when it was decoded: only a decode can tell whether it has been mended.
-            if hashes.of(item.sample) is None:
-                return replace(row, id=item.sample.id)
-            continue
-        if row.status == "removed" and not row.pixel_sha256:
-            continue
-        if not unchanged and (not row.pixel_sha256 or hashes.of(item.sample) != row.pixel_sha256):
-            continue
-        return replace(
-            row,
-            id=item.sample.id,
-            status="ok" if row.status == "removed" else row.status,
-            reason="",
-            size_bytes=item.info.size_bytes,
-            mtime_ns=item.info.mtime_ns,
+        num_blocks = -(-num_new // BLOCK_ROWS)
+        num_items = 1 + len(levels) + (label_set is not None)
+        items.append(forecast_tables(sampled.num_samples, num_blocks, num_items))
+        return Forecast(
+            store=root,
+            num_samples=sampled.num_usable,
+            num_new=num_new,
+            num_changed=0,
+            num_kept=num_stored,
+            num_renamed=0,
+            num_to_compute=max(item.num_samples for item in items[: len(levels)]),
+            num_set_aside=sampled.num_samples - sampled.num_usable,
+            num_removed=0,
+            items=tuple(items),
+            free_bytes=free_bytes_at(root),
+            num_looked_at=sampled.num_looked_at,
+            choices=choices(config, stored, levels, items, packed),
+            packed=packed,
         )
-    return None
+
+    first = forecast(packed)
+    first.require_space()
+    if not measure or not first.num_to_compute:
+        return first
+    try:
+        pilot = _run_pilot(config, description, label_set, sampled.usable, report)
+    except WeightsError as error:
+        return replace(first, why_no_time=str(error))
+    measured = forecast(packed.having(pilot.bytes_an_image, levels))
+    measured.require_space()
+    check_s = sampled.check_s * sampled.num_samples
+    return replace(measured, time=_time(pilot, check_s, measured.num_to_compute))
 
 
-def _new_row(number: int, item: Wanted) -> SampleRow:
-    sample = item.sample
-    if item.info is None:
-        return SampleRow(
-            number, sample.id, sample.source, sample.frame, status="aside", reason=item.reason
-        )
-    return SampleRow(
-        number,
-        sample.id,
-        sample.source,
-        sample.frame,
-        height_px=item.info.height_px,
-        width_px=item.info.width_px,
-        num_channels=item.info.num_channels,
-        size_bytes=item.info.size_bytes,
-        mtime_ns=item.info.mtime_ns,
+def _look_at_some(
+    config: ExtractConfig, report: Report, num_images: int | None, seed: int
+) -> _Sampled:
+    csv = find_csv(config.manifest)
+    num_samples = num_images
+    if csv is None:
+        manifest: Manifest = read_manifest(config.manifest, config.columns, seed=seed)
+    else:
+        found = sample_manifest(csv, config.columns, num_samples=NUM_SAMPLED, seed=seed)
+        manifest = found.manifest
+        num_samples = found.num_rows if num_images is None else num_images
+    assert num_samples is not None
+    some = spread(manifest.samples, NUM_SAMPLED)
+    begun_s = time.monotonic()
+    wanted = probe_all(
+        some,
+        manifest.set_aside[:NUM_SAMPLED],
+        lambda num_done, num_total: report(ExtractProgress("checking", num_done, num_total, {})),
     )
+    check_s = (time.monotonic() - begun_s) / max(1, len(some))
+    require_some(config, wanted)
+    usable = [item for item in wanted if item.info is not None]
+    if not num_samples:
+        raise ManifestError(f"{config.manifest}: no rows; expected a header and a row a sample")
+    return _Sampled(num_samples, usable, len(wanted), check_s)
 
 
-def _annotation(number: int, item: Wanted) -> AnnotationRow:
-    sample = item.sample
-    return AnnotationRow(
-        row=number,
-        id=sample.id,
-        split=sample.split,
-        group=sample.group,
-        primary_angle_deg=sample.primary_angle_deg,
-        secondary_angle_deg=sample.secondary_angle_deg,
-        extra=sample.extra,
-    )
+def _label_set(wanted: Sequence[Wanted]) -> LabelSetSpec | None:
+    masks = [item.mask for item in wanted if item.mask is not None]
+    if not masks:
+        return None
+    height_px = max(mask.height_px for mask in masks)
+    width_px = max(mask.width_px for mask in masks)
+    return LabelSetSpec(LABEL_SET, ("foreground",), height_px, width_px)

@@ -20,6 +20,8 @@ from sam3cache.extract.worker import (
 )
 
 MAX_DEATHS_OF_A_BLOCK = 2
+# For a batch that is in the tower when the worker is told to end.
+_END_PATIENCE_S = 5.0
 
 
 @dataclass
@@ -73,11 +75,12 @@ def run_pool(
             # Near the end, one each: a second block would wait here while others are idle.
             num_held = NUM_BLOCKS_HELD if len(queue) > len(setups) else 1
             while queue and len(member.tasks) < num_held:
-                member.pipe.send(queue[0])
+                # Noted before it is sent: of a worker that has just died it counts as lost.
                 member.tasks.append(queue.popleft())
+                member.pipe.send(member.tasks[-1])
             if not queue and not member.tasks and not member.told_to_end:
-                member.pipe.send(None)
                 member.told_to_end = True
+                member.pipe.send(None)
         except (BrokenPipeError, ConnectionResetError):
             return  # It has died; its end of the pipe tells so in the loop below.
 
@@ -100,18 +103,15 @@ def run_pool(
         member = members.pop(number)
         member.process.join()
         member.pipe.close()
-        if member.told_to_end and member.process.exitcode == 0:
-            return
-        lost = list(member.tasks)
-        if lost:
-            block = lost[0].block
-            deaths[block] = deaths.get(block, 0) + 1
+        if member.told_to_end:
+            return  # Nothing was left for it to do: however it ended, nothing is lost.
+        culprit = member.tasks[0]
+        deaths[culprit.block] = deaths.get(culprit.block, 0) + 1
         if number in states:
             num_before[number] = num_before.get(number, 0) + states.pop(number).num_images
-        culprit = lost[0] if lost else None
-        if culprit is None or deaths[culprit.block] >= MAX_DEATHS_OF_A_BLOCK:
+        if deaths[culprit.block] >= MAX_DEATHS_OF_A_BLOCK:
             raise WorkerError(_death_message(member, culprit))
-        queue.extendleft(reversed(lost))
+        queue.extendleft(reversed(member.tasks))
         start(number, member.setup)
 
     try:
@@ -130,20 +130,18 @@ def run_pool(
         for member in members.values():
             member.process.terminate()
         for member in members.values():
+            member.process.join(_END_PATIENCE_S)
+            member.process.kill()
             member.process.join()
             member.pipe.close()
     return frozenset(elsewhere)
 
 
-def _death_message(member: _Member, culprit: BlockTask | None) -> str:
+def _death_message(member: _Member, culprit: BlockTask) -> str:
     how = f"worker {member.setup.name} ended with exit code {member.process.exitcode}"
-    if culprit is None:
-        return (
-            f"{how} before its first block; see what it printed above, and try `sam3cache doctor`"
-        )
     sources = ", ".join(sorted({sample.source for sample in culprit.samples.values()})[:3])
     return (
         f"{how}, the second to do so on block {culprit.block} ({sources}, …): too little memory, "
-        "or an image that crashes its decoder; try a smaller --batch-size, or take these images "
-        "out of the manifest; what is finished is kept"
+        "or an image that crashes its decoder; see what it printed above, try a smaller "
+        "--batch-size, or take these images out of the manifest; what is finished is kept"
     )

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import parent_process
@@ -44,6 +46,8 @@ from sam3cache.images import letterbox_image, pixel_hash, read_image, read_mask
 from sam3cache.records import Sample
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sam3cache.backbone import Tower
 
 NUM_BLOCKS_HELD = 2
@@ -134,11 +138,29 @@ def run_worker(setup: WorkerSetup, pipe: Connection) -> None:
     """
     # Ctrl-C reaches the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Told to end, it takes its temporary files along, and the lock that numcodecs makes, of whose
+    # loss Python would speak below the one line that says what went wrong.
+    signal.signal(signal.SIGTERM, lambda signal_number, frame: sys.exit(1))
     _end_with_parent()
+    _spare_semaphore()
     try:
         _Worker(setup, pipe).serve()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # The pipe ends with the parent: there is nobody left to tell.
     except (Sam3CacheError, OSError) as error:
-        pipe.send(error)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            pipe.send(error)
+
+
+def _spare_semaphore() -> None:
+    """Give numcodecs a lock of this process alone, in place of its named semaphore.
+
+    A worker that is ended or killed could not give the semaphore back, which Python tells the user
+    of in two lines at the end of the program.
+    """
+    from numcodecs import blosc
+
+    blosc._MUTEX, blosc._MUTEX_IS_INIT = threading.Lock(), True
 
 
 def _end_with_parent() -> None:
@@ -150,6 +172,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_as_planned(task: BlockTask) -> bool:
+    """Return whether no picture has been replaced since the block was planned."""
+    for row in task.rows:
+        try:
+            stat = task.samples[row.row].image_path.stat()
+        except OSError:
+            return False
+        if (stat.st_size, stat.st_mtime_ns) != (row.size_bytes, row.mtime_ns):
+            return False
+    return True
 
 
 class _Worker:
@@ -219,8 +253,12 @@ class _Worker:
         with self._claims.claim(task.block) as ours:
             if not ours:
                 return "held"
-            if not self._missing(task):
+            missing = self._missing(task)
+            if not missing:
                 return "found"
+            if _is_as_planned(task):
+                # Another worker may have died on the block with some of it done.
+                task = replace(task, items=task.items & missing)
             decoded = [future.result() for future in futures]
             good = [item for item in decoded if item.row.status == "ok"]
             self._write_levels(task, good)
@@ -232,19 +270,18 @@ class _Worker:
             write_sample_facts(root, task.block, [item.row for item in decoded])
         return "written"
 
-    def _missing(self, task: BlockTask) -> bool:
-        """Return whether the block still lacks anything: others may have finished it meanwhile."""
+    def _missing(self, task: BlockTask) -> frozenset[str]:
+        """Return what the block still lacks: others may have been at it meanwhile."""
         setup = self._setup
         items = ["samples", *(spec.item for spec, _ in setup.levels.values())]
         if setup.label_set is not None:
             items.append(setup.label_set.item)
         label_sources = {} if setup.label_set is None else {setup.label_set.name: task.masks}
         receipts = read_receipts_of_block(setup.root, task.block, items)
-        return bool(
-            missing_items(
-                task.rows, receipts, setup.root, levels=setup.levels, label_sources=label_sources
-            )
+        missing = missing_items(
+            task.rows, receipts, setup.root, levels=setup.levels, label_sources=label_sources
         )
+        return missing.get(task.block, frozenset())
 
     def _write_levels(self, task: BlockTask, good: Sequence[_Decoded]) -> None:
         wanted = {
@@ -261,10 +298,11 @@ class _Worker:
                 values[IMAGE_LEVEL][item.row.row] = np.broadcast_to(item.pixels_CHW, shape)
         for start in range(0, len(good) if of_tower else 0, self._setup.batch_size):
             batch = good[start : start + self._setup.batch_size]
-            for name, features_BCHW in self._features(batch).items():
-                if name in wanted:
-                    for item, features_CHW in zip(batch, features_BCHW, strict=True):
-                        values[name][item.row.row] = features_CHW
+            features = self._features(batch)
+            for name in of_tower:
+                features_BCHW = features[wanted[name][0].base].numpy()
+                for item, features_CHW in zip(batch, features_BCHW, strict=True):
+                    values[name][item.row.row] = features_CHW
             self._num_images += len(batch)
             self._pipe.send(self._status())
         if not of_tower:
@@ -272,8 +310,8 @@ class _Worker:
         for name, (spec, fingerprint) in wanted.items():
             write_level_block(self._setup.root, spec, fingerprint.digest, task.block, values[name])
 
-    def _features(self, batch: Sequence[_Decoded]) -> dict[str, NDArray[np.float16]]:
-        """Return float16 (B, C, H, W) by level."""
+    def _features(self, batch: Sequence[_Decoded]) -> dict[str, Tensor]:
+        """Return, on the CPU and by what a level is of, float16 or float32 (B, C, H, W)."""
         import torch
 
         if self._tower is None:
@@ -285,7 +323,12 @@ class _Worker:
         start_s = time.monotonic()
         try:
             features = self._tower(torch.from_numpy(image_BCHW))
-            stored = {name: f.to(torch.float16).cpu().numpy() for name, f in features.items()}
+            # Whoever keeps a level in bf16 needs more than float16's range; the others do not.
+            wide = {s.base for s, _ in self._setup.levels.values() if s.precision == "bf16"}
+            held = {
+                base: feature_BCHW.to(torch.float32 if base in wide else torch.float16).cpu()
+                for base, feature_BCHW in features.items()
+            }
         except torch.OutOfMemoryError:
             size = self._setup.batch_size
             advice = f"pass --batch-size {size // 2}" if size > 1 else "use a larger device, or cpu"
@@ -293,7 +336,7 @@ class _Worker:
                 f"{self._setup.name} has not enough memory for batches of {size}: {advice}"
             ) from None
         self._tower_s += time.monotonic() - start_s
-        return stored
+        return held
 
     def _load_tower(self) -> Tower:
         from sam3cache.backbone import load_tower
@@ -302,7 +345,7 @@ class _Worker:
         tower = load_tower(
             setup.backbone,
             weights=setup.weights,
-            levels=[name for name in setup.levels if name != IMAGE_LEVEL],
+            levels=sorted({s.base for s, _ in setup.levels.values()} - {IMAGE_LEVEL}),
             device=setup.device,
             numeric_path=setup.numeric_path,
         )
@@ -320,4 +363,5 @@ class _Worker:
             self._num_images,
             runtime.used_memory_bytes(self._setup.device),
             min(1.0, self._tower_s / elapsed_s),
+            self._tower_s,
         )

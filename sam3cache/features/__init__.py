@@ -4,6 +4,7 @@ Reading needs :func:`open_store` alone. Writing is :func:`describe_store`, then 
 then :func:`seal_store`; ``sam3cache.extract`` does it.
 """
 
+from sam3cache.features.contents import DataRecord, record_data
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
@@ -12,6 +13,7 @@ from sam3cache.features.precision import (
     Encoded,
     Precision,
     decode,
+    encode,
     in_words,
     split_name,
     stored_dtype,
@@ -33,6 +35,7 @@ from sam3cache.features.relabel import (
     staging_of,
     summarise_label_sets,
 )
+from sam3cache.features.repair import RepairResult, repair_store
 from sam3cache.features.store import (
     FeatureStore,
     StoredSample,
@@ -42,6 +45,7 @@ from sam3cache.features.store import (
     read_description,
     read_label_set_spec,
 )
+from sam3cache.features.survey import Finding
 from sam3cache.features.tables import (
     AnnotationRow,
     LabelRow,
@@ -49,6 +53,7 @@ from sam3cache.features.tables import (
     read_annotations,
     read_samples,
 )
+from sam3cache.features.verify import VerifyResult, verify_store
 from sam3cache.features.writer import (
     block_of,
     describe_store,
@@ -64,8 +69,10 @@ __all__ = [
     "BLOCK_ROWS",
     "AnnotationRow",
     "BlockClaims",
+    "DataRecord",
     "Encoded",
     "FeatureStore",
+    "Finding",
     "Fingerprint",
     "LabelRow",
     "LabelSetSpec",
@@ -74,11 +81,14 @@ __all__ = [
     "Precision",
     "Receipt",
     "ReceiptKey",
+    "RepairResult",
     "SampleRow",
     "StoredSample",
+    "VerifyResult",
     "block_of",
     "decode",
     "describe_store",
+    "encode",
     "in_words",
     "is_described",
     "is_sealed",
@@ -95,7 +105,9 @@ __all__ = [
     "read_receipts",
     "read_receipts_of_block",
     "read_samples",
+    "record_data",
     "remove_label_set",
+    "repair_store",
     "replace_annotations",
     "require_label_set_name",
     "seal_store",
@@ -104,6 +116,7 @@ __all__ = [
     "store_lock",
     "stored_dtype",
     "summarise_label_sets",
+    "verify_store",
     "write_label_block",
     "write_level_block",
     "write_sample_facts",

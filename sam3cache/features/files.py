@@ -32,8 +32,15 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sweep_temporaries(root: Path) -> int:
-    """Delete what killed writers left behind and return how many files that was."""
-    strays = list(root.rglob(f".*{TEMPORARY_SUFFIX}"))
+    """Delete what killed writers left behind and return how many files that was.
+
+    What lies below claims/ may be of a writer at work.
+    """
+    strays = [
+        path
+        for path in root.rglob(f".*{TEMPORARY_SUFFIX}")
+        if path.relative_to(root).parts[0] != "claims"
+    ]
     for stray in strays:
         # On Windows another process's open file cannot be deleted, and need not be.
         with suppress(PermissionError):

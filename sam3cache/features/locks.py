@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from sam3cache.errors import StoreBusyError
 from sam3cache.features.files import canonical_json
+from sam3cache.runtime import write_atomic
 
 
 @contextmanager
@@ -32,11 +33,13 @@ def store_lock(root: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
     try:
         with FileLock(root / ".lock", timeout=timeout_s):
             me = {"pid": os.getpid(), "host": platform.node(), "since_unix_s": int(time.time())}
-            holder.write_bytes(canonical_json(me))
+            write_atomic(holder, canonical_json(me))
             try:
                 yield
             finally:
-                holder.unlink(missing_ok=True)
+                # It means nothing without the lock, and must not hide what went wrong.
+                with suppress(OSError):
+                    holder.unlink()
     except Timeout:
         raise StoreBusyError(
             f"{root} is being changed by {_describe(holder)}; wait for it, or end it, and run again"

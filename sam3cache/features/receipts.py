@@ -26,7 +26,7 @@ CHANGE_FILE = "receipts/change.json"
 """Names the change of labels or annotations that a store is unsealed for."""
 
 OVERLAY_OF = "overlay_of"
-"""Setting of a store without levels: the seal of the store whose labels and annotations it holds."""
+"""Setting of a store without levels: the seal of the store that its labels are for."""
 
 SAMPLES_ITEM = "samples"
 
@@ -97,6 +97,8 @@ class Facts(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        if not self._columns:
+            raise IndexError(index)  # Without which an iteration over no rows has no end.
         return {name: column[index] for name, column in self._columns.items()}
 
     def __eq__(self, other: object) -> bool:
@@ -217,7 +219,7 @@ def parse_receipt(data: bytes, path: Path) -> Receipt:
     # Format version 1 had no hash.
     if isinstance(content, dict) and "sha256" in content:
         body = {name: value for name, value in content.items() if name != "sha256"}
-        if content["sha256"] != sha256_of_json(body):
+        if content["sha256"] != _hash_of(body):
             raise _unreadable(path)
     return Receipt.from_json(content, path)
 
@@ -340,7 +342,14 @@ def matches_own_hash(data: bytes, content: Mapping[str, Any]) -> bool:
     tail = f',"seal":"{seal}"}}'.encode()
     if data.endswith(tail) and hashlib.sha256(data[: -len(tail)] + b"}").hexdigest() == seal:
         return True
-    return seal == sha256_of_json({name: part for name, part in content.items() if name != "seal"})
+    return seal == _hash_of({name: part for name, part in content.items() if name != "seal"})
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    try:
+        return sha256_of_json(content)
+    except ValueError:  # infinity, which Python reads as JSON and we never write
+        return ""
 
 
 def _load_seal(path: Path) -> dict[str, Any]:

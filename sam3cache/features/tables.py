@@ -151,8 +151,10 @@ def read_annotations(root: Path) -> list[AnnotationRow]:
 
 
 def write_label_rows(folder: Path, rows: Iterable[LabelRow]) -> None:
-    """Replace a label set's rows.parquet."""
-    _write(folder / LABEL_ROWS_FILE, pa.table(_columns(list(rows), _LABEL_ROWS_SCHEMA)))
+    """Replace a label set's rows.parquet, in row order."""
+    # Receipts come in the order in which blocks were done.
+    lines = sorted(rows, key=lambda row: row.row)
+    _write(folder / LABEL_ROWS_FILE, pa.table(_columns(lines, _LABEL_ROWS_SCHEMA)))
 
 
 def read_label_rows(folder: Path) -> dict[int, LabelRow]:
@@ -197,10 +199,10 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(use_threads=False)
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        fixed = [field for field in table.schema if not field.name.startswith(EXTRA_PREFIX)]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow says of most damage that it could not be read from disk: OSError.
         raise _unreadable(path, str(error).partition("\n")[0]) from None
-    fixed = [field for field in table.schema if not field.name.startswith(EXTRA_PREFIX)]
     if not pa.schema(fixed).equals(schema):
         raise _unreadable(path, "its columns are not those of such a table")
     return table

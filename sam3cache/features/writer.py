@@ -5,7 +5,7 @@ Shape legend: C channels, H height, W width, K planes of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ from sam3cache.features.tables import (
     write_label_rows,
     write_samples,
 )
-from sam3cache.runtime import write_atomic
+from sam3cache.runtime import TEMPORARY_SUFFIX, write_atomic
 
 GROUP_FILE = "zarr.json"
 
@@ -201,6 +201,7 @@ def write_level_block(
         shards.setdefault(shard, {})[position] = stored.data_CHW
         if stored.scale_C is not None:
             scales[row % BLOCK_ROWS] = stored.scale_C
+    _take_back(root, spec.item, block, [spec.grid.key((shard,)) for shard in shards])
     records = [
         _write_shard(root, spec.grid, (shard,), chunks) for shard, chunks in sorted(shards.items())
     ]
@@ -277,6 +278,7 @@ def write_label_block(
                     tile[0, : part.shape[0], : part.shape[1]] = part
                     index = (block, k, y // LABEL_TILE_PX, x // LABEL_TILE_PX)
                     tiles.setdefault(index, {})[row % BLOCK_ROWS] = tile
+    _take_back(root, spec.item, block, [spec.grid.key(index) for index in tiles])
     records = [
         _write_shard(root, spec.grid, index, chunks) for index, chunks in sorted(tiles.items())
     ]
@@ -363,7 +365,8 @@ def _labels_done(
     sources: Mapping[int, LabelRow],
     root: Path,
 ) -> bool:
-    if receipt is None or not receipt.is_done(root):
+    # One without rows was taken back, or has nothing to say of pending rows.
+    if receipt is None or not receipt.rows or not receipt.is_done(root):
         return False
     written = {
         fact["row"]: (fact["source"], fact["size_bytes"], fact["mtime_ns"])
@@ -381,14 +384,10 @@ def _labels_done(
     return all(written.get(number) == file for number, file in wanted.items())
 
 
-def seal_store(root: Path, *, gone_blocks: Collection[int] = ()) -> None:
+def seal_store(root: Path) -> None:
     """Fold facts into the tables and write the seal; hold :func:`store_lock` meanwhile.
 
     The caller has made sure that nothing is missing (:func:`missing_items`).
-
-    Args:
-        root: the store's folder.
-        gone_blocks: blocks that no sample is in any more, whose receipts end here.
 
     Raises:
         OSError: when the disk is full or read-only; the store stays unsealed and loses nothing.
@@ -400,7 +399,7 @@ def seal_store(root: Path, *, gone_blocks: Collection[int] = ()) -> None:
         key: receipt
         for key, receipt in read_receipts(root).items()
         # What the description no longer names was being removed.
-        if key[0] in items and key[1] not in gone_blocks
+        if key[0] in items
     }
     write_samples(root, merge_sample_facts(read_samples(root), receipts))
     hashed = ["zarr.json", "levels/zarr.json", "labels/zarr.json", SAMPLES_FILE, ANNOTATIONS_FILE]
@@ -417,6 +416,16 @@ def seal_store(root: Path, *, gone_blocks: Collection[int] = ()) -> None:
     sweep_temporaries(root)
 
 
+def _take_back(root: Path, item: str, block: int, keys: Sequence[str]) -> None:
+    """Unsay a receipt before files that it may name are replaced.
+
+    A kill between the first of them and the new receipt would leave an old one that vouches for
+    bytes of the new, which may well have the size it states.
+    """
+    if any((root / key).exists() for key in keys):
+        write_receipt(root, Receipt(item, block, ()))
+
+
 def _write_shard(
     root: Path,
     grid: ShardGrid,
@@ -425,5 +434,10 @@ def _write_shard(
 ) -> ShardRecord:
     shard = encode_shard(grid, chunks)
     key = grid.key(index)
-    write_atomic(root / key, shard.data)
+    path = root / key
+    # Killed writers' temporaries, which many a kill would fill the disk with: nobody else writes
+    # this shard now.
+    for stray in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
+        stray.unlink(missing_ok=True)
+    write_atomic(path, shard.data)
     return ShardRecord(key, len(shard.data), crc32c(shard.data), shard.chunk_crc32c)

@@ -52,6 +52,8 @@ class CheckpointInfo:
         settings: the training's configuration.
         trained_on: by "images" and "groups", ``short_hash`` of the pixels' hash and of the name of
             each that was learned from, sorted, one space between; empty if that was not recorded.
+        data: which samples, labels and annotations of the store were used, by their hashes; see
+            ``features.DataRecord``. Empty if that was not recorded.
         seed: of weights, order and dropout.
         threshold: probability from which a pixel counts as mask.
         weights_sha256: of names and bytes of the weights; filled in by writing.
@@ -69,6 +71,7 @@ class CheckpointInfo:
     metrics: Mapping[str, float | int | None] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     trained_on: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     threshold: float = 0.5
     weights_sha256: str = ""

@@ -4,7 +4,14 @@
 decode, ``letterbox_image`` lays an image on the square.
 """
 
-from sam3cache.images.manifest import Manifest, read_manifest
+from sam3cache.images.manifest import (
+    Manifest,
+    ManifestSample,
+    count_rows,
+    find_csv,
+    read_manifest,
+    sample_manifest,
+)
 from sam3cache.images.preprocessing import (
     PREPROCESSING_VERSION,
     letterbox_image,
@@ -17,6 +24,9 @@ __all__ = [
     "PREPROCESSING_VERSION",
     "ImageInfo",
     "Manifest",
+    "ManifestSample",
+    "count_rows",
+    "find_csv",
     "letterbox_image",
     "pixel_hash",
     "preprocessing_fields",
@@ -24,4 +34,5 @@ __all__ = [
     "read_image",
     "read_manifest",
     "read_mask",
+    "sample_manifest",
 ]

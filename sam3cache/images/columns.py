@@ -82,13 +82,16 @@ class ColumnMap:
     hash_paths: bool
 
 
-def map_columns(header: Sequence[str], columns: Path | None, manifest: str) -> ColumnMap:
+def map_columns(
+    header: Sequence[str], columns: Path | None, manifest: str, *, by_id: bool = False
+) -> ColumnMap:
     """Map a CSV's columns to our fields.
 
     Args:
         header: the CSV's column names.
         columns: a ``columns.toml``, or None to use the columns named like our fields.
         manifest: what to call the CSV in messages.
+        by_id: whether an id does in place of an image.
 
     Raises:
         ManifestError: a ``columns.toml`` that cannot be read or says something unknown, or a
@@ -112,10 +115,11 @@ def map_columns(header: Sequence[str], columns: Path | None, manifest: str) -> C
         )
     fields = {name: FieldSource(name, hash=False) for name in FIELDS if name in header}
     fields |= {name: _field_source(name, entry, where) for name, entry in entries.items()}
-    if "image" not in fields:
+    if "image" not in fields and not (by_id and "id" in fields):
+        wanted = "'image' or 'id'" if by_id else "'image'"
         raise ManifestError(
-            f"{manifest}: no column 'image'; it has {', '.join(header)}; rename the column, or say "
-            "which one it is with --columns columns.toml"
+            f"{manifest}: no column {wanted}; it has {', '.join(header)}; rename the column, or "
+            "say which one it is with --columns columns.toml"
         )
     used = [source.column for source in fields.values() if source.column is not None]
     for column in [*used, *(extra or ())]:
@@ -284,4 +288,7 @@ def resolve_path(text: str, root: Path) -> tuple[str, Path | None]:
 
 def is_absolute(text: str) -> bool:
     r"""Tell whether a path starts at a root of any system: /a, C:\\a, C:a or \\\\server\\a."""
+    # Nearly all paths show at their first two characters that they are not; a path object is slow.
+    if text[:1] not in ("/", "\\") and text[1:2] != ":":
+        return False
     return PureWindowsPath(text).anchor != ""

@@ -6,9 +6,13 @@ import csv
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
 from sam3cache.images.columns import (
@@ -29,6 +33,8 @@ SPLIT_SYNONYMS = {
     **dict.fromkeys(("test", "testing", "tst", "holdout"), "test"),
 }
 
+_COUNTED_BYTES = 1 << 24
+
 _SPLIT_SHARES = ((0.70, "train"), (0.85, "val"), (1.0, "test"))
 
 
@@ -42,6 +48,8 @@ class Manifest:
         set_aside: what cannot be used, each with its reason.
         split_rule: where the splits come from, in words.
         leaks: groups that the manifest itself puts into more than one split.
+        fields: fields that it gives; "split" only if it has any.
+        extra: other columns that it gives.
     """
 
     root: Path
@@ -49,9 +57,13 @@ class Manifest:
     set_aside: tuple[SetAside, ...]
     split_rule: str
     leaks: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ("image", "mask")
+    extra: tuple[str, ...] = ()
 
 
-def read_manifest(path: Path, columns: Path | None = None, *, seed: int = 0) -> Manifest:
+def read_manifest(
+    path: Path, columns: Path | None = None, *, seed: int = 0, by_id: bool = False
+) -> Manifest:
     """Read a CSV, or a folder with ``images/`` and ``masks/`` matched by their stems.
 
     No picture is opened; ``probe`` does that.
@@ -61,6 +73,8 @@ def read_manifest(path: Path, columns: Path | None = None, *, seed: int = 0) -> 
             then speaks for it; or a folder of pictures.
         columns: a ``columns.toml`` that says which column is what.
         seed: of the split by groups, where the manifest has none.
+        by_id: whether a row may have an id in place of an image, for samples that a store has
+            already; its ``source`` is then empty.
 
     Raises:
         ManifestError: the manifest as a whole cannot be used; nothing is set aside for that.
@@ -73,7 +87,7 @@ def read_manifest(path: Path, columns: Path | None = None, *, seed: int = 0) -> 
                 f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
             )
         return _read_folder(path, seed)
-    return _read_csv(path, columns, seed)
+    return _read_csv(path, columns, seed, by_id)
 
 
 def _read_folder(folder: Path, seed: int) -> Manifest:
@@ -127,92 +141,205 @@ def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[
     return dict(found)
 
 
-def _read_csv(path: Path, columns: Path | None, seed: int) -> Manifest:
-    header, rows = _read_rows(path)
-    column_map = map_columns(header, columns, path.name)
+def _read_csv(path: Path, columns: Path | None, seed: int, by_id: bool) -> Manifest:
+    # The reader of CSV splits lines itself, as a quoted cell may hold some.
+    with _saying_path(path), path.open(encoding="utf-8-sig", newline="") as file:
+        return _read_lines(file, path, columns, seed, by_id)
+
+
+def _read_lines(
+    lines: Iterable[str], path: Path, columns: Path | None, seed: int, by_id: bool
+) -> Manifest:
+    """Resolve a CSV's lines, one after the other: the whole text may be large."""
+    header, rows = _read_rows(lines, path)
+    column_map = map_columns(header, columns, path.name, by_id=by_id)
     root = path.parent.absolute()
     reader = RowReader(column_map, root)
 
     samples: list[Sample] = []
     splits: list[str] = []
     set_aside: list[SetAside] = []
-    lines: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for line, cells in rows:
         row = dict(zip(header, cells, strict=True))
         source = given_id = ""
         try:
             given_id = reader.value(row, "id")
             image = reader.value(row, "image")
-            if not image:
-                raise ImageError("no image; fill the cell or remove the row")
-            source, _ = reader.resolve(image)
+            if image:
+                source, _ = reader.resolve(image)
+            elif not (by_id and given_id):
+                what = "image and no id" if by_id else "image"
+                raise ImageError(f"no {what}; fill the cell or remove the row")
             sample = _sample(reader, row, column_map, root)
             split = reader.value(row, "split")
         except ImageError as error:
             row_id = given_id or f"line {line}"
             reason = f"line {line}: {error}" if column_map.hash_paths else str(error)
             set_aside.append(SetAside(row_id, source, reason))
-            _claim(lines, [row_id], line, path.name)
+            _claim(line_of, [row_id], line, path.name)
             continue
-        derived = _derived_ids(sample)
-        row_id = _claim(lines, [given_id] if given_id else derived, line, path.name)
+        ids = [given_id] if given_id else _derived_ids(sample)
+        row_id = _claim(line_of, ids, line, path.name)
         named_line = line if column_map.hash_paths else None
         samples.append(replace(sample, id=row_id, line=named_line))
         splits.append(split)
+    if not samples and not set_aside:
+        raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
     if not samples:
         raise ManifestError(
-            f"{path}: none of its {len(rows)} rows can be used; the first: {set_aside[0].reason}"
+            f"{path}: none of its {len(set_aside)} rows can be used; the first: "
+            f"{set_aside[0].reason}"
         )
     source_of_split = column_map.fields.get("split")
     where = ""
     if source_of_split is not None:
         column = source_of_split.column
         where = f"constant {splits[0]!r}" if column is None else f"column {column!r}"
-    return _with_splits(root, samples, splits, set_aside, where, seed)
+    manifest = _with_splits(root, samples, splits, set_aside, where, seed)
+    given = {n for n, entry in column_map.fields.items() if entry.column or entry.constant}
+    if not any(splits):
+        given.discard("split")
+    return replace(manifest, fields=tuple(sorted(given)), extra=column_map.extra)
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header, and (line, cells) of the rows that are not blank."""
+@dataclass(frozen=True, slots=True)
+class ManifestSample:
+    """Some rows of a CSV that is too long to be read.
+
+    Attributes:
+        num_rows: rows that it has, blank ones too.
+        manifest: of the rows that were taken.
+    """
+
+    num_rows: int
+    manifest: Manifest
+
+
+def find_csv(path: Path) -> Path | None:
+    """Return the CSV that speaks for a path; None for a folder of pictures."""
+    if path.is_dir():
+        return path / "manifest.csv" if (path / "manifest.csv").is_file() else None
+    return path
+
+
+def count_rows(path: Path) -> int:
+    """Count the rows of a CSV below its header, blank ones too, without reading their cells.
+
+    Raises:
+        ManifestError: when the file cannot be read.
+    """
+    num_lines, in_quotes, last = 0, 0, b"\n"
+    with _saying_path(path), path.open("rb") as file:
+        while chunk := file.read(_COUNTED_BYTES):
+            last = chunk[-1:]
+            if in_quotes or b'"' in chunk:
+                # What stands between quotes belongs to a cell: an odd number of them came before.
+                values = np.frombuffer(chunk, np.uint8)
+                quotes = (np.cumsum(values == ord('"')) + in_quotes) % 2
+                num_lines += int(((values == ord("\n")) & (quotes == 0)).sum())
+                in_quotes = int(quotes[-1])
+            else:
+                num_lines += chunk.count(b"\n")
+    return max(0, num_lines + (last != b"\n") - 1)
+
+
+def sample_manifest(
+    path: Path, columns: Path | None = None, *, num_samples: int, seed: int = 0
+) -> ManifestSample:
+    """Read a CSV's header and some of its rows, evenly spread over the file.
+
+    Args:
+        path: a CSV.
+        columns: as for :func:`read_manifest`.
+        num_samples: rows to take.
+        seed: as for :func:`read_manifest`.
+
+    Raises:
+        ManifestError: as :func:`read_manifest` does, of the rows that are taken.
+    """
+    num_rows = count_rows(path)
+    if num_rows <= num_samples:
+        return ManifestSample(num_rows, _read_csv(path, columns, seed, by_id=False))
+    with _saying_path(path), path.open("rb") as file:
+        header = file.readline()
+        begin, end = file.tell(), path.stat().st_size
+        lines = {}
+        for number in range(num_samples):
+            file.seek(max(begin, begin + (end - begin) * number // num_samples - 1))
+            if file.tell() > begin or number:
+                file.readline()  # the rest of a row
+            lines[file.tell()] = file.readline()
+        text = b"".join([header, *(line for _, line in sorted(lines.items()))]).decode("utf-8-sig")
+    manifest = _read_lines(io.StringIO(text, newline=""), path, columns, seed, by_id=False)
+    return ManifestSample(num_rows, manifest)
+
+
+@contextmanager
+def _saying_path(path: Path) -> Iterator[None]:
+    """Turn what a system says of a file into what is wrong with a manifest."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        yield
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such file or folder; check the path") from None
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; check the path") from None
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         raise ManifestError(
-            f"{path}: not UTF-8 text (byte {error.start}); expected a CSV; save it as 'CSV UTF-8'"
+            f"{path}: not UTF-8 text{_where_not_utf8(path)}; expected a CSV; save it as 'CSV UTF-8'"
         ) from None
-    first_line = text.partition("\n")[0]
+
+
+def _where_not_utf8(path: Path) -> str:
+    """Say which byte is no UTF-8: read by parts, a decoder tells its place in the part."""
+    try:
+        path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return f" (byte {error.start})"
+    return ""
+
+
+def _read_rows(
+    lines: Iterable[str], path: Path
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the header, and (line, cells) of the rows that are not blank."""
+    lines = iter(lines)
+    first_line = next(lines, "")
     delimiter = max(",;\t", key=first_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows: list[tuple[int, list[str]]] = []
+    reader = csv.reader(chain([first_line], lines), delimiter=delimiter)
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        try:
+            for cells in reader:
+                cells = [cell.strip() for cell in cells]
+                if not any(cells):
+                    continue
+                if any(cells[len(header) :]):
+                    raise ManifestError(
+                        f"{path}: line {reader.line_num} has {len(cells)} cells under "
+                        f"{len(header)} columns; quote cells that contain {delimiter!r}"
+                    )
+                cells += [""] * (len(header) - len(cells))
+                yield reader.line_num, cells[: len(header)]
+        except csv.Error as error:
+            raise ManifestError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+
     try:
         header = [name.strip() for name in next(reader, [])]
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if any(cells[len(header) :]):
-                raise ManifestError(
-                    f"{path}: line {reader.line_num} has {len(cells)} cells under {len(header)} "
-                    f"columns; quote cells that contain {delimiter!r}"
-                )
-            cells += [""] * (len(header) - len(cells))
-            rows.append((reader.line_num, cells[: len(header)]))
     except csv.Error as error:
         raise ManifestError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+    if not any(header):
+        raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one")
-    if not rows:
-        raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
-    return header, rows
+    return header, rows()
 
 
 def _sample(reader: RowReader, row: dict[str, str], column_map: ColumnMap, root: Path) -> Sample:
-    """Resolve one row that has an image, all but its id and split."""
-    source, image_location = reader.resolve(reader.value(row, "image"))
+    """Resolve one row, all but its id and split; without an image its source is empty."""
+    image = reader.value(row, "image")
+    source, image_location = reader.resolve(image) if image else ("", None)
     mask_text = reader.value(row, "mask")
     mask, mask_location = reader.resolve(mask_text) if mask_text else (None, None)
     return Sample(
@@ -277,16 +404,16 @@ def _derived_ids(sample: Sample) -> list[str]:
     return [plain] if sample.mask is None else [plain, f"{plain}@{PurePosixPath(sample.mask).stem}"]
 
 
-def _claim(lines: dict[str, int], candidates: Sequence[str], line: int, manifest: str) -> str:
+def _claim(line_of: dict[str, int], candidates: Sequence[str], line: int, manifest: str) -> str:
     """Return the first id that no earlier row has."""
     for candidate in candidates:
-        if candidate not in lines:
-            lines[candidate] = line
+        if candidate not in line_of:
+            line_of[candidate] = line
             return candidate
     taken = candidates[-1]
     raise ManifestError(
-        f"{manifest}: lines {lines[taken]} and {line} both have the id {taken!r}; make ids unique, "
-        "or remove the row that is there twice"
+        f"{manifest}: lines {line_of[taken]} and {line} both have the id {taken!r}; make ids "
+        "unique, or remove the row that is there twice"
     )
 
 

@@ -112,11 +112,17 @@ def read_image(sample: Sample) -> NDArray[np.uint8]:
     return _apply_window(pixels_HWC, *window)
 
 
-def read_mask(sample: Sample) -> NDArray[np.uint8] | None:
+def read_mask(
+    sample: Sample, image_size_px: tuple[int, int] | None = None
+) -> NDArray[np.uint8] | None:
     """Decode a sample's mask to 0 and 1, on its own grid.
 
     Foreground is: True; an integer above 0; a float of at least 0.5; in a JPEG, at least 128. Of a
     colour mask, any channel counts. Of a mask cine, the sample's own frame is taken.
+
+    Args:
+        sample: whose mask it is.
+        image_size_px: height and width of its image; None: the image's file tells.
 
     Returns:
         uint8 (1, H, W) of 0 and 1, or None when the sample has no mask.
@@ -127,10 +133,11 @@ def read_mask(sample: Sample) -> NDArray[np.uint8] | None:
     """
     if sample.mask_path is None:
         return None
-    with _open_image(sample) as picture:
-        image_size = (picture.height_px, picture.width_px)
+    if image_size_px is None:
+        with _open_image(sample) as picture:
+            image_size_px = (picture.height_px, picture.width_px)
     with _open_mask(sample) as mask:
-        _check_aspect(sample, image_size, (mask.height_px, mask.width_px))
+        _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
         values_HWC = mask.read(_mask_index(mask, sample))
         if values_HWC.dtype.kind != "f":
             threshold = LOSSY_MASK_THRESHOLD if mask.is_lossy else 1

@@ -1,49 +1,64 @@
 """Samples of a store, held as near to the device as memory allows, and handed out in batches.
 
-Shape legend: N samples, B batch, C channels, H height, W width, K mask planes, T side of the
-target grid.
+Shape legend: N samples, B batch, H height, W width, K mask planes, T side of the target grid, R
+words of a record.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Literal, get_args
+from functools import partial
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sam3cache.errors import ConfigError, MissingSampleError
+from sam3cache.errors import MissingSampleError
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox, ResizeMode
-from sam3cache.records import IGNORE_LABEL, Batch
-from sam3cache.runtime import device_memory
+from sam3cache.loading.buffers import BatchBuffers, pin
+from sam3cache.loading.records import WORD_BYTES, LevelRecord, Record, TargetRecord
+from sam3cache.loading.residency import Placement, Residency, choose_residency
+from sam3cache.loading.shared import SharedSegment, shared_folder
+from sam3cache.records import Batch
+from sam3cache.runtime import device_memory, installed_version, num_cpu_cores
 
-Residency = Literal["auto", "device", "ram", "stream"]
-"""Where samples lie: the device's memory, main memory, or the store on disk."""
+NUM_READERS = min(8, max(4, num_cpu_cores()))
+"""Threads that read the store, without the interpreter's lock: disks like several to wait."""
 
-USABLE_SHARE = 0.7
-"""Share of the free memory that samples may take; the rest is for the head and everybody else."""
+READ_AHEAD_BYTES = 128_000_000
+"""What a stream reads before it is asked for: whole batches, of which at least one."""
 
-NUM_READERS = 4
-"""Threads that read the store: reading waits on the disk and checksums, without Python's lock."""
+MAX_READ_AHEAD = 8
+"""And how many batches of small samples."""
 
 _RESIZE_MODE_FIELD = "preprocessing.resize_mode"
+
+_Sink = Callable[[int, Callable[[NDArray[np.int64]], None]], None]
+"""Takes a sample's index, and what reads its record into given memory."""
 
 
 class CachedSamples:
     """Samples of a store in batches, with their angles and, for training, their targets.
 
     The order of batches depends on the seed and the epoch alone: not on the device, nor on where
-    the samples lie.
+    the samples lie. In RAM they lie once for all processes of one user that hold the same rows of
+    the same sealed store; where that cannot be, each has its own.
 
     Args:
         store: an open store.
         rows: rows of the samples, in the order of indices.
-        levels: levels to hand out.
+        levels: levels to hand out, as heads call them.
         device: where batches are made.
         residency: "device", "ram" (on the CPU the two are one), "stream" to read batches from the
             store ahead of their use, or "auto" for the first of these that fits.
@@ -51,13 +66,16 @@ class CachedSamples:
             samples without a mask are left out.
         label_set: label set of the targets.
         report: called with (samples loaded, samples in all) while they are loaded.
+        share_in: folder of the memory that processes share; None for the system's.
 
     Attributes:
         rows: rows handed out, in index order.
         samples: their records, in index order.
         num_without_mask: rows left out for want of a mask.
-        residency: what was chosen.
-        resident_bytes: memory that the samples take there.
+        residency: what was chosen: "device", "ram" or "stream".
+        placement: the same with its reason, in words.
+        resident_bytes: memory that the samples take there, shared memory included.
+        loaded_bytes: what of it this process has loaded; other processes did the rest.
         load_s: time that loading took, in seconds.
 
     Raises:
@@ -78,13 +96,17 @@ class CachedSamples:
         target_size_px: int | None = None,
         label_set: str = "mask",
         report: Callable[[int, int], None] | None = None,
+        share_in: Path | None = None,
     ) -> None:
         started_s = time.monotonic()
         self._store = store
         self._level_names = tuple(levels)
         self._device = torch.device(device)
-        self._target_size_px = target_size_px
+        if str(self._device) == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._label_set = label_set
+        self._resize_mode = _resize_mode(store, self._level_names)
+        self._report = report or (lambda num_done, num_total: None)
         by_row = {sample.row: sample for sample in store.samples}
         if unknown := [row for row in rows if row not in by_row]:
             raise MissingSampleError(
@@ -101,16 +123,23 @@ class CachedSamples:
         self._content_N2 = torch.tensor(
             [[box.content_height_px, box.content_width_px] for box in boxes], dtype=torch.int64
         ).reshape(-1, 2)
-        self.residency: Residency = choose_residency(
-            residency, len(self) * self._sample_bytes(), self._free_bytes()
-        )
-        self._place = self._device if self.residency == "device" else torch.device("cpu")
-        self._levels: dict[str, Tensor] = {}
-        self._target_NKTT: Tensor | None = None
-        if self.residency != "stream":
-            self._load(report or (lambda num_done, num_total: None))
-        held = [*self._levels.values(), *([] if self._target_NKTT is None else [self._target_NKTT])]
-        self.resident_bytes = sum(tensor.nbytes for tensor in held)
+        served = store.served_levels
+        self._records: list[Record] = [
+            LevelRecord(store, name, served[name]) for name in self._level_names
+        ]
+        if target_size_px is not None:
+            num_planes = store.label_sets[label_set].num_planes
+            self._records.append(
+                TargetRecord(store, label_set, num_planes, target_size_px, self._resize_mode)
+            )
+        self._buffers = {record.name: BatchBuffers(MAX_READ_AHEAD) for record in self._records}
+        self._held: dict[str, Tensor] = {}
+        self._segments: dict[str, SharedSegment] = {}
+        self._pins: list[object] = []
+        self.loaded_bytes = 0
+        placement = self._place(residency, share_in)
+        self.residency, self.placement = placement.residency, str(placement)
+        self.resident_bytes = sum(held_NR.nbytes for held_NR in self._held.values())
         self.load_s = time.monotonic() - started_s
 
     def __len__(self) -> int:
@@ -127,16 +156,13 @@ class CachedSamples:
         return None if mask_KHW is None else torch.from_numpy(mask_KHW)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the samples of some indices, in that order, on the device."""
-        parts = self._gather(indices)
-        target_BKTT = parts.pop("target", None)
-        return Batch(
-            levels={level: parts[level].to(self._device) for level in self._level_names},
-            angles_B2=self._angles_N2[indices].to(self._device),
-            content_B2=self._content_N2[indices].to(self._device),
-            target_BKTT=None if target_BKTT is None else target_BKTT.to(self._device),
-            rows=tuple(self.rows[index] for index in indices),
-        )
+        """Return the samples of some indices, in that order, on the device.
+
+        Raises:
+            CorruptStoreError: bytes in the store are damaged.
+        """
+        with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as readers:
+            return self._finish(indices, *self._begin(indices, readers))
 
     def iterate(
         self, batch_size: int, *, seed: int = 0, epoch: int = 0, shuffle: bool = False
@@ -148,6 +174,9 @@ class CachedSamples:
             seed: of the order.
             epoch: which pass this is; each has an order of its own.
             shuffle: whether to go in random order rather than in that of the indices.
+
+        Raises:
+            CorruptStoreError: bytes in the store are damaged.
         """
         order = list(range(len(self)))
         if shuffle:
@@ -155,93 +184,243 @@ class CachedSamples:
             generator = torch.Generator().manual_seed(mixed >> 1)
             order = torch.randperm(len(self), generator=generator).tolist()
         chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        if self.residency != "stream" and self._place == self._device:
-            yield from map(self.batch, chunks)
-        else:
-            yield from self._ahead(chunks)
-
-    def _ahead(self, chunks: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """Make batches in threads while the device works on those before."""
-        with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as pool:
-            waiting: deque[Future[Batch]] = deque()
+        batch_bytes = max(1, batch_size * self._sample_bytes)
+        num_ahead = 0
+        if self.residency == "stream":
+            num_ahead = min(MAX_READ_AHEAD, max(1, READ_AHEAD_BYTES // batch_bytes))
+        with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as readers:
+            waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[None]]]] = deque()
             try:
                 for chunk in chunks:
-                    waiting.append(pool.submit(self.batch, chunk))
-                    if len(waiting) > NUM_READERS:
-                        yield waiting.popleft().result()
+                    waiting.append((chunk, *self._begin(chunk, readers)))
+                    if len(waiting) > num_ahead:
+                        yield self._finish(*waiting.popleft())
                 while waiting:
-                    yield waiting.popleft().result()
+                    yield self._finish(*waiting.popleft())
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                readers.shutdown(wait=True, cancel_futures=True)
 
-    def _gather(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def _begin(
+        self, indices: Sequence[int], readers: ThreadPoolExecutor
+    ) -> tuple[dict[str, Tensor], list[Future[None]]]:
+        """Take a batch's records from where they lie; from the store, by threads.
+
+        Returns:
+            The records (B, R) by name, and what has to be waited for before they are whole.
+        """
         if self.residency != "stream":
-            at = torch.tensor(indices, dtype=torch.int64, device=self._place)
-            parts = {level: held[at] for level, held in self._levels.items()}
-            return parts if self._target_NKTT is None else parts | {"target": self._target_NKTT[at]}
-        parts = {level: self._empty(level, len(indices)) for level in self._level_names}
-        for position, index in enumerate(indices):
-            for level, part in parts.items():
-                self._store.read_into(level, self.rows[index], part[position].numpy())
-        if self._target_size_px is not None:
-            parts["target"] = torch.stack([self._target(index) for index in indices])
-        return parts
-
-    def _load(self, report: Callable[[int, int], None]) -> None:
-        """Read every sample into memory, several at a time."""
-        self._levels = {
-            level: self._empty(level, len(self), self._place) for level in self._level_names
-        }
-        if self._target_size_px is not None:
-            side_px = self._target_size_px
-            num_planes = self._store.label_sets[self._label_set].num_planes
-            shape = (len(self), num_planes, side_px, side_px)
-            self._target_NKTT = torch.empty(shape, dtype=torch.uint8, device=self._place)
-
-        def load(index: int) -> None:
-            for level, held in self._levels.items():
-                if held.device.type == "cpu":
-                    self._store.read_into(level, self.rows[index], held[index].numpy())
-                else:
-                    held[index] = torch.from_numpy(self._store.read(level, self.rows[index]))
-            if self._target_NKTT is not None:
-                self._target_NKTT[index] = self._target(index)
-
-        with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as pool:
-            try:
-                futures = [pool.submit(load, index) for index in range(len(self))]
-                for num_done, future in enumerate(as_completed(futures), start=1):
-                    future.result()
-                    report(num_done, len(self))
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _target(self, index: int) -> Tensor:
-        """Return a sample's target, uint8 (K, T, T)."""
-        mask_KHW = self.mask(index)
-        assert mask_KHW is not None
-        assert self._target_size_px is not None
-        if ((mask_KHW > 1) & (mask_KHW != IGNORE_LABEL)).any():
-            raise ConfigError(
-                f"label set {self._label_set} holds class numbers (up to "
-                f"{int(mask_KHW[mask_KHW != IGNORE_LABEL].max())}, sample "
-                f"{self.samples[index].id}); heads learn planes of 0 and 1: store a plane a class"
+            return {name: self._gather(held, indices) for name, held in self._held.items()}, []
+        parts = {
+            record.name: self._buffers[record.name].take(
+                len(indices), record.num_words, pinned=self._device.type == "cuda"
             )
-        return self.letterbox(index).mask_to_target(mask_KHW, self._target_size_px)
+            for record in self._records
+        }
+        arrays = {name: part_BR.numpy() for name, part_BR in parts.items()}
 
-    def _empty(self, level: str, num_samples: int, place: torch.device | str = "cpu") -> Tensor:
-        spec = self._store.levels[level]
-        return torch.empty(
-            (num_samples, *spec.shape), dtype=getattr(torch, spec.dtype), device=place
+        def read(positions: range) -> None:
+            for position in positions:
+                for record in self._records:
+                    record.read_into(self.samples[indices[position]], arrays[record.name][position])
+
+        shares = (range(i, len(indices), NUM_READERS) for i in range(NUM_READERS))
+        return parts, [readers.submit(read, share) for share in shares if share]
+
+    def _gather(self, held_NR: Tensor, indices: Sequence[int]) -> Tensor:
+        """Copy a batch's records out of those held."""
+        if held_NR.device == self._device:
+            at_B = torch.tensor(indices, dtype=torch.int64, device=self._device)
+            return held_NR[at_B]
+        # The GPU fetches each record by itself; at once if the memory is pinned.
+        out_BR = held_NR.new_empty((len(indices), held_NR.shape[1]), device=self._device)
+        for out_R, index in zip(out_BR, indices, strict=True):
+            out_R.copy_(held_NR[index], non_blocking=True)
+        return out_BR
+
+    def _finish(
+        self, indices: Sequence[int], parts: Mapping[str, Tensor], reads: Sequence[Future[None]]
+    ) -> Batch:
+        """Wait until a batch's records are there, and make a batch of them on the device."""
+        for read in reads:
+            read.result()
+        on_device = {
+            name: part_BR.to(self._device, non_blocking=True) for name, part_BR in parts.items()
+        }
+        values = {record.name: record.values(on_device[record.name]) for record in self._records}
+        return Batch(
+            levels={level: values[level] for level in self._level_names},
+            angles_B2=self._angles_N2[indices].to(self._device),
+            content_B2=self._content_N2[indices].to(self._device),
+            target_BKTT=values.get("target"),
+            rows=tuple(self.rows[index] for index in indices),
         )
 
-    @property
-    def _resize_mode(self) -> ResizeMode:
-        for level in self._level_names:
-            mode = self._store.fingerprint(level).fields.get(_RESIZE_MODE_FIELD)
-            if mode in get_args(ResizeMode):
-                return mode  # type: ignore[return-value]
-        return "letterbox"
+    def _place(self, residency: Residency, share_in: Path | None) -> Placement:
+        """Choose where the samples go, and bring them there."""
+        num_bytes, free_bytes = len(self) * self._sample_bytes, self._free_bytes()
+        if "device" in free_bytes and residency in ("auto", "device"):
+            nearest: dict[Residency, int] = {"device": free_bytes["device"]}
+            placement = choose_residency(residency, num_bytes, nearest)
+            if placement.residency == "device":
+                self._load_on_device()
+                return placement
+        private = self._join(share_in) if residency != "stream" else ""
+        try:
+            # What others hold in RAM takes no more of it.
+            shared_bytes = sum(s.size_bytes for s in self._segments.values() if s.is_expected)
+            placement = choose_residency(residency, num_bytes, free_bytes, shared_bytes)
+            if placement.residency == "ram" and self._segments:
+                self._load_shared()
+        except OSError as error:
+            private = f"private ({error.strerror or error})"
+            self._leave()
+            placement = choose_residency(residency, num_bytes, self._free_bytes())
+        except BaseException:
+            self._leave()
+            raise
+        if placement.residency != "ram":
+            self._leave()
+            return placement
+        if not self._segments:
+            self._load_private()
+        whose = "shared with other processes" if self._segments else private
+        if self._segments and not self.loaded_bytes:
+            whose += ", which had loaded it"
+        if self._pins and all(self._pins):
+            whose += ", pinned"
+        return Placement("ram", f"{whose}; {placement.reason}")
+
+    def _join(self, share_in: Path | None) -> str:
+        """Become a user of the memory that processes share; say why where that cannot be."""
+        keys = {record.name: self._key(record) for record in self._records}
+        if not all(keys.values()):
+            return "private (the store is not sealed)"
+        if not len(self):
+            return "private"
+        try:
+            folder = share_in or shared_folder()
+            for record in self._records:
+                size_bytes = len(self) * record.num_words * WORD_BYTES
+                segment = SharedSegment(folder, keys[record.name], size_bytes)
+                self._segments[record.name] = segment
+        except OSError as error:
+            self._leave()
+            return f"private ({error.strerror or error})"
+        return ""
+
+    def _key(self, record: Record) -> str:
+        """Return a hash of all that a record's values depend on; empty if it is not fixed."""
+        if not all(record.identity.values()):
+            return ""
+        content = {
+            **record.identity,
+            "rows": self.rows,
+            "version": installed_version("sam3cache"),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _leave(self) -> None:
+        for segment in self._segments.values():
+            segment.leave()
+        self._segments.clear()
+        self._held.clear()
+        self._pins.clear()
+
+    def _load_on_device(self) -> None:
+        """Bring all samples into the device's memory."""
+        sinks: dict[str, _Sink] = {}
+        for record in self._records:
+            shape = (len(self), record.num_words)
+            held_NR = torch.empty(shape, dtype=torch.int64, device=self._device)
+
+            def put(index: int, words_R: NDArray[np.int64], held_NR: Tensor = held_NR) -> None:
+                held_NR[index] = torch.from_numpy(words_R)
+
+            self._held[record.name] = held_NR
+            sinks[record.name] = _through_scratch(record.num_words, put)
+        self._load(sinks)
+
+    def _load_private(self) -> None:
+        """Bring all samples into memory of this process's own."""
+        sinks: dict[str, _Sink] = {}
+        for record in self._records:
+            # Not torch.empty: numpy asks the system for large pages, which are faster to fill.
+            array_NR = np.empty((len(self), record.num_words), dtype=np.int64)
+
+            def read_into(
+                index: int,
+                read: Callable[[NDArray[np.int64]], None],
+                array_NR: NDArray[np.int64] = array_NR,
+            ) -> None:
+                read(array_NR[index])
+
+            sinks[record.name] = read_into
+            self._hold(record.name, array_NR)
+        self._load(sinks)
+
+    def _load_shared(self) -> None:
+        """Bring what no other process has loaded into shared memory, and map all of it.
+
+        Raises:
+            OSError: when there is no room for it, or it cannot be mapped.
+        """
+
+        def waiting(share: float) -> None:
+            self._report(int(share * len(self)), len(self))
+
+        # In one order for all, so that no two wait for each other.
+        in_order = sorted(self._records, key=self._key)
+        to_load = [r for r in in_order if self._segments[r.name].begin_loading(waiting)]
+        sinks: dict[str, _Sink] = {}
+        for record in to_load:
+            segment, record_bytes = self._segments[record.name], record.num_words * WORD_BYTES
+
+            def put(
+                index: int,
+                words_R: NDArray[np.int64],
+                segment: SharedSegment = segment,
+                record_bytes: int = record_bytes,
+            ) -> None:
+                segment.write(index * record_bytes, words_R)
+
+            sinks[record.name] = _through_scratch(record.num_words, put)
+        self._load(sinks)
+        for record in to_load:
+            self._segments[record.name].finish_loading()
+        # Pinning needs a mapping that could be written to; nobody writes.
+        writable = self._device.type == "cuda"
+        for record in self._records:
+            words = self._segments[record.name].map(writable=writable)
+            self._hold(record.name, words.reshape(len(self), record.num_words))
+
+    def _hold(self, name: str, array_NR: NDArray[np.int64]) -> None:
+        with warnings.catch_warnings():
+            # Of a mapping for reading alone: this tensor is never written to.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self._held[name] = torch.from_numpy(array_NR)
+        if self._device.type == "cuda":
+            self._pins.append(pin(self._held[name]))
+
+    def _load(self, sinks: Mapping[str, _Sink]) -> None:
+        """Read every sample, several at a time, into the sinks of its records."""
+        records = [record for record in self._records if record.name in sinks]
+        if not records:
+            self._report(len(self), len(self))
+            return
+
+        def load(index: int) -> None:
+            for record in records:
+                sinks[record.name](index, partial(record.read_into, self.samples[index]))
+
+        with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as readers:
+            try:
+                futures = [readers.submit(load, index) for index in range(len(self))]
+                for num_done, future in enumerate(as_completed(futures), start=1):
+                    future.result()
+                    self._report(num_done, len(self))
+            finally:
+                readers.shutdown(wait=True, cancel_futures=True)
+        self.loaded_bytes += len(self) * WORD_BYTES * sum(record.num_words for record in records)
 
     def _free_bytes(self) -> dict[Residency, int]:
         """Return the free memory of every place, the nearest first."""
@@ -251,44 +430,30 @@ class CachedSamples:
         free["ram"] = device_memory("cpu").free_bytes
         return free
 
+    @property
     def _sample_bytes(self) -> int:
-        """Return what one sample takes in memory, its target included."""
-        num_bytes = sum(self._store.levels[level].sample_bytes for level in self._level_names)
-        if self._target_size_px is not None:
-            num_planes = self._store.label_sets[self._label_set].num_planes
-            num_bytes += num_planes * self._target_size_px**2
-        return num_bytes
+        """What one sample takes in memory, its target included."""
+        return WORD_BYTES * sum(record.num_words for record in self._records)
 
 
-def choose_residency(
-    wanted: Residency, num_bytes: int, free_bytes: Mapping[Residency, int]
-) -> Residency:
-    """Return where samples go.
+def _resize_mode(store: FeatureStore, levels: Sequence[str]) -> ResizeMode:
+    """Return how pictures were laid on the square, as the levels' fingerprints say."""
+    found: ResizeMode = "letterbox"
+    for level in reversed(levels):
+        mode = store.fingerprint(level).fields.get(_RESIZE_MODE_FIELD)
+        if mode in get_args(ResizeMode):
+            found = mode  # type: ignore[assignment]
+    return found
 
-    Args:
-        wanted: a place, or "auto".
-        num_bytes: what the samples take.
-        free_bytes: free memory by place, the nearest place first; without "device" on the CPU,
-            where "ram" is the device's memory.
 
-    Raises:
-        ConfigError: an unknown place, or one with too little memory.
-    """
-    if wanted not in get_args(Residency):
-        raise ConfigError(
-            f"residency {wanted!r} is unknown; take one of {', '.join(get_args(Residency))}"
-        )
-    if wanted == "stream":
-        return wanted
-    if wanted == "device" and "device" not in free_bytes:
-        wanted = "ram"
-    fits = [place for place, free in free_bytes.items() if num_bytes <= USABLE_SHARE * free]
-    if wanted == "auto":
-        return fits[0] if fits else "stream"
-    if wanted not in fits:
-        raise ConfigError(
-            f"residency {wanted}: the samples take {num_bytes / 1e9:.1f} GB, more than "
-            f"{USABLE_SHARE:.0%} of the {free_bytes[wanted] / 1e9:.1f} GB free; take auto or "
-            "stream, or smaller targets"
-        )
-    return wanted
+def _through_scratch(num_words: int, put: Callable[[int, NDArray[np.int64]], None]) -> _Sink:
+    """Return a sink that reads records into a thread's own memory, and puts them where they go."""
+    scratch = threading.local()
+
+    def sink(index: int, read: Callable[[NDArray[np.int64]], None]) -> None:
+        if not hasattr(scratch, "words_R"):
+            scratch.words_R = np.zeros(num_words, dtype=np.int64)
+        read(scratch.words_R)
+        put(index, scratch.words_R)
+
+    return sink

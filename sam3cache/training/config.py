@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Where a run lies and what it runs on may change between its parts; the rest makes its result.
 # The data do, too, but a hash is no setting that one could resume with.
 _NOT_THE_RESULT = frozenset(
-    {"store", "name", "device", "residency", "allow_unsealed", "data_sha256"}
+    {"store", "overlay", "name", "device", "residency", "allow_unsealed", "data_sha256"}
 )
 
 
@@ -57,6 +57,7 @@ class TrainConfig:
         resume: go on after the last finished epoch of this run.
         overwrite: replace a run of this name.
         allow_unsealed: train on what an unfinished extraction has stored so far.
+        overlay: folder of labels and annotations beside the store, or None.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -82,6 +83,7 @@ class TrainConfig:
     resume: bool = False
     overwrite: bool = False
     allow_unsealed: bool = False
+    overlay: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -127,6 +129,7 @@ class TrainConfig:
         """
         settings = dataclasses.asdict(self) | {
             "store": Path(self.store).resolve().name,
+            "overlay": None if self.overlay is None else Path(self.overlay).resolve().name,
             "head_options": dict(self.head_options),
         }
         del settings["output"], settings["resume"], settings["overwrite"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sam3cache.errors import CheckpointError, ConfigError, HeadError, NumericError
-from sam3cache.features import FeatureStore, StoredSample, open_store
+from sam3cache.features import FeatureStore, StoredSample, open_store, record_data
 from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
     CheckpointInfo,
@@ -66,6 +66,8 @@ class Progress:
         epoch: the present one, from 1; 0 while loading.
         loss: of the latest step; None before the first.
         best_dice: best validation Dice so far; None before the first.
+        num_validated: validation images of this epoch that are done; None while it trains.
+        num_to_validate: of how many.
     """
 
     stage: Literal["load", "train"]
@@ -74,6 +76,8 @@ class Progress:
     epoch: int = 0
     loss: float | None = None
     best_dice: float | None = None
+    num_validated: int | None = None
+    num_to_validate: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class TrainResult:
         gflop: of the head's forward pass over one image; see ``heads.forward_gflop``.
         precision: what the head computed in.
         residency: where the training samples lay.
+        placement: the same with its reason, in words.
         resident_bytes: memory that they took there.
         load_s: time that reading them took.
         elapsed_s: time that training and validation took, over all parts of a resumed run.
@@ -115,6 +120,7 @@ class TrainResult:
     gflop: float
     precision: str
     residency: str
+    placement: str
     resident_bytes: int
     load_s: float
     elapsed_s: float
@@ -151,7 +157,9 @@ class _Run:
         self.config, self.report = config, report
         self.device = pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
-        store = open_store(config.store, allow_unsealed=config.allow_unsealed)
+        store = open_store(
+            config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay
+        )
         if config.feature_precision is not None:
             store.serve(config.feature_precision)
         level_shapes = {name: spec.shape for name, spec in store.served_levels.items()}
@@ -191,6 +199,7 @@ class _Run:
             "num_val": len(with_mask),
             "data_sha256": _data_sha256(store, [*learned, *with_mask], config.label_set),
         }
+        self.data = dataclasses.asdict(record_data(store, config.label_set))
         # Before anything is loaded: what stands against the run is said at once.
         self.state = self._begin(RunState(settings, levels))
 
@@ -262,6 +271,7 @@ class _Run:
             gflop=self.gflop,
             precision=self.precision,
             residency=self.train_samples.residency,
+            placement=self.train_samples.placement,
             resident_bytes=self.train_samples.resident_bytes,
             load_s=self.train_samples.load_s,
             elapsed_s=state.elapsed_s,
@@ -321,7 +331,7 @@ class _Run:
         started_s = time.monotonic()
         train_loss = self._train_epoch(epoch)
         train_s = time.monotonic() - started_s
-        val_dice = self._validate()
+        val_dice = self._validate(epoch, train_loss)
         elapsed_s = self.state.elapsed_s + time.monotonic() - started_s
         learning_rate = self.optimizer.param_groups[0]["lr"]
         metrics = {"train_loss": train_loss, "val_dice": val_dice}
@@ -388,7 +398,13 @@ class _Run:
             )
         return mean_loss
 
-    def _report_train(self, epoch: int, num_done: int, loss: float | None = None) -> None:
+    def _report_train(
+        self,
+        epoch: int,
+        num_done: int,
+        loss: float | None = None,
+        num_validated: int | None = None,
+    ) -> None:
         self.report(
             Progress(
                 "train",
@@ -397,6 +413,8 @@ class _Run:
                 epoch=epoch,
                 loss=loss,
                 best_dice=self.state.best_dice if self.state.best_epoch else None,
+                num_validated=num_validated,
+                num_to_validate=len(self.val_samples),
             )
         )
 
@@ -421,7 +439,7 @@ class _Run:
         return logits_BKHW.float()
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self, epoch: int, train_loss: float) -> float:
         """Return the mean over images of Dice, each on its mask's own grid.
 
         A plane that is empty in both mask and prediction has no Dice, and an image without any
@@ -442,6 +460,7 @@ class _Run:
                 if dice:
                     dice_by_image.append(sum(dice) / len(dice))
                 index += 1
+            self._report_train(epoch, epoch * len(self.train_samples), train_loss, index)
         return sum(dice_by_image) / len(dice_by_image)
 
     def _info(self, epoch: int, metrics: dict[str, float]) -> CheckpointInfo:
@@ -455,6 +474,7 @@ class _Run:
             metrics=metrics,
             settings=self.state.settings,
             trained_on=self.trained_on,
+            data=self.data,
             seed=self.config.seed,
             threshold=THRESHOLD,
         )
@@ -481,8 +501,8 @@ def _num_planes(store: FeatureStore, config: TrainConfig) -> int:
     if config.label_set not in store.label_sets:
         raise ConfigError(
             f"{config.store} has no label set {config.label_set!r} (it has "
-            f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or give masks "
-            "in the manifest and extract again"
+            f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or set it "
+            f"with `sam3cache store labels set {config.store} {config.label_set} --from MANIFEST`"
         )
     return store.label_sets[config.label_set].num_planes
 

@@ -28,6 +28,7 @@ def test_the_only_store_is_found_and_the_summary_says_what_comes_next(
     assert "Checkpoint: checkpoints/film-conv/best" in result.stdout
     assert "Next: sam3cache eval features/x.zarr checkpoints/film-conv" in result.stdout
     assert "1 samples without a mask were left out" in result.stdout
+    assert "Samples: ram, shared with other processes; " in result.stdout
     assert "Training: 2/2 images" in result.stderr
     assert Path("checkpoints/film-conv/best/model.safetensors").exists()
 

@@ -52,7 +52,7 @@ def finished(store: Path) -> dict[str, int]:
     """Shards of finished blocks with their times of change."""
     found = {}
     for receipt in (store / "receipts").glob("levels.fpn_72/*.json"):
-        for key, _, _ in json.loads(receipt.read_bytes())["shards"]:
+        for key, *_ in json.loads(receipt.read_bytes())["shards"]:
             found[key] = (store / key).stat().st_mtime_ns
     return found
 
@@ -150,6 +150,8 @@ def test_a_level_added_later_leaves_the_others_as_they_are(pictures, undisturbed
     store = tmp_path / "x.zarr"
     shutil.copytree(undisturbed, store)
     before = files_of(store)
+    times = {name: (store / name).stat().st_mtime_ns for name in before if "/c/" in name}
+    receipts = dict(open_store(store).receipts)
     result = extract(
         ExtractConfig(
             pictures, store, levels=("image_1008",), backbone="sam3-mini", devices=DEVICES
@@ -158,7 +160,18 @@ def test_a_level_added_later_leaves_the_others_as_they_are(pictures, undisturbed
     assert result.sealed
     after = files_of(store)
     assert {name: after[name] for name in before} == before
+    # Only the new level was written: shards of the old one, and of masks, were not even touched.
+    assert {name: (store / name).stat().st_mtime_ns for name in times} == times
     added = open_store(store)
+    new_items = {"levels.image_1008"}
+    assert {key for key in added.receipts if key not in receipts} == {
+        (item, block) for item in new_items for block in (0, 1)
+    }
+    old_items = {"levels.fpn_72", "labels.mask"}
+    assert {k: r for k, r in added.receipts.items() if k[0] in old_items} == {
+        k: r for k, r in receipts.items() if k[0] in old_items
+    }
+    assert added.samples == open_store(undisturbed).samples
     assert list(added.levels) == ["fpn_72", "image_1008"]
     picture = added.read("image_1008", 0)
     assert picture.shape == (1, 1008, 1008)
@@ -175,4 +188,5 @@ def test_features_of_two_kinds_are_never_mixed(pictures, undisturbed, tmp_path, 
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1 + run.stderr.count("Checking")
     assert "numeric_path: fp32 → bf16; preprocessing.resize_mode: letterbox → squash" in run.stderr
+    assert "repeat the command with --numeric-path fp32 --resize letterbox, or" in run.stderr
     assert open_store(store).sealed

@@ -1,18 +1,22 @@
 """Samples held in memory or streamed from disk come out the same, in the same order."""
 
+import gc
 import math
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from store_builder import build_store
 
 from sam3cache.errors import ConfigError, CorruptStoreError, MissingSampleError
 from sam3cache.features import FeatureStore, open_store
-from sam3cache.loading import CachedSamples, Residency
-from sam3cache.loading.cached import choose_residency
+from sam3cache.loading import CachedSamples, Residency, choose_residency
+from sam3cache.loading.cached import MAX_READ_AHEAD
 from sam3cache.records import Batch
 
 LEVELS = ("fpn_72", "image_1008")
@@ -120,7 +124,8 @@ def test_loading_reports_its_progress_its_size_and_its_time(store: FeatureStore)
         store, all_rows(store), LEVELS, target_size_px=18, report=lambda *n: seen.append(n)
     )
     assert seen == [(n, 18) for n in range(1, 19)]
-    assert samples.resident_bytes == 18 * (2 * 4 * 9 * 9 + 21 * 21 + 18 * 18)
+    # Each in whole words of 8 bytes: 2 · 4 · 9 · 9, 21 · 21 + 7 and 18 · 18 + 4.
+    assert samples.resident_bytes == samples.loaded_bytes == 18 * (648 + 448 + 328)
     assert samples.load_s > 0
 
 
@@ -141,7 +146,27 @@ def test_loading_reports_its_progress_its_size_and_its_time(store: FeatureStore)
 def test_samples_lie_as_near_as_they_fit_with_a_margin(
     wanted: Residency, free_bytes: dict[Residency, int], expected: Residency
 ) -> None:
-    assert choose_residency(wanted, 700, free_bytes) == expected
+    assert choose_residency(wanted, 700, free_bytes).residency == expected
+
+
+def test_what_other_processes_hold_in_ram_needs_no_room() -> None:
+    free_bytes: dict[Residency, int] = {"device": 100, "ram": 100}
+    assert choose_residency("auto", 700, free_bytes, 700).residency == "ram"
+    assert choose_residency("auto", 700, free_bytes, 629).residency == "stream"
+    assert choose_residency("ram", 700, free_bytes, 630).residency == "ram"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "free_gb", "expected"),
+    [
+        ("auto", 20, "ram, 12.3 GB fit in 70% of the 20.0 GB free"),
+        ("auto", 10, "stream, as 12.3 GB do not fit in 70% of the 10.0 GB free"),
+        ("ram", 20, "ram, as asked"),
+        ("stream", 20, "stream, as asked"),
+    ],
+)
+def test_a_choice_says_why(wanted: Residency, free_gb: int, expected: str) -> None:
+    assert str(choose_residency(wanted, 12_300_000_000, {"ram": free_gb * 10**9})) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,23 +196,63 @@ def test_what_the_store_lacks_is_refused(
         CachedSamples(store, rows, levels)
 
 
-@pytest.mark.parametrize("residency", ["ram", "stream"])
-def test_damaged_features_stop_loading(
-    store: FeatureStore, tmp_path: Path, residency: Residency
-) -> None:
-    root = tmp_path / "damaged.zarr"
+def damaged(store: FeatureStore, root: Path, spoil: Callable[[Path], None]) -> FeatureStore:
+    """A copy of the store whose second shard of fpn_72 is spoilt."""
     shutil.copytree(store.path, root)
-    shard = root / "levels" / "fpn_72" / "c" / "0" / "0" / "0" / "0"
+    spoil(root / "levels" / "fpn_72" / "c" / "1" / "0" / "0" / "0")
+    return open_store(root)
+
+
+def flip_a_byte(shard: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    damaged = open_store(root)
+
+
+@pytest.mark.parametrize("residency", ["ram", "stream"])
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (flip_a_byte, r"fpn_72.c.1.0.0.0 is damaged .* does not match its checksum"),
+        (Path.unlink, r"fpn_72.c.1.0.0.0 is missing"),
+    ],
+)
+def test_damaged_features_stop_loading_and_are_named(
+    store: FeatureStore,
+    tmp_path: Path,
+    residency: Residency,
+    spoil: Callable[[Path], None],
+    expected: str,
+) -> None:
+    opened = damaged(store, tmp_path / "damaged.zarr", spoil)
+    seen = []
 
     def go_through() -> None:
-        list(CachedSamples(damaged, range(4), ["fpn_72"], residency=residency).iterate(2))
+        samples = CachedSamples(
+            opened, all_rows(opened), ["fpn_72"], residency=residency, share_in=tmp_path / "shared"
+        )
+        seen.extend(batch.rows[0] for batch in samples.iterate(1))
 
-    with pytest.raises(CorruptStoreError, match="does not match its checksum"):
+    with pytest.raises(CorruptStoreError, match=expected):
         go_through()
+    # Batches before the damage come, none after it; and nothing stays behind.
+    assert seen == ([] if residency == "ram" else list(range(16)))
+    assert not [t for t in threading.enumerate() if t.name.startswith("sam3cache-loading")]
+    gc.collect()
+    assert not list((tmp_path / "shared").glob("*.*"))
+
+
+def test_a_stream_reads_only_so_far_ahead(store: FeatureStore, tmp_path: Path) -> None:
+    opened = damaged(store, tmp_path / "x.zarr", lambda shard: None)
+    samples = CachedSamples(opened, all_rows(opened), ["fpn_72"], residency="stream")
+    batches = samples.iterate(1)
+    next(batches)
+    time.sleep(0.2)
+    # Had a reader been there already, it would know this shard's index.
+    (opened.path / "levels" / "fpn_72" / "c" / "1" / "0" / "0" / "0").unlink()
+    assert [next(batches).rows for _ in range(7)] == [(row,) for row in range(1, 8)]
+    with pytest.raises(CorruptStoreError, match="is missing"):
+        list(batches)
 
 
 def test_no_samples_give_no_batches(store: FeatureStore) -> None:
@@ -204,6 +269,58 @@ def test_a_stream_that_is_left_early_ends_its_threads(store: FeatureStore) -> No
     assert not any(name.startswith("sam3cache-loading") for name in names)
 
 
+def test_memory_of_a_batch_is_used_again_only_once_nobody_sees_it(store: FeatureStore) -> None:
+    samples = CachedSamples(store, all_rows(store), ["fpn_72"], residency="stream")
+    expected = [torch.from_numpy(store.read("fpn_72", row)) for row in samples.rows]
+
+    # Of each batch only a part of a tensor is kept, on which the memory hangs nevertheless.
+    kept = [batch.levels["fpn_72"][0, 1:3] for _ in range(3) for batch in samples.iterate(1)]
+    assert all(torch.equal(part, expected[i % NUM_SAMPLES][1:3]) for i, part in enumerate(kept))
+    assert len({part.data_ptr() for part in kept}) == len(kept)
+
+    places = [batch.levels["fpn_72"].data_ptr() for _ in range(3) for batch in samples.iterate(1)]
+    assert len(set(places)) <= MAX_READ_AHEAD + 2
+
+
+PRECISIONS = ("fpn_72", "fpn_72.int8", "fpn_72.bf16", "fpn_72.r7")
+
+
+@pytest.fixture(scope="module")
+def precise_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Levels of every kind; 63 values a channel, so that records need padding."""
+    return build_store(
+        tmp_path_factory.mktemp("precise") / "x.zarr",
+        level_shapes=dict.fromkeys(PRECISIONS, (3, 9, 7)),
+    )
+
+
+@pytest.mark.parametrize("residency", ["ram", "stream"])
+def test_a_level_of_fewer_bits_lies_as_it_is_stored_and_is_handed_out_as_it_reads(
+    precise_store: Path, residency: Residency
+) -> None:
+    opened = open_store(precise_store)
+    samples = CachedSamples(opened, [4, 1, 3], PRECISIONS, residency=residency)
+    (batch,) = samples.iterate(3)
+    for level in PRECISIONS:
+        expected = np.stack([opened.read(level, row) for row in batch.rows])
+        assert torch.equal(batch.levels[level].float(), torch.from_numpy(expected).float())
+    dtypes = [batch.levels[level].dtype for level in PRECISIONS]
+    assert dtypes == [torch.float16, torch.float16, torch.bfloat16, torch.float16]
+    if residency == "ram":
+        # float16 and its like 378 bytes, int8 189 and three scales of 4, in words of 8.
+        assert samples.resident_bytes == 3 * (384 + 208 + 384 + 384)
+
+
+def test_a_head_gets_its_level_in_the_precision_that_the_store_serves(precise_store: Path) -> None:
+    opened = open_store(precise_store)
+    opened.serve("int8")
+    samples = CachedSamples(opened, [2], ["fpn_72"])
+    assert torch.equal(
+        samples.batch([0]).levels["fpn_72"][0], torch.from_numpy(opened.read("fpn_72.int8", 2))
+    )
+    assert samples.resident_bytes == 208
+
+
 @pytest.mark.gpu
 def test_a_gpu_gets_the_same_batches_from_everywhere(store: FeatureStore) -> None:
     reference = epoch_of(CachedSamples(store, all_rows(store), LEVELS, target_size_px=18), epoch=1)
@@ -212,6 +329,8 @@ def test_a_gpu_gets_the_same_batches_from_everywhere(store: FeatureStore) -> Non
             store, all_rows(store), LEVELS, device="cuda", residency=residency, target_size_px=18
         )
         assert samples.residency == residency
+        # Memory that the GPU fetches from by itself.
+        assert ("pinned" in samples.placement) == (residency == "ram")
         for expected, batch in zip(reference, epoch_of(samples, epoch=1), strict=True):
             assert batch.levels["fpn_72"].is_cuda
             assert torch.equal(batch.levels["fpn_72"].cpu(), expected.levels["fpn_72"])

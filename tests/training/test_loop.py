@@ -92,6 +92,10 @@ def test_a_run_learns_and_writes_what_is_needed_to_use_it(store: Path, tmp_path:
     assert {report.stage for report in reports} == {"load", "train"}
     assert (reports[-1].num_done, reports[-1].num_total) == (64, 64)
     assert reports[-1].best_dice == result.best_dice
+    # Validation moves as well: eight images an epoch, by batches.
+    validated = [r.num_validated for r in reports if r.num_validated is not None]
+    assert validated == sorted(set(validated)) * 8
+    assert (validated[-1], reports[-1].num_to_validate) == (8, 8)
 
     for folder, epoch in (("best", result.best_epoch), ("last", 8)):
         info = read_record(result.run_dir / folder)

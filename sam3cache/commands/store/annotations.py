@@ -1,0 +1,216 @@
+"""``sam3cache store annotations``: splits, groups, angles and other columns, corrected."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sam3cache.commands.extract import SET_ASIDE_EXIT_CODE
+
+if TYPE_CHECKING:
+    from sam3cache.features import FeatureStore, StoredSample
+
+_STORE = click.argument("store", type=click.Path(path_type=Path))
+_OVERLAY = click.option(
+    "--overlay",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps annotations beside a store that is not to be written.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+@click.group("annotations")
+def annotations_() -> None:
+    """Correct splits, groups, angles and other columns, without touching a feature.
+
+    \b
+    Examples:
+      sam3cache store annotations show features/angio.zarr > angio.csv    (to edit)
+      sam3cache store annotations set features/angio.zarr --from angio.csv
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+
+
+@annotations_.command("set")
+@_STORE
+@click.option(
+    "--from",
+    "manifest",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="CSV with a column id or image, and those to correct.",
+)
+@click.option(
+    "--columns",
+    type=click.Path(path_type=Path),
+    help="TOML file that says which column of the CSV is what (docs/data.md).",
+)
+@click.option("--only", default="", help="Set these alone, such as split,group.")
+@_OVERLAY
+@_JSON
+def set_(
+    store: Path,
+    manifest: Path,
+    columns: Path | None,
+    only: str,
+    overlay: Path | None,
+    as_json: bool,
+) -> None:
+    """Set annotations of STORE as a CSV has them: split, group, angles, any other column.
+
+    Rows belong to samples by their id, else by image and frame. Columns that the CSV lacks, and
+    samples that it does not name, stay as they are. A row that cannot be used is listed, and the
+    exit code is then 3. `sam3cache extract` run again takes all annotations from its own manifest.
+
+    \b
+    Examples:
+      sam3cache store annotations set features/angio.zarr --from corrected.csv
+      sam3cache store annotations set features/angio.zarr --from folds.csv --only split
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.extract.relabel import AnnotationsConfig, set_annotations
+
+    result = set_annotations(
+        AnnotationsConfig(
+            store=store,
+            manifest=manifest,
+            columns=columns,
+            only=tuple(name.strip() for name in only.split(",") if name.strip()),
+            overlay=overlay,
+        )
+    )
+    for aside in result.set_aside:
+        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
+    for group in result.leaks:
+        click.echo(f"warning: group {group} is in more than one split", err=True)
+    if result.num_moved:
+        click.echo(
+            f"warning: {result.num_moved} samples were in the training split and are no longer; "
+            "heads trained until now have seen them",
+            err=True,
+        )
+    if as_json:
+        record = asdict(result) | {"store": result.store.as_posix()}
+        click.echo(json.dumps(record, indent=2))
+    else:
+        changes = ", ".join(f"{name} of {num}" for name, num in result.num_changed.items() if num)
+        click.echo(
+            f"{result.store.as_posix()}: {result.num_matched} of {result.num_samples} samples are "
+            f"in {manifest.name}; changed: {changes or 'nothing'}."
+        )
+    if result.set_aside:
+        raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
+
+
+@annotations_.command("list")
+@_STORE
+@_OVERLAY
+@_JSON
+def list_(store: Path, overlay: Path | None, as_json: bool) -> None:
+    """List the annotations of STORE, with counts.
+
+    \b
+    Example:
+      sam3cache store annotations list features/angio.zarr
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.features import open_store
+
+    counts = _counts(open_store(store, overlay=overlay))
+    if as_json:
+        click.echo(json.dumps(counts, indent=2))
+        return
+    for name, entry in counts.items():
+        values = ", ".join(f"{value} {num}" for value, num in entry.get("counts", {}).items())
+        distinct = f", {entry['num_distinct']} different" if "num_distinct" in entry else ""
+        detail = f" ({values})" if values else ""
+        click.echo(f"{name}: {entry['num_known']} known{distinct}{detail}")
+
+
+_MAX_VALUES_COUNTED = 10
+
+
+def _counts(store: FeatureStore) -> dict[str, Any]:
+    samples = store.samples
+    extra = sorted({name for sample in samples for name in sample.extra})
+    texts = {"split": [s.split for s in samples], "group": [s.group for s in samples]}
+    texts |= {name: [s.extra.get(name, "") for s in samples] for name in extra}
+    angles = {
+        "primary_angle": [s.primary_angle_deg for s in samples],
+        "secondary_angle": [s.secondary_angle_deg for s in samples],
+    }
+    counts: dict[str, Any] = {}
+    for name, values in texts.items():
+        number = Counter(value for value in values if value)
+        counts[name] = {"num_known": number.total(), "num_distinct": len(number)}
+        if len(number) <= _MAX_VALUES_COUNTED:
+            counts[name]["counts"] = dict(sorted(number.items()))
+    for name, degrees in angles.items():
+        counts[name] = {"num_known": sum(not math.isnan(value) for value in degrees)}
+    return counts
+
+
+@annotations_.command("show")
+@_STORE
+@_OVERLAY
+@_JSON
+def show(store: Path, overlay: Path | None, as_json: bool) -> None:
+    """Print the annotations of STORE as a CSV, which `annotations set` takes back.
+
+    \b
+    Example:
+      sam3cache store annotations show features/angio.zarr > angio.csv
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.features import open_store
+
+    samples = open_store(store, overlay=overlay).samples
+    extra = sorted({name for sample in samples for name in sample.extra})
+    lines = [_line(sample, extra) for sample in samples]
+    if as_json:
+        click.echo(json.dumps(lines, indent=2))
+        return
+    text = io.StringIO()
+    fields = ["id", "split", "group", "primary_angle", "secondary_angle", *extra]
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    click.echo(text.getvalue(), nl=False)
+
+
+def _line(sample: StoredSample, extra: list[str]) -> dict[str, Any]:
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    return {
+        "id": sample.id,
+        "split": sample.split,
+        "group": sample.group,
+        "primary_angle": known(sample.primary_angle_deg),
+        "secondary_angle": known(sample.secondary_angle_deg),
+        **{name: sample.extra.get(name, "") for name in extra},
+    }
+
+
+@annotations_.command("remove")
+@_STORE
+@click.argument("column")
+@_OVERLAY
+def remove(store: Path, column: str, overlay: Path | None) -> None:
+    """Remove one of STORE's other columns.
+
+    \b
+    Example:
+      sam3cache store annotations remove features/angio.zarr phase
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.extract.relabel import remove_annotation
+
+    num_values = remove_annotation(store, column, overlay)
+    click.echo(
+        f"{(overlay or store).as_posix()}: column {column} is removed; {num_values} samples had a "
+        "value in it."
+    )

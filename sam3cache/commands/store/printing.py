@@ -1,0 +1,89 @@
+"""What the commands of ``sam3cache store`` share: lists in options, sizes, tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sam3cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sam3cache.features.copying import CopyResult
+
+
+def names_of(option: str, text: str | None) -> list[str] | None:
+    """Return the names of a comma-separated option; None when it was not given.
+
+    Raises:
+        ConfigError: when it names nothing.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"{option} {text!r} names nothing; write names with commas between them")
+    return names
+
+
+def label_sets_of(text: str | None) -> list[str] | None:
+    """Return the names of ``--label-sets``, of which "none" means no masks at all."""
+    names = names_of("--label-sets", text)
+    return [] if names == ["none"] else names
+
+
+def size_text(size_bytes: int) -> str:
+    """Write a number of bytes with the unit that suits it."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.3g} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def table(*columns: str) -> Table:
+    """Return an empty table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def echo_json(result: Any) -> None:
+    """Print a result's fields as JSON, with paths as text."""
+    fields = {
+        name: value.as_posix() if isinstance(value, Path) else value
+        for name, value in asdict(result).items()
+    }
+    click.echo(json.dumps(fields, indent=2))
+
+
+def print_copy(result: CopyResult, as_json: bool) -> None:
+    """Say what a copy has made, with its warnings on stderr."""
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        echo_json(result)
+        return
+    earlier = result.num_samples - result.num_copied
+    copied = f"copied in {result.elapsed_s:.1f} s"
+    if not result.num_copied:
+        copied = "all of them there already"
+    elif earlier:
+        copied = f"{result.num_copied} {copied}, {earlier} before"
+    masks = f", masks {', '.join(result.label_sets)}" if result.label_sets else ", no masks"
+    click.echo(f"{result.store}: {result.num_samples} samples, sealed; {copied}.")
+    click.echo(f"Levels {', '.join(result.levels)}{masks}: {size_text(result.size_bytes)}.")
+    if result.num_left_behind:
+        click.echo(
+            f"{result.num_left_behind} samples were set aside, and stayed behind: there is nothing "
+            "of them to copy."
+        )

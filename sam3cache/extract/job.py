@@ -1,0 +1,356 @@
+"""What an extraction has to do: decided from a manifest and a store, without changing either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sam3cache import runtime
+from sam3cache.errors import ManifestError, StoreError
+from sam3cache.extract.config import IMAGE_LEVEL, LABEL_SET, ExtractConfig, ExtractProgress
+from sam3cache.extract.levels import Levels, find_digest, is_of_tower, make_settings, plan_levels
+from sam3cache.extract.rows import (
+    PixelHashes,
+    RowPlan,
+    Wanted,
+    hash_changed,
+    plan_rows,
+    probe_all,
+)
+from sam3cache.extract.state import StoreState
+from sam3cache.extract.worker import BlockTask, WorkerSetup
+from sam3cache.features import (
+    LabelSetSpec,
+    SampleRow,
+    block_of,
+    describe_store,
+    is_described,
+    merge_sample_facts,
+    missing_items,
+    read_label_set_spec,
+)
+from sam3cache.images import Manifest, read_manifest
+
+Report = Callable[[ExtractProgress], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, as far as files tell, whatever state the store is in.
+
+    Attributes:
+        config: what to do.
+        seed: of the split.
+        manifest: as it was read.
+        wanted: its samples, and what their files' headers say.
+        hashes: of pictures that had to be decoded to be compared.
+        digest: of the weights.
+    """
+
+    config: ExtractConfig
+    seed: int
+    manifest: Manifest
+    wanted: list[Wanted]
+    hashes: PixelHashes
+    digest: str
+
+
+def read_request(
+    config: ExtractConfig, state: StoreState, report: Report, *, digest: str | None = None
+) -> Request:
+    """Read the manifest and look at its files.
+
+    Args:
+        config: what to do.
+        state: of the store; files that are as it recorded need no look.
+        report: called often, from this thread, with how far it is.
+        digest: of the weights; they are hashed unless it is given.
+
+    Raises:
+        ManifestError: when the manifest is unusable, or none of its images can be read.
+        ConfigError: when a level or the backbone is unknown.
+        FingerprintError: when another backbone made the store.
+        WeightsError: when the weights are absent or not the backbone's.
+    """
+    seed = find_seed(config, state.description)
+    manifest = read_manifest(config.manifest, config.columns, seed=seed)
+    wanted = probe_all(
+        manifest.samples, manifest.set_aside, _stage(report, "checking"), state.stored
+    )
+    require_some(config, wanted)
+    if digest is None:
+        digest = find_digest(config, state.description)
+    hashes = hash_changed(state.stored, wanted, _stage(report, "comparing"))
+    return Request(config, seed, manifest, wanted, hashes, digest)
+
+
+def require_some(config: ExtractConfig, wanted: Sequence[Wanted]) -> None:
+    """Refuse a manifest of which nothing can be read.
+
+    Raises:
+        ManifestError: when that is so.
+    """
+    if all(item.info is None for item in wanted):
+        raise ManifestError(
+            f"{config.manifest}: none of its {len(wanted)} samples can be used, the first because: "
+            f"{wanted[0].reason}; correct the manifest or its files"
+        )
+
+
+def num_channels_of(wanted: Sequence[Wanted]) -> int:
+    """Return the channels that a level of these pictures has: 3 if any has colour."""
+    return max(item.info.num_channels for item in wanted if item.info)
+
+
+def require_folder(root: Path) -> None:
+    """Refuse an output that is no folder.
+
+    Raises:
+        StoreError: when that is so.
+    """
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"{root} is a file; give -o a folder, such as features/NAME.zarr")
+
+
+def find_seed(config: ExtractConfig, description: Mapping[str, Any] | None) -> int:
+    """Return the seed of the split: the one that is asked for, else the store's, else 0."""
+    if config.seed is not None:
+        return config.seed
+    return 0 if description is None else int(description["settings"].get("seed", 0))
+
+
+def _stage(report: Report, stage: Literal["checking", "comparing"]) -> Callable[[int, int], None]:
+    return lambda num_done, num_total: report(ExtractProgress(stage, num_done, num_total, {}))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done to a store, given the state that it is in.
+
+    Attributes:
+        config: what was asked for.
+        settings: the store's provenance.
+        plan: the tables.
+        levels: every level.
+        label_set: the masks' set, or None without masks.
+        label_sets: every set that the store has or shall have, that one too, by name.
+        state: the store, as it was looked at last.
+        tasks: blocks that lacked something then.
+        num_relabelled: stored masks that come from another file, or another state of it, than now.
+        num_reannotated: samples whose split, group, angles or other columns change.
+    """
+
+    config: ExtractConfig
+    settings: Mapping[str, Any]
+    plan: RowPlan
+    levels: Levels
+    label_set: LabelSetSpec | None
+    label_sets: Mapping[str, LabelSetSpec]
+    state: StoreState
+    tasks: tuple[BlockTask, ...] = ()
+    num_relabelled: int = 0
+    num_reannotated: int = 0
+
+    def at(self, state: StoreState) -> Job:
+        """Return the job with what is still to be done of it, given the store as it is now."""
+        return replace(self, state=state, tasks=_tasks(self, state))
+
+    def describe(self) -> Job:
+        """Bring the store's description up to date; hold :func:`store_lock`.
+
+        Raises:
+            OSError: when the disk is full or read-only.
+        """
+        described: dict[str, Any] = {
+            "settings": self.settings,
+            "levels": self.levels,
+            "label_sets": self.label_sets,
+            "samples": self.plan.rows,
+            "annotations": self.plan.annotations,
+        }
+        stored = (self.state.rows, self.state.annotations)
+        if is_described(self.state.root, **described, stored=stored) and not (
+            self.tasks and self.state.sealed
+        ):
+            return self
+        describe_store(self.state.root, **described)
+        return replace(self, state=self.state.redescribed(self.plan.rows))
+
+    def setups(self) -> tuple[WorkerSetup, ...]:
+        """Return a worker for each device."""
+        return make_setups(self.config, self.settings, self.levels, self.label_set)
+
+
+def plan_job(request: Request, state: StoreState) -> Job:
+    """Decide what is to be done; nothing is written.
+
+    Raises:
+        FingerprintError: when the store's features were made differently.
+        StoreError: when the folder is something else than a store, or a store of other images.
+    """
+    root, description, config = state.root, state.description, request.config
+    if description is None and root.exists() and _foreign_files(root):
+        raise StoreError(
+            f"{root} is not empty and not a feature store; give -o a new folder, such as "
+            "features/NAME.zarr"
+        )
+    settings = make_settings(config, request.seed, description)
+    wanted = request.wanted
+    num_channels = num_channels_of(wanted)
+    levels = plan_levels(config, description, settings, request.digest, num_channels)
+    if IMAGE_LEVEL in levels:
+        wanted = [_fit_channels(item, levels[IMAGE_LEVEL][0].shape[0]) for item in wanted]
+    plan = plan_rows(state.stored, wanted, request.hashes, state.splits())
+    _require_common_picture(state, config, wanted, plan)
+    label_set = _label_set(state, plan)
+    label_sets = {
+        name: read_label_set_spec(root, name)
+        for name in (() if description is None else description["label_sets"])
+    }
+    if label_set is not None:
+        label_sets[label_set.name] = label_set
+    job = Job(config, settings, plan, levels, label_set, label_sets, state)
+    return replace(
+        job.at(state),
+        num_relabelled=_num_relabelled(state, plan),
+        num_reannotated=_num_reannotated(state, plan),
+    )
+
+
+def _require_common_picture(
+    state: StoreState, config: ExtractConfig, wanted: list[Wanted], plan: RowPlan
+) -> None:
+    """Refuse a manifest that has nothing to do with the store: mostly a slip in -o."""
+    stored = {row.source for row in state.rows if row.status == "ok"}
+    if stored and plan.num_kept == 0 and stored.isdisjoint(item.sample.source for item in wanted):
+        raise StoreError(
+            f"none of the {len(stored)} images in {state.root} is in {config.manifest}, under "
+            "whatever name, so that all would be given up; give -o another folder, or the manifest "
+            "that this store was made from"
+        )
+
+
+def _num_relabelled(state: StoreState, plan: RowPlan) -> int:
+    """Count the stored masks that come from another file, or another state of it, than now."""
+    stored = state.masks
+    return sum(
+        (stored[row].source, stored[row].size_bytes, stored[row].mtime_ns)
+        != (mask.source, mask.size_bytes, mask.mtime_ns)
+        for row, mask in plan.masks.items()
+        if row in stored
+    )
+
+
+def _num_reannotated(state: StoreState, plan: RowPlan) -> int:
+    """Count the stored samples that the manifest says something else of than the store."""
+    stored = {note.row: note for note in state.annotations}
+    return sum(
+        replace(stored[note.row], id=note.id) != note
+        for note in plan.annotations
+        if note.row in stored
+    )
+
+
+def _fit_channels(item: Wanted, num_channels: int) -> Wanted:
+    """Set a colour picture aside where the store's picture level is grey."""
+    if item.info is None or item.info.num_channels <= num_channels:
+        return item
+    return replace(
+        item,
+        info=None,
+        reason=f"{item.sample.source} has colour, and level {IMAGE_LEVEL} of this store is grey; "
+        "save the picture as grey, or extract everything into a new store",
+    )
+
+
+def _foreign_files(root: Path) -> list[Path]:
+    """Return what a crash of our own, before the description was written, cannot have left."""
+    ours = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
+    ours |= {"samples.parquet", "annotations.parquet"}
+    return [
+        path
+        for path in root.iterdir()
+        if path.name not in ours and path.suffix != runtime.TEMPORARY_SUFFIX
+    ]
+
+
+def _label_set(state: StoreState, plan: RowPlan) -> LabelSetSpec | None:
+    """Return the label set, large enough for every mask of the manifest."""
+    present = [
+        item.mask for item in plan.owners.values() if item.mask is not None and item.mask.present
+    ]
+    stored = state.description is not None and LABEL_SET in state.description["label_sets"]
+    if not present and not stored:
+        return None
+    height_px = max((mask.height_px for mask in present), default=1)
+    width_px = max((mask.width_px for mask in present), default=1)
+    if stored:
+        old = read_label_set_spec(state.root, LABEL_SET)
+        height_px, width_px = max(height_px, old.height_px), max(width_px, old.width_px)
+    return LabelSetSpec(LABEL_SET, ("foreground",), height_px, width_px)
+
+
+def make_setups(
+    config: ExtractConfig,
+    settings: Mapping[str, Any],
+    levels: Levels,
+    label_set: LabelSetSpec | None,
+) -> tuple[WorkerSetup, ...]:
+    """Return a worker for each device.
+
+    Args:
+        config: what to do; its output is where the workers write.
+        settings: the store's provenance.
+        levels: every level.
+        label_set: the masks' set, or None without masks.
+    """
+    num_threads = max(1, runtime.num_cpu_cores() // len(config.devices))
+    of_tower = [fingerprint for name, (_, fingerprint) in levels.items() if is_of_tower(name)]
+    setups = []
+    for number, device in enumerate(config.devices):
+        shared = config.devices.count(device) > 1
+        setups.append(
+            WorkerSetup(
+                root=config.output,
+                name=f"{device} #{number}" if shared else device,
+                device=device,
+                num_threads=num_threads,
+                backbone=config.backbone,
+                weights=config.weights,
+                weights_sha256=str(of_tower[0].fields["weights_sha256"]) if of_tower else "",
+                numeric_path="bf16"
+                if of_tower and of_tower[0].fields["numeric_path"] == "bf16"
+                else "fp32",
+                batch_size=settings["batch_size"],
+                resize_mode=config.resize_mode,
+                levels=levels,
+                label_set=label_set,
+            )
+        )
+    return tuple(setups)
+
+
+def _tasks(job: Job, state: StoreState) -> tuple[BlockTask, ...]:
+    """Return the blocks that lack something, and what."""
+    rows = merge_sample_facts(job.plan.rows, state.receipts)
+    masks = job.plan.masks
+    label_sources = {} if job.label_set is None else {job.label_set.name: masks}
+    missing = missing_items(
+        rows, state.receipts, state.root, levels=job.levels, label_sources=label_sources
+    )
+    members: dict[int, list[SampleRow]] = {block: [] for block in missing}
+    for row in rows:
+        if row.status in ("pending", "ok") and block_of(row.row) in members:
+            members[block_of(row.row)].append(row)
+    return tuple(
+        BlockTask(
+            block,
+            items,
+            tuple(members[block]),
+            {row.row: job.plan.owners[row.row].sample for row in members[block]},
+            {row.row: masks[row.row] for row in members[block]},
+        )
+        for block, items in sorted(missing.items())
+    )

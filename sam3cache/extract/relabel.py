@@ -1,0 +1,472 @@
+"""Labels and annotations of a store, set anew from a manifest; features stay as they are.
+
+Shape legend: K planes, H height, W width of a mask.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam3cache.errors import ConfigError, ImageError, ManifestError, StoreError
+from sam3cache.extract.matching import match_samples
+from sam3cache.features import (
+    AnnotationRow,
+    FeatureStore,
+    LabelRow,
+    LabelSetSpec,
+    StoredSample,
+    block_of,
+    make_overlay,
+    open_store,
+    open_to_change,
+    put_label_set,
+    read_receipts,
+    remove_label_set,
+    replace_annotations,
+    require_label_set_name,
+    staging_of,
+    store_lock,
+    write_label_block,
+)
+from sam3cache.features.files import sha256_of_json
+from sam3cache.images import Manifest, read_manifest, read_mask
+from sam3cache.records import Sample, SetAside
+from sam3cache.runtime import write_atomic
+
+Report = Callable[[int, int], None]
+"""Called with samples done and samples in all."""
+
+ANNOTATIONS = ("split", "group", "primary_angle", "secondary_angle")
+"""What a manifest may say of a sample, beside columns of its own."""
+
+_REQUEST_FILE = "request.json"
+_NUM_THREADS = 8
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """Which masks to set.
+
+    Attributes:
+        store: the store's folder.
+        name: of the label set; one that is there is replaced.
+        manifest: a CSV or folder, as for an extraction; a CSV may have ids and masks alone.
+        columns: TOML file that maps the CSV's columns to fields, or None.
+        classes: names by plane. Masks are read as foreground and background, so it is one.
+        overlay: folder to keep the labels in, beside the store; None: the store itself.
+    """
+
+    store: Path
+    name: str
+    manifest: Path
+    columns: Path | None = None
+    classes: tuple[str, ...] = ("foreground",)
+    overlay: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching a file.
+
+        Raises:
+            ConfigError: when a value cannot be used.
+        """
+        require_label_set_name(self.name)
+        if len(self.classes) != 1 or not self.classes[0]:
+            raise ConfigError(
+                f"classes {','.join(self.classes) or '(none)'}: masks are read as foreground and "
+                "background, which is one class; set a label set a class instead"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LabelsResult:
+    """What has been set.
+
+    Attributes:
+        store: the store, or the overlay, that holds the labels.
+        label_set: name.
+        num_samples: samples of the store.
+        num_matched: of them, those that the manifest speaks of.
+        num_with_mask: of them, those that have a mask now.
+        num_unmatched_rows: rows of the manifest that no sample of the store belongs to.
+        set_aside: rows and masks that could not be used, and why.
+    """
+
+    store: Path
+    label_set: str
+    num_samples: int
+    num_matched: int
+    num_with_mask: int
+    num_unmatched_rows: int
+    set_aside: tuple[SetAside, ...]
+
+
+def set_labels(
+    config: LabelsConfig, report: Report = lambda num_done, num_total: None
+) -> LabelsResult:
+    """Set a label set of a store from the masks of a manifest.
+
+    Masks are decoded beside the old ones, which serve readers until all are there. Killed and
+    called again, it goes on; if a mask's file has changed meanwhile, from the start.
+
+    Args:
+        config: what to set.
+        report: called often, from this thread.
+
+    Raises:
+        ManifestError: when the manifest is unusable, matches no sample, or has no usable mask.
+        StoreError: when the store cannot be used, or not be written.
+    """
+    with _writable(config.overlay or config.store):
+        store, root = _open(config.store, config.overlay)
+        manifest = read_manifest(config.manifest, config.columns, by_id=True)
+        matched = match_samples(
+            store.samples, manifest.samples, manifest=config.manifest, store=config.store
+        )
+        if not any(sample.mask_path for sample in matched.values()):
+            raise ManifestError(
+                f"{config.manifest}: none of the {len(matched)} rows that match a sample has a "
+                "mask; fill the column 'mask', or say which column it is with --columns"
+            )
+        staging = staging_of(root, config.name)
+        with store_lock(staging.parent, timeout_s=0):
+            asides = _stage(config, store, matched, staging, report)
+            num_with_mask = sum(
+                fact["present"] for r in read_receipts(staging).values() for fact in r.facts
+            )
+            if not num_with_mask:
+                shutil.rmtree(staging)
+                raise ManifestError(
+                    f"{config.manifest}: none of its masks can be used, the first because: "
+                    f"{asides[0].reason}; correct the masks. The labels are as they were"
+                )
+            put_label_set(root, config.name, config.classes)
+    return LabelsResult(
+        store=root,
+        label_set=config.name,
+        num_samples=len(store.samples),
+        num_matched=len(matched),
+        num_with_mask=num_with_mask,
+        num_unmatched_rows=len(manifest.samples) - len(matched),
+        set_aside=(*manifest.set_aside, *asides),
+    )
+
+
+def remove_labels(store: Path, name: str, overlay: Path | None = None) -> None:
+    """Remove a label set from a store or, if one is given, from its overlay.
+
+    Raises:
+        MissingSampleError: when there is none of this name.
+        StoreError: when the store cannot be used, or not be written.
+    """
+    root = overlay or store
+    with _writable(root):
+        remove_label_set(root, name)
+
+
+def _open(path: Path, overlay: Path | None) -> tuple[FeatureStore, Path]:
+    """Open a store to change it or, given an overlay, to change that; return also which."""
+    if overlay is None:
+        return open_to_change(path), path
+    store = open_store(path)
+    make_overlay(overlay, store)
+    open_to_change(overlay)
+    return store, overlay
+
+
+@contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    """Say of a read-only place what can be done instead."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY or isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"{root} cannot be written ({error.strerror}); keep labels and annotations beside the "
+            "store, by --overlay and a folder that can"
+        ) from None
+
+
+def _stage(
+    config: LabelsConfig,
+    store: FeatureStore,
+    matched: Mapping[int, Sample],
+    staging: Path,
+    report: Report,
+) -> list[SetAside]:
+    """Decode every mask into the staging folder, a block at a time; return those that cannot be."""
+    # Of the array's size, a block's files do not depend.
+    spec = LabelSetSpec(config.name, config.classes, 1, 1)
+    blocks: dict[int, list[StoredSample]] = defaultdict(list)
+    for sample in store.samples:
+        blocks[block_of(sample.row)].append(sample)
+    sources = {s.row: _mask_file(s.row, matched.get(s.row)) for s in store.samples}
+    _begin(staging, _request(config, store, matched, sources))
+    done = read_receipts(staging)
+    asides: list[SetAside] = []
+    num_done = 0
+    report(num_done, len(store.samples))
+    with ThreadPoolExecutor(_NUM_THREADS, "sam3cache-masks") as pool:
+        for block, members in sorted(blocks.items()):
+            receipt = done.get((spec.item, block))
+            if not (
+                receipt is not None
+                # One without rows was taken back.
+                and len(receipt.rows) == len(members)
+                and receipt.is_done(staging)
+                # A mask that was bad is tried again, to be listed again.
+                and all(f["present"] == bool(sources[f["row"]].source) for f in receipt.facts)
+            ):
+                decoded = pool.map(_decode, members, [matched.get(s.row) for s in members])
+                masks: dict[int, NDArray[np.uint8] | None] = {}
+                for sample, mask in zip(members, decoded, strict=True):
+                    if isinstance(mask, ImageError):
+                        asides.append(SetAside(sample.id, sources[sample.row].source, str(mask)))
+                    masks[sample.row] = None if isinstance(mask, ImageError) else mask
+                # A file that gave no mask is not where one came from.
+                origins = {
+                    row: LabelRow(row) if mask is None else sources[row]
+                    for row, mask in masks.items()
+                }
+                write_label_block(staging, spec, block, masks, origins)
+            num_done += len(members)
+            report(num_done, len(store.samples))
+    return asides
+
+
+def _decode(stored: StoredSample, given: Sample | None) -> NDArray[np.uint8] | ImageError | None:
+    """Return a mask (K, H, W), None where there is none, or why it cannot be used."""
+    if given is None:
+        return None
+    # The store's frame: a manifest by ids need not name it.
+    given = replace(given, frame=stored.frame)
+    try:
+        return read_mask(given, (stored.height_px, stored.width_px))
+    except ImageError as error:
+        return error
+
+
+def _mask_file(row: int, given: Sample | None) -> LabelRow:
+    if given is None or given.mask is None or given.mask_path is None:
+        return LabelRow(row)
+    try:
+        stat = given.mask_path.stat()
+    except OSError:
+        return LabelRow(row, source=given.mask)
+    return LabelRow(row, source=given.mask, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+
+
+def _request(
+    config: LabelsConfig,
+    store: FeatureStore,
+    matched: Mapping[int, Sample],
+    sources: Mapping[int, LabelRow],
+) -> str:
+    """Return a hash of all that the staged masks depend on."""
+    lines = []
+    for sample in store.samples:
+        given, file = matched.get(sample.row), sources[sample.row]
+        path = None if given is None else given.mask_path
+        where = "" if path is None else os.fspath(path.absolute())
+        lines.append([sample.row, sample.pixel_sha256, where, file.size_bytes, file.mtime_ns])
+    return sha256_of_json([config.name, list(config.classes), lines])
+
+
+def _begin(staging: Path, request: str) -> None:
+    """Keep what a killed run of the same request has staged, and nothing else."""
+    file = staging / _REQUEST_FILE
+    if file.exists() and file.read_text(encoding="utf-8") == request:
+        return
+    if staging.exists():
+        # Its name first: what is half deleted must not be taken for half done.
+        file.unlink(missing_ok=True)
+        shutil.rmtree(staging)
+    write_atomic(file, request.encode())
+
+
+@dataclass(frozen=True)
+class AnnotationsConfig:
+    """Which annotations to set.
+
+    Attributes:
+        store: the store's folder.
+        manifest: a CSV, as for an extraction; ids will do in place of images.
+        columns: TOML file that maps the CSV's columns to fields, or None.
+        only: names of what to set: of ``ANNOTATIONS``, or other columns; empty: all that the CSV
+            has.
+        overlay: folder to keep the annotations in, beside the store; None: the store itself.
+    """
+
+    store: Path
+    manifest: Path
+    columns: Path | None = None
+    only: tuple[str, ...] = ()
+    overlay: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationsResult:
+    """What has been set.
+
+    Attributes:
+        store: the store, or the overlay, that holds the annotations.
+        num_samples: samples of the store.
+        num_matched: of them, those that the manifest speaks of.
+        num_changed: by annotation that was set, samples that it has changed of.
+        num_moved: samples that were in the training split and are no longer.
+        leaks: groups that are in more than one split now.
+        set_aside: rows that could not be used, and why; their samples are as they were.
+    """
+
+    store: Path
+    num_samples: int
+    num_matched: int
+    num_changed: Mapping[str, int]
+    num_moved: int
+    leaks: tuple[str, ...]
+    set_aside: tuple[SetAside, ...]
+
+
+def set_annotations(config: AnnotationsConfig) -> AnnotationsResult:
+    """Correct splits, groups, angles and other columns of a store from a CSV.
+
+    What the CSV has no column for, and samples that it does not name, stay as they are.
+
+    Args:
+        config: what to set.
+
+    Raises:
+        ManifestError: when the CSV is unusable, matches no sample or has nothing to set.
+        ConfigError: when ``only`` names what it does not have.
+        StoreError: when the store cannot be used, or not be written.
+    """
+    with _writable(config.overlay or config.store):
+        manifest = read_manifest(config.manifest, config.columns, by_id=True)
+        fields = _fields(config, manifest)
+        _open(config.store, config.overlay)
+        store = _view(config.store, config.overlay)
+        matched = match_samples(
+            store.samples, manifest.samples, manifest=config.manifest, store=config.store
+        )
+        stored = {sample.row: sample for sample in store.samples}
+        before = store.annotations
+        after = dict(before)
+        num_changed = dict.fromkeys(fields, 0)
+        for row, given in matched.items():
+            after[row] = _corrected(before[row], given, stored[row], fields)
+            for name in fields:
+                num_changed[name] += _value(before[row], name) != _value(after[row], name)
+        root = _write(config, store, after)
+    return AnnotationsResult(
+        store=root,
+        num_samples=len(store.samples),
+        num_matched=len(matched),
+        num_changed=num_changed,
+        num_moved=sum(before[row].split == "train" != after[row].split for row in matched),
+        leaks=_leaks([after[row] for row in stored]),
+        set_aside=manifest.set_aside,
+    )
+
+
+def remove_annotation(store: Path, column: str, overlay: Path | None = None) -> int:
+    """Remove one of a store's other columns; return how many samples had a value in it.
+
+    Raises:
+        ConfigError: when there is no such column, or it is one that every store has.
+        StoreError: when the store cannot be used, or not be written.
+    """
+    config = AnnotationsConfig(store, Path(), overlay=overlay)
+    with _writable(overlay or store):
+        _open(store, overlay)
+        opened = _view(store, overlay)
+        columns = sorted({name for note in opened.annotations.values() for name in note.extra})
+        if column in ANNOTATIONS:
+            raise ConfigError(
+                f"{column} cannot be removed: every store has it; set other values with `sam3cache "
+                "store annotations set`, an empty cell for an angle that nobody knows"
+            )
+        if column not in columns:
+            raise ConfigError(
+                f"{store} has no column {column!r}; it has {', '.join(columns) or 'none'}"
+            )
+        num_values = sum(bool(sample.extra.get(column)) for sample in opened.samples)
+        without = {
+            row: replace(note, extra={k: v for k, v in note.extra.items() if k != column})
+            for row, note in opened.annotations.items()
+        }
+        _write(config, opened, without)
+    return num_values
+
+
+def _view(path: Path, overlay: Path | None) -> FeatureStore:
+    """Open a store with its overlay, even where an earlier change of either was interrupted."""
+    return open_store(path, allow_unsealed=True, overlay=overlay)
+
+
+def _write(
+    config: AnnotationsConfig, store: FeatureStore, notes: Mapping[int, AnnotationRow]
+) -> Path:
+    root = config.overlay or config.store
+    held = store if store.overlay is None else store.overlay
+    # A change that was interrupted may have left nothing to do but the seal.
+    if notes != store.annotations or not held.sealed:
+        replace_annotations(root, [notes[row] for row in sorted(notes)])
+    return root
+
+
+def _fields(config: AnnotationsConfig, manifest: Manifest) -> tuple[str, ...]:
+    """Return what is to be set: of the CSV's fields and other columns, those that are asked for."""
+    has = [name for name in ANNOTATIONS if name in manifest.fields] + list(manifest.extra)
+    if not has:
+        raise ManifestError(
+            f"{config.manifest} has no annotations; expected a CSV with some of the columns "
+            f"{', '.join(ANNOTATIONS)}, or others"
+        )
+    if unknown := [name for name in config.only if name not in has]:
+        raise ConfigError(
+            f"{config.manifest} has no {unknown[0]!r} to set; it has {', '.join(has)}"
+        )
+    return config.only or tuple(has)
+
+
+def _corrected(
+    note: AnnotationRow, given: Sample, stored: StoredSample, fields: Sequence[str]
+) -> AnnotationRow:
+    if "split" in fields:
+        note = replace(note, split=given.split)
+    if "group" in fields:
+        note = replace(note, group=given.group or stored.source)
+    if "primary_angle" in fields:
+        note = replace(note, primary_angle_deg=given.primary_angle_deg)
+    if "secondary_angle" in fields:
+        note = replace(note, secondary_angle_deg=given.secondary_angle_deg)
+    extra = {name: given.extra[name] for name in fields if name in given.extra}
+    return replace(note, extra={**note.extra, **extra})
+
+
+def _value(note: AnnotationRow, name: str) -> str | float | None:
+    values = {
+        "split": note.split,
+        "group": note.group,
+        "primary_angle": note.primary_angle_deg,
+        "secondary_angle": note.secondary_angle_deg,
+    }
+    return values[name] if name in values else note.extra.get(name, "")
+
+
+def _leaks(notes: Sequence[AnnotationRow]) -> tuple[str, ...]:
+    """Return the groups that are in more than one split."""
+    num_splits = Counter(group for group, _ in {(note.group, note.split) for note in notes})
+    return tuple(sorted(group for group, num in num_splits.items() if num > 1))

@@ -1,0 +1,152 @@
+"""What a store says of itself at one moment, read once however often it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sam3cache.errors import StoreError
+from sam3cache.extract.rows import StoredRows
+from sam3cache.features import (
+    AnnotationRow,
+    FeatureStore,
+    LabelRow,
+    Receipt,
+    ReceiptKey,
+    SampleRow,
+    is_sealed,
+    label_rows_of,
+    merge_sample_facts,
+    open_store,
+    read_annotations,
+    read_description,
+    read_receipts,
+    read_samples,
+)
+
+_MAX_READS = 3
+_STATED_IN = (
+    "zarr.json",
+    "samples.parquet",
+    "annotations.parquet",
+    "complete.json",
+    "receipts/folded.json",
+)
+
+
+@dataclass(frozen=True)
+class StoreState:
+    """The tables and receipts of a store, as they were when :meth:`read` was called.
+
+    Attributes:
+        root: the store's folder.
+        description: what its zarr.json says; None when there is no store yet.
+        opened: the store, where it is sealed; None while it is being worked on.
+        receipts: what is done.
+        rows: the whole table of samples, with the receipts' facts merged in.
+        label_set: the label set whose masks are looked at.
+        stamp: changes whenever a file changes that this was read from.
+    """
+
+    root: Path
+    description: dict[str, Any] | None
+    opened: FeatureStore | None
+    receipts: Mapping[ReceiptKey, Receipt]
+    rows: Sequence[SampleRow]
+    label_set: str
+    stamp: frozenset[tuple[object, ...]]
+
+    @classmethod
+    def read(cls, root: Path, label_set: str) -> StoreState:
+        """Read a store, or the absence of one.
+
+        Raises:
+            CorruptStoreError: when a table or receipt cannot be read, or a sealed store is not as
+                it was sealed.
+            NotAStoreError: when zarr.json is not ours.
+        """
+        for _ in range(_MAX_READS):
+            # The stamp first: what changes while we read shows at the next look.
+            stamp = _stamp(root)
+            try:
+                return cls._read(root, label_set, stamp)
+            except StoreError:
+                # Another launch may have sealed the store, or begun on it, between two reads.
+                if stamp == _stamp(root):
+                    raise
+        return cls._read(root, label_set, _stamp(root))
+
+    @classmethod
+    def _read(cls, root: Path, label_set: str, stamp: frozenset[tuple[object, ...]]) -> StoreState:
+        if not (root / "zarr.json").exists():
+            return cls(root, None, None, {}, (), label_set, stamp)
+        description = read_description(root)
+        if is_sealed(root):
+            # Refuses a store whose metadata or tables were changed behind our back.
+            opened = open_store(root)
+            rows: Sequence[SampleRow] = opened.sample_rows
+            return cls(root, description, opened, opened.receipts, rows, label_set, stamp)
+        receipts = read_receipts(root)
+        rows = merge_sample_facts(read_samples(root), receipts)
+        return cls(root, description, None, receipts, rows, label_set, stamp)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the store is complete."""
+        return self.opened is not None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the store is still as it was read."""
+        return self.stamp == _stamp(self.root)
+
+    @cached_property
+    def masks(self) -> Mapping[int, LabelRow]:
+        """By row, the file that each stored mask came from."""
+        if self.description is None or self.label_set not in self.description["label_sets"]:
+            return {}
+        if self.opened is not None:
+            return self.opened.label_rows(self.label_set)
+        return label_rows_of(self.label_set, self.receipts)
+
+    @cached_property
+    def stored(self) -> StoredRows:
+        """The table, to be searched by file."""
+        return StoredRows(self.rows, self.masks)
+
+    @cached_property
+    def annotations(self) -> Sequence[AnnotationRow]:
+        """What may be corrected, of every row that is not a tombstone."""
+        return () if self.description is None else read_annotations(self.root)
+
+    def splits(self) -> dict[int, str]:
+        """Return, by row, the split that a sample is in."""
+        return {note.row: note.split for note in self.annotations}
+
+    def redescribed(self, rows: Sequence[SampleRow]) -> StoreState:
+        """Return the state of the store once its description has been written anew.
+
+        Args:
+            rows: the table that was written.
+        """
+        description = read_description(self.root)
+        return replace(
+            self, description=description, opened=None, rows=rows, stamp=_stamp(self.root)
+        )
+
+
+def _stamp(root: Path) -> frozenset[tuple[object, ...]]:
+    paths = [root / name for name in _STATED_IN]
+    # A receipt is replaced as a whole: names and times tell.
+    paths += (root / "receipts").glob("*/*.json")
+    found: set[tuple[object, ...]] = set()
+    for path in paths:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        found.add((path.relative_to(root), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return frozenset(found)

@@ -1,0 +1,83 @@
+"""Where samples lie, and why there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sam3cache.errors import ConfigError
+
+Residency = Literal["auto", "device", "ram", "stream"]
+"""Where samples lie: the device's memory, main memory, or the store on disk."""
+
+USABLE_SHARE = 0.7
+"""Share of the free memory that samples may take; the rest is for the head and everybody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A choice, with its reason.
+
+    Attributes:
+        residency: "device", "ram" or "stream".
+        reason: why, in words.
+    """
+
+    residency: Residency
+    reason: str
+
+    def __str__(self) -> str:
+        """Say both in one line."""
+        return f"{self.residency}, {self.reason}"
+
+
+def choose_residency(
+    wanted: Residency,
+    num_bytes: int,
+    free_bytes: Mapping[Residency, int],
+    shared_bytes: int = 0,
+) -> Placement:
+    """Choose where samples go.
+
+    Args:
+        wanted: a place, or "auto".
+        num_bytes: what the samples take.
+        free_bytes: free memory by place, the nearest place first; without "device" on the CPU,
+            where "ram" is the device's memory.
+        shared_bytes: what of the samples other processes hold in RAM already.
+
+    Raises:
+        ConfigError: an unknown place, or one with too little memory.
+    """
+    if wanted not in get_args(Residency):
+        raise ConfigError(
+            f"residency {wanted!r} is unknown; take one of {', '.join(get_args(Residency))}"
+        )
+    if wanted == "stream":
+        return Placement("stream", "as asked")
+    if wanted == "device" and "device" not in free_bytes:
+        wanted = "ram"
+    missing_bytes = {
+        place: num_bytes - (shared_bytes if place == "ram" else 0) for place in free_bytes
+    }
+    for place in free_bytes if wanted == "auto" else (wanted,):
+        if missing_bytes[place] <= USABLE_SHARE * free_bytes[place]:
+            fits = f"{gigabytes(num_bytes)} fit in {_usable(free_bytes[place])}"
+            return Placement(place, "as asked" if wanted == place else fits)
+    if wanted == "auto":
+        roomiest = max(free_bytes.values())
+        return Placement("stream", f"as {gigabytes(num_bytes)} do not fit in {_usable(roomiest)}")
+    raise ConfigError(
+        f"residency {wanted}: the samples take {gigabytes(missing_bytes[wanted])}, more than "
+        f"{_usable(free_bytes[wanted])}; take auto or stream, or smaller targets"
+    )
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Write a size in GB, with two digits where it is small."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e9:.2g} GB"
+
+
+def _usable(free_bytes: int) -> str:
+    return f"{USABLE_SHARE:.0%} of the {gigabytes(free_bytes)} free"
