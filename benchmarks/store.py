@@ -212,6 +212,7 @@ def check_equal(readers: Mapping[str, Reader], num_samples: int) -> None:
     out = np.empty_like(expected)
     for begin in range(0, num_samples, BATCH):
         rows = np.arange(begin, min(begin + BATCH, num_samples))
+        out[:] = np.nan
         for i, reader in enumerate(readers.values()):
             target = out if i else expected
             reader.begin()(rows, target[: len(rows)])
@@ -227,11 +228,11 @@ def random_batches(
         By reader, GB a second of every round; a first round, to warm up, is left out.
     """
     rng = np.random.default_rng(1)
-    out = np.zeros((BATCH, *LEVEL.shape), np.float16)
+    out = np.zeros((min(BATCH, num_samples), *LEVEL.shape), np.float16)
     rates: dict[str, list[float]] = {name: [] for name in readers}
     names = list(readers)
     for turn in range(rounds + 1):
-        rows = rng.choice(num_samples, BATCH, replace=False)
+        rows = rng.choice(num_samples, len(out), replace=False)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if cold:
                 drop(readers[name].files)

@@ -69,6 +69,18 @@ def test_training_is_measured_and_its_bounds_decide_the_exit_status(tmp_path: Pa
     assert measured["figures"]["validation_s"] > 0
 
 
+def test_reading_is_measured_and_its_bounds_decide_the_exit_status(tmp_path: Path) -> None:
+    program = importlib.import_module("store")
+    options = ("--quick", "--samples", "3", "--workdir", str(tmp_path))
+    status = program.main([*options, "--json", str(tmp_path)])
+    (file,) = tmp_path.iterdir()  # what was read is gone
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    assert status == (0 if all(bound["holds"] for bound in measured["bounds"]) else 1)
+    warm = measured["figures"]["warm_gb_per_s"]
+    assert all(len(rates) == 5 and min(rates) > 0 for rates in warm.values())
+    assert len(measured["rows"]) == len(warm) == 13
+
+
 @pytest.mark.parametrize(
     ("dice", "quick", "missed"),
     [

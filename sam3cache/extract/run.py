@@ -18,7 +18,7 @@ from sam3cache.extract.pool import run_pool
 from sam3cache.extract.rows import Wanted
 from sam3cache.extract.state import StoreState
 from sam3cache.extract.worker import BlockTask
-from sam3cache.features import BlockClaims, seal_store, store_lock
+from sam3cache.features import BlockClaims, finish_seal, seal_store, store_lock
 from sam3cache.records import SetAside
 
 _MAX_PAUSES = 5
@@ -137,6 +137,7 @@ def _seal(job: Job) -> bool:
     with store_lock(root):
         state = job.state if job.state.is_current else StoreState.read(root, LABEL_SET)
         if state.sealed:
+            finish_seal(root)
             return True
         if any(row.status == "pending" for row in state.rows) or job.at(state).tasks:
             return False

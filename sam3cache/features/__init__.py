@@ -57,6 +57,7 @@ from sam3cache.features.verify import VerifyResult, verify_store
 from sam3cache.features.writer import (
     block_of,
     describe_store,
+    finish_seal,
     is_described,
     missing_items,
     seal_store,
@@ -89,6 +90,7 @@ __all__ = [
     "decode",
     "describe_store",
     "encode",
+    "finish_seal",
     "in_words",
     "is_described",
     "is_sealed",

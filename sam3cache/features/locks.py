@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from sam3cache.errors import StoreBusyError
 from sam3cache.features.files import canonical_json
-from sam3cache.runtime import write_atomic
 
 
 @contextmanager
@@ -33,7 +32,9 @@ def store_lock(root: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
     try:
         with FileLock(root / ".lock", timeout=timeout_s):
             me = {"pid": os.getpid(), "host": platform.node(), "since_unix_s": int(time.time())}
-            write_atomic(holder, canonical_json(me))
+            # A courtesy to those who wait: a disk too full for it will tell by what matters.
+            with suppress(OSError):
+                holder.write_bytes(canonical_json(me))
             try:
                 yield
             finally:

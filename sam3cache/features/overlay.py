@@ -60,4 +60,3 @@ def make_overlay(folder: Path, store: FeatureStore) -> None:
             annotations=(),
         )
         seal_store(folder)
-        (folder / CHANGE_FILE).unlink()

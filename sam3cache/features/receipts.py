@@ -267,6 +267,11 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
     }
     content["seal"] = sha256_of_json(content)
     write_atomic(root / SEAL_FILE, canonical_json(content))
+    delete_unsealed_receipts(root)
+
+
+def delete_unsealed_receipts(root: Path) -> None:
+    """Delete the receipts that a seal in place holds as well."""
     _delete_single_receipts(root)
     (root / FOLDED_FILE).unlink(missing_ok=True)
 

@@ -109,7 +109,6 @@ def changing(root: Path, change: str) -> Iterator[FeatureStore]:
         break_seal(root)
         yield store
         seal_store(root)
-        (root / CHANGE_FILE).unlink()
 
 
 def replace_annotations(root: Path, rows: Sequence[AnnotationRow]) -> None:

@@ -159,8 +159,8 @@ def _why_unsealed(root: Path) -> str:
     if change:
         return f"{root} is not sealed: {change} was interrupted; run the same command again"
     return (
-        f"{root} is not sealed: its extraction has not finished; run the same "
-        "`sam3cache extract` again, or pass --allow-unsealed to use what is there"
+        f"{root} is not sealed: its extraction, or what copied it, has not finished; run the same "
+        "command again, or pass --allow-unsealed to use what is there"
     )
 
 

@@ -60,6 +60,8 @@ Kind = Literal[
 ]
 """What a finding is about; ``VerifyResult`` says which of them are damage."""
 
+_INT32 = 2**31
+_INT64 = ("row", "size_bytes", "mtime_ns")
 _STATUSES = ("pending", "ok", "aside", "removed")
 _SPLITS = ("train", "val", "test")
 UNKNOWN_SPLIT = ""
@@ -671,8 +673,16 @@ def _are_facts_of_samples(receipt: Receipt) -> bool:
         and len(set(rows)) == len(rows)
         and ok == list(receipt.rows)
         and all(fact.get("status") in ("ok", "aside") for fact in receipt.facts)
-        and all(set(fact) <= set(SampleRow.__slots__) for fact in receipt.facts)
+        and all(_is_fact(name, value) for fact in receipt.facts for name, value in fact.items())
     )
+
+
+def _is_fact(name: str, value: object) -> bool:
+    """Return whether a value is of the type that a column of samples.parquet has."""
+    if name in ("status", "reason", "pixel_sha256"):
+        return isinstance(value, str)
+    is_column = name in SampleRow.__slots__
+    return is_column and _is_int(value) and abs(value) < _INT32 ** (2 if name in _INT64 else 1)
 
 
 def _disagrees_with_table(survey: Survey, receipt: Receipt) -> bool:

@@ -27,6 +27,7 @@ from sam3cache.features.levels import (
 from sam3cache.features.locks import BlockClaims
 from sam3cache.features.precision import Encoded, encode
 from sam3cache.features.receipts import (
+    CHANGE_FILE,
     FORMAT_VERSION,
     SAMPLES_ITEM,
     Facts,
@@ -34,6 +35,8 @@ from sam3cache.features.receipts import (
     ReceiptKey,
     ShardRecord,
     break_seal,
+    delete_unsealed_receipts,
+    is_sealed,
     read_receipts,
     write_receipt,
     write_seal,
@@ -412,8 +415,21 @@ def seal_store(root: Path) -> None:
             f"labels/{name}/{file}" for file in ("zarr.json", "masks/zarr.json", LABEL_ROWS_FILE)
         ]
     write_seal(root, receipts, hashed)
-    BlockClaims(root).sweep()
+    (root / CHANGE_FILE).unlink(missing_ok=True)
+    _sweep(root)
+
+
+def finish_seal(root: Path) -> None:
+    """Tidy up behind a seal whose writer was killed before it had; hold :func:`store_lock`."""
+    if is_sealed(root) and any((root / "claims").glob("*.lock")):
+        delete_unsealed_receipts(root)
+        _sweep(root)
+
+
+def _sweep(root: Path) -> None:
     sweep_temporaries(root)
+    # Last: as long as they are there, something may be left to tidy up.
+    BlockClaims(root).sweep()
 
 
 def _take_back(root: Path, item: str, block: int, keys: Sequence[str]) -> None:

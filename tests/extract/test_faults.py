@@ -1,0 +1,208 @@
+"""Disks that fill up or turn read-only while extraction runs, and workers that die midway."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from picture_folder import write_images
+
+from sam3cache.extract import ExtractConfig, extract
+from sam3cache.features import open_store
+
+LEVELS = ("image_1008",)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("faults") / "pictures", num_images=40)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    return extract(config(folder, folder.parent / "undisturbed.zarr")).store
+
+
+def config(folder: Path, store: Path) -> ExtractConfig:
+    return ExtractConfig(folder, store, levels=LEVELS, backbone="sam3-mini")
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(store).as_posix(): path.read_bytes()
+        for path in store.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def finished(store: Path) -> dict[str, int]:
+    """Times of change of the shards that single receipts name."""
+    return {
+        key: (store / key).stat().st_mtime_ns
+        for path in (store / "receipts").glob("*/*.json")
+        for key, *_ in json.loads(path.read_bytes())["shards"]
+    }
+
+
+@contextmanager
+def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Act from another thread as soon as something has happened."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            if condition():
+                act()
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def mount(*options: str) -> str:
+    """Return why it was refused, or nothing."""
+    if sys.platform != "linux" or shutil.which("mount") is None:
+        return "only Linux mounts disks in memory"
+    return subprocess.run(["mount", *options], capture_output=True, text=True).stderr.strip()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    refused = mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder))
+    if refused:
+        pytest.skip(f"no small disk can be mounted here: {refused}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def complaint(result) -> str:
+    """The one line that says what went wrong; a forecast may stand before it."""
+    *before, last = result.stderr.splitlines()
+    assert result.exit_code == 1
+    assert not any("error" in line or "Traceback" in line for line in before), before
+    return last
+
+
+def test_a_disk_that_fills_up_costs_nothing_finished(folder, undisturbed, disk, invoke):
+    store, ballast = disk / "x.zarr", disk / "ballast"
+    arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
+    arguments += ("--backbone", "sam3-mini", "--devices", "cpu")
+    shards = [path.stat().st_size for path in undisturbed.glob("levels/image_1008/c/**/0")]
+    assert len(shards) == 3
+
+    def fill() -> None:
+        # Room for one block, and half of another; nothing has been written but the description.
+        room_bytes = int(1.5 * max(shards))
+        with ballast.open("wb") as file:
+            free_bytes = psutil.disk_usage(str(disk)).free
+            os.posix_fallocate(file.fileno(), 0, free_bytes - room_bytes)
+
+    with once((store / "zarr.json").exists, fill):
+        line = complaint(invoke(*arguments))
+    assert line.startswith(f"sam3cache: error: {store}{os.sep}")
+    assert line.endswith(": No space left on device; free some space, or write to another disk")
+    done = finished(store)
+    assert any(key.startswith("levels/image_1008/") for key in done)
+    assert not list(store.rglob("*.partial"))
+
+    ballast.unlink()
+    again = invoke(*arguments)
+    assert again.exit_code == 0, again.stderr
+    assert files_of(store) == files_of(undisturbed)
+    assert {key: (store / key).stat().st_mtime_ns for key in done} == done
+
+
+def test_a_folder_that_turns_read_only_costs_nothing_finished(
+    folder, undisturbed, disk, invoke, tmp_path
+):
+    store = disk / "x.zarr"
+    arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
+    arguments += ("--backbone", "sam3-mini", "--devices", "cpu")
+
+    def turn_read_only() -> None:
+        while mount("-o", "remount,ro", str(disk)):
+            time.sleep(0.001)  # Refused as long as a file is open for writing.
+
+    with once(lambda: bool(finished(store)), turn_read_only):
+        line = complaint(invoke(*arguments))
+    assert line.startswith(f"sam3cache: error: {store}{os.sep}")
+    assert line.endswith(": Read-only file system; write to a path that is not mounted read-only")
+    done = finished(store)
+    assert done
+
+    mount("-o", "remount,rw", str(disk))
+    again = invoke(*arguments)
+    assert again.exit_code == 0, again.stderr
+    assert files_of(store) == files_of(undisturbed)
+    assert {key: (store / key).stat().st_mtime_ns for key in done} == done
+
+
+def test_a_folder_without_permission_is_told_in_one_line(folder, undisturbed, tmp_path, invoke):
+    if os.name == "nt" or os.geteuid() == 0:
+        pytest.skip("permissions of folders bind neither root nor Windows")
+    store = tmp_path / "x.zarr"
+    shutil.copytree(undisturbed, store)
+    shard = next(store.glob("levels/image_1008/c/**/0"))
+    shard.unlink()
+    shard.parent.chmod(0o555)
+    arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
+    arguments += ("--backbone", "sam3-mini", "--devices", "cpu")
+    line = complaint(invoke(*arguments))
+    assert line == (
+        f"sam3cache: error: {shard}: Permission denied; check the permissions of the path, or "
+        "choose another"
+    )
+    shard.parent.chmod(0o755)
+    assert invoke(*arguments).exit_code == 0
+    assert files_of(store) == files_of(undisturbed)
+
+
+def test_workers_may_die_within_a_block_and_when_nothing_is_left_to_do(
+    folder, undisturbed, tmp_path
+):
+    store = tmp_path / "x.zarr"
+    image_item = store / "receipts/levels.image_1008"
+    killed = []
+    early: dict[str, int] = {}
+
+    def kill() -> None:
+        early.update(finished(store))
+        for child in psutil.Process().children():
+            if any("spawn_main" in part for part in child.cmdline()):
+                child.kill()
+                killed.append(child.pid)
+
+    def report(progress) -> None:
+        # The last block is reported: the worker has been told to end, and is about to.
+        if progress.stage == "extracting" and progress.num_done >= 40:
+            kill()
+
+    # Its masks and facts come after that receipt.
+    with once(lambda: any(image_item.glob("*.json")), kill):
+        result = extract(config(folder, store), report)
+    assert len(set(killed)) >= 2
+    assert result.sealed
+    assert early
+    # What the first had finished of its block is not written again.
+    assert {key: (store / key).stat().st_mtime_ns for key in early} == early
+    assert files_of(store) == files_of(undisturbed)
+    assert len(open_store(store).samples) == 40
