@@ -39,7 +39,8 @@ _OPTIONS = (
         "--levels",
         default="fpn_72,image_1008",
         show_default=True,
-        help="What to store: some of trunk_72, fpn_72, fpn_144, fpn_288, image_1008.",
+        help="What to store: some of trunk_72, fpn_72, fpn_144, fpn_288, image_1008; "
+        "those of the tower in other bits with .int8, .r7, .r5 or .bf16 behind, as fpn_72.int8.",
     ),
     click.option(
         "--backbone",

@@ -155,7 +155,7 @@ class Receipt:
                 shards=tuple(map(ShardRecord.from_json, value["shards"])),
                 facts=_facts(value["facts"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise _unreadable(path) from None
 
     def is_done(self, root: Path) -> bool:

@@ -106,7 +106,8 @@ def test_a_disk_that_fills_up_costs_nothing_finished(folder, undisturbed, disk, 
     store, ballast = disk / "x.zarr", disk / "ballast"
     arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
     arguments += ("--backbone", "sam3-mini", "--devices", "cpu")
-    shards = [path.stat().st_size for path in undisturbed.glob("levels/image_1008/c/**/0")]
+    paths = undisturbed.glob("levels/image_1008/c/*/0/0/0")
+    shards = [path.stat().st_size for path in paths]
     assert len(shards) == 3
 
     def fill() -> None:
@@ -161,7 +162,7 @@ def test_a_folder_without_permission_is_told_in_one_line(folder, undisturbed, tm
         pytest.skip("permissions of folders bind neither root nor Windows")
     store = tmp_path / "x.zarr"
     shutil.copytree(undisturbed, store)
-    shard = next(store.glob("levels/image_1008/c/**/0"))
+    shard = next(store.glob("levels/image_1008/c/*/0/0/0"))
     shard.unlink()
     shard.parent.chmod(0o555)
     arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
