@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -171,6 +174,15 @@ class Receipt:
 
 ReceiptKey = tuple[str, int]
 
+# Bytes of JSON, where in them the receipt begins and ends, and the file that they are from.
+_Packed = dict[ReceiptKey, tuple[bytes, int, int, Path]]
+
+_NUM_UNPACKED = 1024
+_RECEIPTS_MARK = b',"receipts":['
+_BLOCK_MARK = re.compile(rb'\{"block":(?P<block>\d+),"digest":')
+_ITEM_MARK = re.compile(rb',"item":"([^"\\]*)"')
+_SEAL_MARK = re.compile(rb',"seal":"(?P<seal>[0-9a-f]{64})"\}\Z')
+
 
 def _facts(value: Any) -> Facts:
     return Facts(value) if isinstance(value, dict) else Facts.of(value)  # by row in version 1
@@ -201,7 +213,7 @@ def read_receipts_of_block(
         except FileNotFoundError:
             if sealed is None:
                 seal = root / SEAL_FILE
-                sealed = _receipts_of(_load(seal), seal) if seal.exists() else {}
+                sealed = ReceiptsOnDemand(_load_seal(seal)[1]) if seal.exists() else {}
             if (item, block) in sealed:
                 receipts[item, block] = sealed[item, block]
         else:
@@ -230,15 +242,25 @@ def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
     Raises:
         CorruptStoreError: when one cannot be read.
     """
-    receipts: dict[ReceiptKey, Receipt] = {}
+    return dict(scan_receipts(root))
+
+
+def scan_receipts(root: Path) -> Mapping[ReceiptKey, Receipt]:
+    """Read every receipt as :func:`read_receipts` does, to be made into objects when asked for.
+
+    Raises:
+        CorruptStoreError: when one cannot be read.
+    """
+    packed: _Packed = {}
     for name in (FOLDED_FILE, SEAL_FILE):
         path = root / name
         if path.exists():
-            receipts.update(_receipts_of(_load_seal(path), path))
+            packed.update(_load_seal(path)[1])
     for path in sorted((root / "receipts").glob("*/*.json")):
-        receipt = parse_receipt(_read(path), path)
-        receipts[receipt.item, receipt.block] = receipt
-    return receipts
+        data = _read(path)
+        receipt = parse_receipt(data, path)
+        packed[receipt.item, receipt.block] = (data, 0, len(data), path)
+    return ReceiptsOnDemand(packed)
 
 
 def is_sealed(root: Path) -> bool:
@@ -320,9 +342,8 @@ def check_seal(root: Path) -> Mapping[ReceiptKey, Receipt]:
     Raises:
         CorruptStoreError: naming the first file that differs.
     """
-    path = root / SEAL_FILE
-    content = _load_seal(path)
-    for name, expected in content["hashes"].items():
+    hashes, receipts = _load_seal(root / SEAL_FILE)
+    for name, expected in hashes.items():
         try:
             found = sha256_of_file(root / name)
         except FileNotFoundError:
@@ -332,7 +353,7 @@ def check_seal(root: Path) -> Mapping[ReceiptKey, Receipt]:
                 f"{root / name} is not what the store was sealed with (SHA-256 {found[:12]}, "
                 f"expected {expected[:12]}); restore the file, or extract into a new store"
             )
-    return _receipts_of(content, path)
+    return ReceiptsOnDemand(receipts)
 
 
 def matches_own_hash(data: bytes, content: Mapping[str, Any]) -> bool:
@@ -357,8 +378,12 @@ def _hash_of(content: Mapping[str, Any]) -> str:
         return ""
 
 
-def _load_seal(path: Path) -> dict[str, Any]:
+def _load_seal(path: Path) -> tuple[Mapping[str, Any], _Packed]:
+    """Check a seal against its own hash; return the hashes in it, and its receipts."""
     data = _read(path)
+    found = _split_seal(data, path)
+    if found is not None:
+        return found
     content = _parse(data, path)
     if not isinstance(content, dict) or not isinstance(content.get("hashes"), dict):
         raise _unreadable(path)
@@ -367,38 +392,78 @@ def _load_seal(path: Path) -> dict[str, Any]:
             f"{path} does not match its own hash; `sam3cache store verify --repair` on the store "
             "keeps every block that it can prove, or restore the file from a copy"
         )
-    return content
+    return content["hashes"], _pack(content.get("receipts"), path)
 
 
-def _receipts_of(content: Any, path: Path) -> Mapping[ReceiptKey, Receipt]:
-    if not isinstance(content, dict) or not isinstance(content.get("receipts"), list):
+def _split_seal(data: bytes, path: Path) -> tuple[Mapping[str, Any], _Packed] | None:
+    """Take a seal apart that is as we write it, without making objects of all its receipts.
+
+    What its hash vouches for is canonical JSON of ours: within a text every quotation mark has a
+    backslash before it, so that the marks searched for here stand for nothing but keys.
+
+    Returns:
+        None when it is not like that, or does not match its hash.
+    """
+    begin = data.find(_RECEIPTS_MARK)
+    tail = _SEAL_MARK.search(data, max(0, len(data) - 100))
+    if begin < 0 or tail is None:
+        return None
+    hasher = hashlib.sha256(memoryview(data)[: tail.start()])
+    hasher.update(b"}")
+    if hasher.hexdigest() != tail["seal"].decode():
+        return None
+    head = _parse(data[:begin] + b"}", path)
+    starts = [(mark.start(), int(mark["block"])) for mark in _BLOCK_MARK.finditer(data, begin)]
+    # Interned: a few names, each of which stands in thousands of receipts.
+    items = [sys.intern(m[1].decode()) for m in _ITEM_MARK.finditer(data, begin)]
+    if not isinstance(head.get("hashes"), dict) or len(starts) != len(items):
+        return None
+    ends = [start - 1 for start, _ in starts[1:]] + [tail.start() - 1]
+    receipts = {
+        (item, block): (data, start, end, path)
+        for item, (start, block), end in zip(items, starts, ends, strict=True)
+    }
+    return head["hashes"], receipts
+
+
+def _pack(receipts: Any, path: Path) -> _Packed:
+    """Return receipts as they are kept by :class:`ReceiptsOnDemand`."""
+    if not isinstance(receipts, list):
         raise _unreadable(path)
+    packed: _Packed = {}
     try:
-        return _ReceiptsOnDemand(
-            {(str(v["item"]), int(v["block"])): v for v in content["receipts"]}, path
-        )
+        for value in receipts:
+            data = canonical_json(value)
+            packed[str(value["item"]), int(value["block"])] = (data, 0, len(data), path)
     except (KeyError, TypeError, ValueError):
         raise _unreadable(path) from None
+    return packed
 
 
-class _ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
-    """A seal's receipts, each read when it is asked for: of most stores few ever are."""
+class ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
+    """Receipts as bytes, each read when it is asked for: as objects they take ten times as much.
 
-    def __init__(self, values: dict[ReceiptKey, Any], path: Path) -> None:
-        self._values, self._path = values, path
-        self._read: dict[ReceiptKey, Receipt] = {}
+    Args:
+        packed: by item and block, where its JSON lies: bytes, begin, end; and the file to name.
+    """
+
+    def __init__(self, packed: _Packed) -> None:
+        self._packed = packed
+        # Whoever reads samples asks for the same few over and over.
+        self._unpack = lru_cache(_NUM_UNPACKED)(self._unpack_now)
 
     def __getitem__(self, key: ReceiptKey) -> Receipt:
-        receipt = self._read.get(key)
-        if receipt is None:
-            receipt = self._read[key] = Receipt.from_json(self._values[key], self._path)
-        return receipt
+        return self._unpack(key)
 
     def __iter__(self) -> Iterator[ReceiptKey]:
-        return iter(self._values)
+        return iter(self._packed)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._packed)
+
+    def _unpack_now(self, key: ReceiptKey) -> Receipt:
+        data, begin, end, path = self._packed[key]
+        return Receipt.from_json(_parse(data[begin:end], path), path)
 
 
 def receipt_path(root: Path, item: str, block: int) -> Path:

@@ -307,7 +307,9 @@ class FeatureStore:
     @cached_property
     def sample_rows(self) -> list[SampleRow]:
         """Every line of samples.parquet, tombstones too, with what the receipts add to it."""
-        return merge_sample_facts(read_samples(self.path), self._receipts)
+        # A seal's facts are in the table already.
+        rows = read_samples(self.path)
+        return rows if self.sealed else merge_sample_facts(rows, self._receipts)
 
     @cached_property
     def annotations(self) -> dict[int, AnnotationRow]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sam3cache.errors import CorruptStoreError
 from sam3cache.runtime import write_atomic
@@ -19,6 +22,12 @@ SAMPLES_FILE = "samples.parquet"
 ANNOTATIONS_FILE = "annotations.parquet"
 LABEL_ROWS_FILE = "rows.parquet"
 EXTRA_PREFIX = "extra."
+
+Row = TypeVar("Row")
+
+# Lines that are made into objects together, and how many such parts of a table are remembered.
+_CHUNK_ROWS, _NUM_CHUNKS = 512, 16
+_NUM_SHARED = 4096
 
 _SAMPLES_SCHEMA = pa.schema(
     [
@@ -107,9 +116,48 @@ class LabelRow:
     mtime_ns: int = 0
 
 
+class Rows(Sequence[Row]):
+    """The lines of a table, made into objects as they are asked for: a tenth of their memory.
+
+    Lines near one another are made together, so go through them in order where you can.
+    """
+
+    def __init__(self, columns: Sequence[pa.Array], make: Callable[..., Row]) -> None:
+        """Take the columns, in the order of ``make``'s arguments."""
+        self._columns = columns
+        self._make = make
+        self._chunk = lru_cache(_NUM_CHUNKS)(self._make_chunk)
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self._chunk(index // _CHUNK_ROWS)[index % _CHUNK_ROWS]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _CHUNK_ROWS):
+            yield from self._chunk(start // _CHUNK_ROWS)
+
+    def _make_chunk(self, number: int) -> list[Row]:
+        columns = (c.slice(number * _CHUNK_ROWS, _CHUNK_ROWS).to_pylist() for c in self._columns)
+        return list(map(self._make, *columns))
+
+    def column(self, number: int) -> NDArray[Any]:
+        """Return a column of numbers without gaps, or of texts as objects."""
+        values: NDArray[Any] = self._columns[number].to_numpy(zero_copy_only=False)
+        return values
+
+
 def write_samples(root: Path, rows: Iterable[SampleRow]) -> None:
     """Replace samples.parquet."""
-    _write(root / SAMPLES_FILE, pa.table(_columns(list(rows), _SAMPLES_SCHEMA)))
+    _write(root / SAMPLES_FILE, _table(rows, _SAMPLES_SCHEMA))
 
 
 def read_samples(root: Path) -> list[SampleRow]:
@@ -118,17 +166,22 @@ def read_samples(root: Path) -> list[SampleRow]:
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
-    table = _read(root / SAMPLES_FILE, _SAMPLES_SCHEMA)
-    return list(map(SampleRow, *_values(table, _SAMPLES_SCHEMA)))
+    return list(scan_samples(root))
 
 
-def write_annotations(root: Path, rows: Sequence[AnnotationRow]) -> None:
+def scan_samples(root: Path) -> Rows[SampleRow]:
+    """Read samples.parquet in row order, to be made into objects when asked for.
+
+    Raises:
+        CorruptStoreError: when the table cannot be read.
+    """
+    return Rows(_values(_read(root / SAMPLES_FILE, _SAMPLES_SCHEMA), _SAMPLES_SCHEMA), SampleRow)
+
+
+def write_annotations(root: Path, rows: Iterable[AnnotationRow]) -> None:
     """Replace annotations.parquet; every name in any row's ``extra`` becomes a column."""
     names = sorted({name for row in rows for name in row.extra})
-    columns = _columns(rows, _ANNOTATIONS_SCHEMA)
-    for name in names:
-        columns[EXTRA_PREFIX + name] = pa.array([r.extra.get(name) for r in rows], pa.string())
-    _write(root / ANNOTATIONS_FILE, pa.table(columns))
+    _write(root / ANNOTATIONS_FILE, _table(rows, _ANNOTATIONS_SCHEMA, names))
 
 
 def read_annotations(root: Path) -> list[AnnotationRow]:
@@ -137,24 +190,38 @@ def read_annotations(root: Path) -> list[AnnotationRow]:
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
+    return list(scan_annotations(root))
+
+
+def scan_annotations(root: Path) -> Rows[AnnotationRow]:
+    """Read annotations.parquet in row order, to be made into objects when asked for.
+
+    Raises:
+        CorruptStoreError: when the table cannot be read.
+    """
     table = _read(root / ANNOTATIONS_FILE, _ANNOTATIONS_SCHEMA)
     names = [name for name in table.column_names if name.startswith(EXTRA_PREFIX)]
     keys = [name.removeprefix(EXTRA_PREFIX) for name in names]
-    lines = zip(*(table[name].to_pylist() for name in names), strict=True)
-    extras: Iterable[dict[str, str]] = (
-        {key: text for key, text in zip(keys, line, strict=True) if text is not None}
-        for line in lines
-    )
-    if not names:
-        extras = ({} for _ in range(table.num_rows))
-    return list(map(AnnotationRow, *_values(table, _ANNOTATIONS_SCHEMA), extras))
+    shared: dict[tuple[str | None, ...], Mapping[str, str]] = {}
+
+    def make(*values: Any) -> AnnotationRow:
+        fixed, texts = values[: len(_ANNOTATIONS_SCHEMA)], values[len(_ANNOTATIONS_SCHEMA) :]
+        extra = shared.get(texts)
+        if extra is None:
+            extra = {key: text for key, text in zip(keys, texts, strict=True) if text is not None}
+            if len(shared) < _NUM_SHARED:
+                shared[texts] = extra
+        return AnnotationRow(*fixed, extra)
+
+    columns = [*_values(table, _ANNOTATIONS_SCHEMA), *(_whole(table[name]) for name in names)]
+    return Rows(columns, make)
 
 
 def write_label_rows(folder: Path, rows: Iterable[LabelRow]) -> None:
     """Replace a label set's rows.parquet, in row order."""
     # Receipts come in the order in which blocks were done.
     lines = sorted(rows, key=lambda row: row.row)
-    _write(folder / LABEL_ROWS_FILE, pa.table(_columns(lines, _LABEL_ROWS_SCHEMA)))
+    _write(folder / LABEL_ROWS_FILE, _table(lines, _LABEL_ROWS_SCHEMA))
 
 
 def read_label_rows(folder: Path) -> dict[int, LabelRow]:
@@ -163,20 +230,47 @@ def read_label_rows(folder: Path) -> dict[int, LabelRow]:
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
+    return {row.row: row for row in scan_label_rows(folder)}
+
+
+def scan_label_rows(folder: Path) -> Rows[LabelRow]:
+    """Read a label set's rows.parquet in row order, to be made into objects when asked for.
+
+    Raises:
+        CorruptStoreError: when the table cannot be read.
+    """
     table = _read(folder / LABEL_ROWS_FILE, _LABEL_ROWS_SCHEMA)
-    return {row.row: row for row in map(LabelRow, *_values(table, _LABEL_ROWS_SCHEMA))}
+    return Rows(_values(table, _LABEL_ROWS_SCHEMA), LabelRow)
 
 
-def _columns(rows: Sequence[Any], schema: pa.Schema) -> dict[str, pa.Array]:
-    return {
-        name: pa.array([getattr(row, name) for row in rows], type_)
-        for name, type_ in zip(schema.names, schema.types, strict=True)
-    }
+def _table(rows: Iterable[Any], schema: pa.Schema, extra: Sequence[str] = ()) -> pa.Table:
+    """Return a table of rows, some at a time: there may be more of them than fit as objects."""
+    schema = pa.schema([*schema, *((EXTRA_PREFIX + name, pa.string()) for name in extra)])
+    num_fixed = len(schema) - len(extra)
+    batches = []
+    for chunk in _chunks(rows):
+        columns = [
+            pa.array([getattr(row, field.name) for row in chunk], field.type)
+            for field in list(schema)[:num_fixed]
+        ]
+        columns += [pa.array([row.extra.get(name) for row in chunk], pa.string()) for name in extra]
+        batches.append(pa.record_batch(columns, schema=schema))
+    return pa.Table.from_batches(batches, schema).combine_chunks()
 
 
-def _values(table: pa.Table, schema: pa.Schema) -> list[list[Any]]:
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        yield chunk
+
+
+def _values(table: pa.Table, schema: pa.Schema) -> list[pa.Array]:
     """Return the columns in the schema's order, which is that of the row classes' fields."""
-    return [table[name].to_pylist() for name in schema.names]
+    return [_whole(table[name]) for name in schema.names]
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _write(path: Path, table: pa.Table) -> None:

@@ -158,13 +158,13 @@ def test_a_folder_that_turns_read_only_costs_nothing_finished(
 
 
 def test_a_folder_without_permission_is_told_in_one_line(folder, undisturbed, tmp_path, invoke):
-    if os.name == "nt" or os.geteuid() == 0:
-        pytest.skip("permissions of folders bind neither root nor Windows")
     store = tmp_path / "x.zarr"
     shutil.copytree(undisturbed, store)
     shard = next(store.glob("levels/image_1008/c/*/0/0/0"))
     shard.unlink()
     shard.parent.chmod(0o555)
+    if os.access(shard.parent, os.W_OK):
+        pytest.skip("permissions of folders bind neither root nor Windows")
     arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
     arguments += ("--backbone", "sam3-mini", "--devices", "cpu")
     line = complaint(invoke(*arguments))
