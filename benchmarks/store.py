@@ -289,9 +289,6 @@ def whole_store(
 
     def stream(store: FeatureStore) -> Callable[[], None]:
         streamed = samples(store, "stream")
-        # The memory of its batches, which is used again from then on.
-        for _ in zip(range(8), streamed.iterate(STREAM_BATCH), strict=False):
-            pass
         return lambda: idle(streamed)
 
     # Each is begun, which is not timed, with a store in which nothing has been checked yet.
