@@ -313,7 +313,7 @@ def test_whatever_happens_a_sealed_store_holds_what_it_must():
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
-            max_examples=int(os.environ.get("MACHINE_EXAMPLES", "10")),
+            max_examples=int(os.environ.get("MACHINE_EXAMPLES", "16")),
             stateful_step_count=14,
             deadline=None,
             derandomize="MACHINE_EXAMPLES" not in os.environ,

@@ -10,6 +10,7 @@ Shape legend: C channels, H height, W width, K planes of a mask.
 from __future__ import annotations
 
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -338,14 +339,15 @@ def forecast_job(job: Job, packed: Packed | None = None) -> Forecast:
         packed: what compressed samples take; some are encoded for it unless given.
     """
     plan, owners = job.plan, job.plan.owners
-    rows_of: dict[str, list[int]] = {}
+    rows_of: dict[str, array[int]] = {}
     for task in job.tasks:
+        numbers = array("q", (row.row for row in task.rows))
         for item in task.items:
-            rows_of.setdefault(item, []).extend(row.row for row in task.rows)
+            rows_of.setdefault(item, array("q")).extend(numbers)
     if packed is None:
         needed = {spec.item for spec, _ in job.levels.values() if spec.grid.codec != "raw"}
         needed |= set() if job.label_set is None else {job.label_set.item}
-        rows = sorted({row for item in needed for row in rows_of.get(item, ())})
+        rows = max((rows_of.get(item, array("q")) for item in needed), key=len, default=array("q"))
         packed = encode_some(
             [owners[row].sample for row in spread(rows, NUM_ENCODED)],
             job.levels,
@@ -360,25 +362,19 @@ def forecast_job(job: Job, packed: Packed | None = None) -> Forecast:
         rows = rows_of[job.label_set.item]
         num_masks = sum(owners[row].mask is not None for row in rows)
         items.append(forecast_masks(job.label_set, rows, num_masks, packed))
-    to_compute = {
-        row.row
-        for task in job.tasks
-        if any(item.startswith("levels.") for item in task.items)
-        for row in task.rows
-    }
     if job.tasks or not job.state.sealed:
         num_items = 1 + len(job.levels) + len(job.label_sets)
         items.append(forecast_tables(len(plan.rows), len(job.tasks), num_items))
     stored = {} if job.state.description is None else job.state.description["levels"]
     return Forecast(
         store=job.state.root,
-        num_samples=len(owners),
-        num_new=len(owners) - plan.num_kept - plan.num_changed,
+        num_samples=plan.num_live,
+        num_new=plan.num_live - plan.num_kept - plan.num_changed,
         num_changed=plan.num_changed,
         num_kept=plan.num_kept,
         num_renamed=plan.num_renamed,
-        num_to_compute=len(to_compute),
-        num_set_aside=len(plan.annotations) - len(owners),
+        num_to_compute=job.tasks.num_to_compute(),
+        num_set_aside=plan.num_aside,
         num_removed=plan.num_removed,
         items=tuple(items),
         free_bytes=free_bytes_at(job.state.root),

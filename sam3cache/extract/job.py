@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from sam3cache import runtime
 from sam3cache.errors import ManifestError, StoreError
 from sam3cache.extract.config import IMAGE_LEVEL, LABEL_SET, ExtractConfig, ExtractProgress
 from sam3cache.extract.levels import Levels, find_digest, is_of_tower, make_settings, plan_levels
 from sam3cache.extract.rows import (
+    AnnotationChanges,
     PixelHashes,
     RowPlan,
-    Wanted,
+    WantedSamples,
+    compare_annotations,
     hash_changed,
     plan_rows,
     probe_all,
@@ -23,17 +25,20 @@ from sam3cache.extract.state import StoreState
 from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
     LabelSetSpec,
-    SampleRow,
-    block_of,
+    RowsWithFacts,
     describe_store,
     is_described,
-    merge_sample_facts,
     missing_items,
     read_label_set_spec,
 )
 from sam3cache.images import Manifest, read_manifest
 
 Report = Callable[[ExtractProgress], None]
+
+_HAS_COLOUR = (
+    f"{{}} has colour, and level {IMAGE_LEVEL} of this store is grey; save the picture as grey, or "
+    "extract everything into a new store"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Request:
     config: ExtractConfig
     seed: int
     manifest: Manifest
-    wanted: list[Wanted]
+    wanted: WantedSamples
     hashes: PixelHashes
     digest: str
 
@@ -86,22 +91,17 @@ def read_request(
     return Request(config, seed, manifest, wanted, hashes, digest)
 
 
-def require_some(config: ExtractConfig, wanted: Sequence[Wanted]) -> None:
+def require_some(config: ExtractConfig, wanted: WantedSamples) -> None:
     """Refuse a manifest of which nothing can be read.
 
     Raises:
         ManifestError: when that is so.
     """
-    if all(item.info is None for item in wanted):
+    if not wanted.num_usable:
         raise ManifestError(
             f"{config.manifest}: none of its {len(wanted)} samples can be used, the first because: "
             f"{wanted[0].reason}; correct the manifest or its files"
         )
-
-
-def num_channels_of(wanted: Sequence[Wanted]) -> int:
-    """Return the channels that a level of these pictures has: 3 if any has colour."""
-    return max(item.info.num_channels for item in wanted if item.info)
 
 
 def require_folder(root: Path) -> None:
@@ -137,9 +137,9 @@ class Job:
         label_set: the masks' set, or None without masks.
         label_sets: every set that the store has or shall have, that one too, by name.
         state: the store, as it was looked at last.
+        annotation_changes: what the manifest says otherwise than the store.
         tasks: blocks that lacked something then.
         num_relabelled: stored masks that come from another file, or another state of it, than now.
-        num_reannotated: samples whose split, group, angles or other columns change.
     """
 
     config: ExtractConfig
@@ -149,9 +149,9 @@ class Job:
     label_set: LabelSetSpec | None
     label_sets: Mapping[str, LabelSetSpec]
     state: StoreState
-    tasks: tuple[BlockTask, ...] = ()
+    annotation_changes: AnnotationChanges
+    tasks: Tasks
     num_relabelled: int = 0
-    num_reannotated: int = 0
 
     def at(self, state: StoreState) -> Job:
         """Return the job with what is still to be done of it, given the store as it is now."""
@@ -170,9 +170,11 @@ class Job:
             "samples": self.plan.rows,
             "annotations": self.plan.annotations,
         }
-        stored = (self.state.rows, self.state.annotations)
-        if is_described(self.state.root, **described, stored=stored) and not (
-            self.tasks and self.state.sealed
+        is_current = not self.plan.is_changed and not self.annotation_changes.are_any
+        if (
+            self.state.description is not None
+            and is_described(self.state.root, **described, tables_are_current=is_current)
+            and not (self.tasks and self.state.sealed)
         ):
             return self
         describe_store(self.state.root, **described)
@@ -198,12 +200,11 @@ def plan_job(request: Request, state: StoreState) -> Job:
         )
     settings = make_settings(config, request.seed, description)
     wanted = request.wanted
-    num_channels = num_channels_of(wanted)
-    levels = plan_levels(config, description, settings, request.digest, num_channels)
+    levels = plan_levels(config, description, settings, request.digest, wanted.num_channels)
     if IMAGE_LEVEL in levels:
-        wanted = [_fit_channels(item, levels[IMAGE_LEVEL][0].shape[0]) for item in wanted]
-    plan = plan_rows(state.stored, wanted, request.hashes, state.splits())
-    _require_common_picture(state, config, wanted, plan)
+        wanted = wanted.fit_channels(levels[IMAGE_LEVEL][0].shape[0], _HAS_COLOUR)
+    plan = plan_rows(state.stored, wanted, request.hashes)
+    _require_common_picture(state, config, plan)
     label_set = _label_set(state, plan)
     label_sets = {
         name: read_label_set_spec(root, name)
@@ -211,20 +212,18 @@ def plan_job(request: Request, state: StoreState) -> Job:
     }
     if label_set is not None:
         label_sets[label_set.name] = label_set
-    job = Job(config, settings, plan, levels, label_set, label_sets, state)
-    return replace(
-        job.at(state),
-        num_relabelled=_num_relabelled(state, plan),
-        num_reannotated=_num_reannotated(state, plan),
-    )
+    changes = compare_annotations(state.annotations(), plan.annotations)
+    none = Tasks({}, plan, state)
+    job = Job(config, settings, plan, levels, label_set, label_sets, state, changes, none)
+    return replace(job.at(state), num_relabelled=_num_relabelled(state, plan))
 
 
-def _require_common_picture(
-    state: StoreState, config: ExtractConfig, wanted: list[Wanted], plan: RowPlan
-) -> None:
+def _require_common_picture(state: StoreState, config: ExtractConfig, plan: RowPlan) -> None:
     """Refuse a manifest that has nothing to do with the store: mostly a slip in -o."""
+    if plan.num_kept:
+        return
     stored = {row.source for row in state.rows if row.status == "ok"}
-    if stored and plan.num_kept == 0 and stored.isdisjoint(item.sample.source for item in wanted):
+    if stored and stored.isdisjoint(sample.source for sample in plan.wanted.samples):
         raise StoreError(
             f"none of the {len(stored)} images in {state.root} is in {config.manifest}, under "
             "whatever name, so that all would be given up; give -o another folder, or the manifest "
@@ -234,39 +233,20 @@ def _require_common_picture(
 
 def _num_relabelled(state: StoreState, plan: RowPlan) -> int:
     """Count the stored masks that come from another file, or another state of it, than now."""
-    stored = state.masks
-    return sum(
-        (stored[row].source, stored[row].size_bytes, stored[row].mtime_ns)
-        != (mask.source, mask.size_bytes, mask.mtime_ns)
-        for row, mask in plan.masks.items()
-        if row in stored
-    )
-
-
-def _num_reannotated(state: StoreState, plan: RowPlan) -> int:
-    """Count the stored samples that the manifest says something else of than the store."""
-    stored = {note.row: note for note in state.annotations}
-    return sum(
-        replace(stored[note.row], id=note.id) != note
-        for note in plan.annotations
-        if note.row in stored
-    )
-
-
-def _fit_channels(item: Wanted, num_channels: int) -> Wanted:
-    """Set a colour picture aside where the store's picture level is grey."""
-    if item.info is None or item.info.num_channels <= num_channels:
-        return item
-    return replace(
-        item,
-        info=None,
-        reason=f"{item.sample.source} has colour, and level {IMAGE_LEVEL} of this store is grey; "
-        "save the picture as grey, or extract everything into a new store",
-    )
+    num = 0
+    masks = plan.masks
+    for stored in state.masks.values():
+        mask = masks.get(stored.row)
+        if mask is not None:
+            now = (mask.source, mask.size_bytes, mask.mtime_ns)
+            num += (stored.source, stored.size_bytes, stored.mtime_ns) != now
+    return num
 
 
 def _foreign_files(root: Path) -> list[Path]:
     """Return what a crash of our own, before the description was written, cannot have left."""
+    if (root / "zarr.json").exists():
+        return []  # Another launch has begun the store since we looked; it is looked at once more.
     ours = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
     ours |= {"samples.parquet", "annotations.parquet"}
     return [
@@ -278,14 +258,11 @@ def _foreign_files(root: Path) -> list[Path]:
 
 def _label_set(state: StoreState, plan: RowPlan) -> LabelSetSpec | None:
     """Return the label set, large enough for every mask of the manifest."""
-    present = [
-        item.mask for item in plan.owners.values() if item.mask is not None and item.mask.present
-    ]
+    height_px, width_px = plan.wanted.largest_mask_px
     stored = state.description is not None and LABEL_SET in state.description["label_sets"]
-    if not present and not stored:
+    if height_px <= 0 and not stored:
         return None
-    height_px = max((mask.height_px for mask in present), default=1)
-    width_px = max((mask.width_px for mask in present), default=1)
+    height_px, width_px = max(height_px, 1), max(width_px, 1)
     if stored:
         old = read_label_set_spec(state.root, LABEL_SET)
         height_px, width_px = max(height_px, old.height_px), max(width_px, old.width_px)
@@ -332,25 +309,69 @@ def make_setups(
     return tuple(setups)
 
 
-def _tasks(job: Job, state: StoreState) -> tuple[BlockTask, ...]:
-    """Return the blocks that lack something, and what."""
-    rows = merge_sample_facts(job.plan.rows, state.receipts)
-    masks = job.plan.masks
-    label_sources = {} if job.label_set is None else {job.label_set.name: masks}
-    missing = missing_items(
-        rows, state.receipts, state.root, levels=job.levels, label_sources=label_sources
-    )
-    members: dict[int, list[SampleRow]] = {block: [] for block in missing}
-    for row in rows:
-        if row.status in ("pending", "ok") and block_of(row.row) in members:
-            members[block_of(row.row)].append(row)
-    return tuple(
-        BlockTask(
+class Tasks(Sequence[BlockTask]):
+    """Blocks that lack something, each with its rows and samples made when it is asked for.
+
+    Args:
+        missing: by block, what it lacks.
+        plan: whose rows and samples they are.
+        state: the store as it was when they lacked it.
+    """
+
+    def __init__(
+        self, missing: Mapping[int, frozenset[str]], plan: RowPlan, state: StoreState
+    ) -> None:
+        self._missing, self._plan, self._state = missing, plan, state
+        self.blocks = sorted(missing)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockTask: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[BlockTask]: ...
+    def __getitem__(self, index: int | slice) -> BlockTask | Sequence[BlockTask]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        block = self.blocks[index]
+        found = RowsWithFacts(list(self._plan.rows.block(block)), self._state.receipts)
+        rows = tuple(row for row in found if row.status in ("pending", "ok"))
+        owners, masks = self._plan.owners, self._plan.masks
+        return BlockTask(
             block,
-            items,
-            tuple(members[block]),
-            {row.row: job.plan.owners[row.row].sample for row in members[block]},
-            {row.row: masks[row.row] for row in members[block]},
+            self._missing[block],
+            rows,
+            {row.row: owners[row.row].sample for row in rows},
+            {row.row: masks[row.row] for row in rows},
         )
-        for block, items in sorted(missing.items())
+
+    def only(self, blocks: Container[int]) -> Tasks:
+        """Return the tasks of some blocks."""
+        missing = {block: items for block, items in self._missing.items() if block in blocks}
+        return Tasks(missing, self._plan, self._state)
+
+    def num_rows(self) -> int:
+        """Count their rows."""
+        return sum(len(task.rows) for task in self)
+
+    def num_to_compute(self) -> int:
+        """Count the rows that lack a level."""
+        return sum(
+            len(task.rows)
+            for task in self
+            if any(item.startswith("levels.") for item in task.items)
+        )
+
+
+def _tasks(job: Job, state: StoreState) -> Tasks:
+    """Return the blocks that lack something, and what."""
+    label_sources = {} if job.label_set is None else {job.label_set.name: job.plan.masks}
+    missing = missing_items(
+        job.plan.rows,
+        state.receipts,
+        state.root,
+        levels=job.levels,
+        label_sources=label_sources,
     )
+    return Tasks(missing, job.plan, state)

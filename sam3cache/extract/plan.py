@@ -35,7 +35,6 @@ from sam3cache.extract.job import (
     Report,
     find_seed,
     make_setups,
-    num_channels_of,
     plan_job,
     read_request,
     require_folder,
@@ -110,8 +109,8 @@ def _plan_exactly(config: ExtractConfig, report: Report, measure: bool) -> Forec
     forecast.require_space()
     if not measure or not forecast.num_to_compute:
         return forecast
-    rows = sorted({row.row for task in job.tasks for row in task.rows})
-    wanted = [job.plan.owners[row] for row in rows]
+    tasks = spread(job.tasks, _NUM_PILOT_IMAGES)
+    wanted = [job.plan.owners[row.row] for task in tasks for row in task.rows]
     try:
         pilot = _run_pilot(config, state.description, job.label_set, wanted, report)
     except WeightsError as error:
@@ -135,7 +134,13 @@ def _run_pilot(
     """
     settings = make_settings(config, 0, description)
     digest = find_digest(config, description)
-    levels = plan_levels(config, description, settings, digest, num_channels_of(wanted))
+    levels = plan_levels(
+        config,
+        description,
+        settings,
+        digest,
+        max(item.info.num_channels for item in wanted if item.info),
+    )
     return run_pilot(
         runtime.existing_folder(config.output),
         make_setups(config, settings, levels, label_set),
@@ -187,7 +192,7 @@ def _plan_by_sample(
     sampled = _look_at_some(config, report, num_images, seed)
     settings = make_settings(config, seed, description)
     digest = _NO_DIGEST if description is None else find_digest(config, description)
-    num_channels = num_channels_of(sampled.usable)
+    num_channels = max(item.info.num_channels for item in sampled.usable if item.info)
     levels = plan_levels(config, description, settings, digest, num_channels)
     label_set = _label_set(sampled.usable)
     # Rows of a store that is being worked on are not looked at here: all is planned anew.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from sam3cache.extract.worker import (
 )
 
 MAX_DEATHS_OF_A_BLOCK = 2
-# For a batch that is in the tower when the worker is told to end.
+# For the batch or block that a worker is at when the others have given up.
 _END_PATIENCE_S = 5.0
 
 
@@ -33,6 +34,26 @@ class _Member:
     pipe: Connection
     tasks: deque[BlockTask] = field(default_factory=deque)
     told_to_end: bool = False
+
+
+class _Queue:
+    """Tasks in their order, each asked for when its turn comes; those given back go first."""
+
+    def __init__(self, tasks: Sequence[BlockTask]) -> None:
+        self._tasks, self._next = tasks, 0
+        self._returned: deque[BlockTask] = deque()
+
+    def __len__(self) -> int:
+        return len(self._returned) + len(self._tasks) - self._next
+
+    def take(self) -> BlockTask:
+        if self._returned:
+            return self._returned.popleft()
+        self._next += 1
+        return self._tasks[self._next - 1]
+
+    def give_back(self, tasks: Sequence[BlockTask]) -> None:
+        self._returned.extendleft(reversed(tasks))
 
 
 def run_pool(
@@ -54,7 +75,7 @@ def run_pool(
         OSError: likewise, such as a full disk.
     """
     context = multiprocessing.get_context("spawn")
-    queue = deque(tasks)
+    queue = _Queue(tasks)
     elsewhere: set[int] = set()
     deaths: dict[int, int] = {}
     states: dict[int, WorkerStatus] = {}
@@ -76,7 +97,7 @@ def run_pool(
             num_held = NUM_BLOCKS_HELD if len(queue) > len(setups) else 1
             while queue and len(member.tasks) < num_held:
                 # Noted before it is sent: of a worker that has just died it counts as lost.
-                member.tasks.append(queue.popleft())
+                member.tasks.append(queue.take())
                 member.pipe.send(member.tasks[-1])
             if not queue and not member.tasks and not member.told_to_end:
                 member.told_to_end = True
@@ -111,7 +132,7 @@ def run_pool(
             num_before[number] = num_before.get(number, 0) + states.pop(number).num_images
         if deaths[culprit.block] >= MAX_DEATHS_OF_A_BLOCK:
             raise WorkerError(_death_message(member, culprit))
-        queue.extendleft(reversed(member.tasks))
+        queue.give_back(member.tasks)
         start(number, member.setup)
 
     try:
@@ -127,13 +148,15 @@ def run_pool(
                 else:
                     take(number, message)
     finally:
+        # A worker ends when its pipe does, behind the batch or block that it is at: so it takes its
+        # temporary files along, and nothing is said below the line that says what went wrong.
         for member in members.values():
-            member.process.terminate()
+            member.pipe.close()
+        deadline_s = time.monotonic() + _END_PATIENCE_S
         for member in members.values():
-            member.process.join(_END_PATIENCE_S)
+            member.process.join(max(0.0, deadline_s - time.monotonic()))
             member.process.kill()
             member.process.join()
-            member.pipe.close()
     return frozenset(elsewhere)
 
 

@@ -1,12 +1,22 @@
-"""Which sample goes into which row: what a manifest asks for against what a store holds."""
+"""Which sample goes into which row: what a manifest asks for against what a store holds.
+
+Either may hold many samples, so rows and what files say are kept by column, and made into objects
+as they are asked for.
+"""
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import overload
+
+import numpy as np
 
 from sam3cache.errors import ImageError
 from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, SampleRow
@@ -19,8 +29,8 @@ _CHUNK = 128
 
 _HERE = Path()
 _NO_MASK = LabelRow(0)
+_NOBODY = -1
 
-_FileKey = str | tuple[str, int]
 Report = Callable[[int, int], None]
 
 
@@ -31,7 +41,7 @@ class Wanted:
     Attributes:
         sample: from the manifest; a bare one where the manifest itself set it aside.
         info: None when the sample is set aside.
-        mask: the mask's file, with any row; None without a mask.
+        mask: the mask's file, with row 0; None without a mask.
         reason: why it is set aside, else empty.
     """
 
@@ -41,51 +51,153 @@ class Wanted:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """The tables that the store shall have, and the samples behind the rows to compute.
+class WantedSamples(Sequence[Wanted]):
+    """What a manifest asks for, in its order; numbers are kept by column."""
 
-    Attributes:
-        rows: the whole table, tombstones too, in row order.
-        annotations: of every row that is not a tombstone.
-        owners: by row, for rows that are pending or ok, the sample behind it.
-        num_kept: rows that held features before and hold them on.
-        num_changed: samples that got a new row although the store knows their file.
-        num_removed: rows that became tombstones.
-        num_renamed: rows whose picture was found in another file than before.
-        num_moved: samples that were in the training split and are no longer.
-    """
-
-    rows: tuple[SampleRow, ...]
-    annotations: tuple[AnnotationRow, ...]
-    owners: Mapping[int, Wanted]
-    num_kept: int
-    num_changed: int
-    num_removed: int
-    num_renamed: int = 0
-    num_moved: int = 0
-
-    @property
-    def masks(self) -> Mapping[int, LabelRow]:
-        """By row, the file each mask shall have come from, for rows that are pending or ok."""
-        return _Masks(self.owners)
-
-
-class _Masks(Mapping[int, LabelRow]):
-    """The masks of wanted samples, made as they are asked for."""
-
-    def __init__(self, owners: Mapping[int, Wanted]) -> None:
-        self._owners = owners
-
-    def __getitem__(self, row: int) -> LabelRow:
-        mask = self._owners[row].mask or _NO_MASK
-        return mask if mask.row == row else replace(mask, row=row)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._owners)
+    def __init__(self, samples: Sequence[Sample], set_aside: Sequence[SetAside] = ()) -> None:
+        """Take the samples, and those that the manifest itself had to set aside."""
+        root = samples[0].root if samples else _HERE
+        bare = [Sample(id=aside.id, source=aside.source, root=root) for aside in set_aside]
+        self.samples: Sequence[Sample] = [*samples, *bare] if bare else samples
+        num = len(self.samples)
+        self._reasons = {len(samples) + i: aside.reason for i, aside in enumerate(set_aside)}
+        self._height_px, self._width_px, self._num_channels = (_zeros("i", num) for _ in range(3))
+        # A mask's height is -1 where there is none.
+        self._mask_height_px, self._mask_width_px = (_zeros("i", num) for _ in range(2))
+        self._size_bytes, self._mtime_ns = (_zeros("q", num) for _ in range(2))
+        self._mask_bytes, self._mask_mtime_ns = (_zeros("q", num) for _ in range(2))
+        # Where in which table a sample was recalled from, or -1.
+        self._places = array("i", [_NOBODY]) * num
+        self._places_in: Sequence[SampleRow] = ()
 
     def __len__(self) -> int:
-        return len(self._owners)
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Wanted: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Wanted]: ...
+    def __getitem__(self, index: int | slice) -> Wanted | Sequence[Wanted]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        sample = self.samples[index]
+        if index in self._reasons:
+            return Wanted(sample, None, reason=self._reasons[index])
+        has_mask = self._mask_height_px[index] >= 0
+        info = ImageInfo(
+            self._height_px[index],
+            self._width_px[index],
+            self._num_channels[index],
+            self._mask_height_px[index] if has_mask else None,
+            self._mask_width_px[index] if has_mask else None,
+            self._size_bytes[index],
+            self._mtime_ns[index],
+        )
+        return Wanted(sample, info, self.mask(index, 0) if has_mask else None)
+
+    def mask(self, index: int, row: int) -> LabelRow:
+        """Return the file of a sample's mask, as that of a row."""
+        if index in self._reasons or self._mask_height_px[index] < 0:
+            return LabelRow(row)
+        return LabelRow(
+            row,
+            self._mask_height_px[index],
+            self._mask_width_px[index],
+            True,
+            self.samples[index].mask or "",
+            self._mask_bytes[index],
+            self._mask_mtime_ns[index],
+        )
+
+    def take(
+        self, index: int, info: ImageInfo, mask_bytes: int = 0, mask_mtime_ns: int = 0
+    ) -> None:
+        """Note what a sample's files say."""
+        self._height_px[index], self._width_px[index] = info.height_px, info.width_px
+        self._num_channels[index] = info.num_channels
+        has_mask = info.mask_height_px is not None
+        self._mask_height_px[index] = (info.mask_height_px or 0) if has_mask else -1
+        self._mask_width_px[index] = info.mask_width_px or 0
+        self._size_bytes[index], self._mtime_ns[index] = info.size_bytes, info.mtime_ns
+        self._mask_bytes[index], self._mask_mtime_ns[index] = mask_bytes, mask_mtime_ns
+
+    def recall(self, index: int, recalled: Recalled, rows: Sequence[SampleRow]) -> None:
+        """Note what a store's table recorded of a sample's files, which are as they were then."""
+        self.take(index, recalled.info, recalled.mask_bytes, recalled.mask_mtime_ns)
+        self._places[index] = recalled.position
+        self._places_in = rows
+
+    def place(self, index: int, rows: Sequence[SampleRow]) -> int:
+        """Return where in a table a sample was recalled from, or -1."""
+        return self._places[index] if rows is self._places_in else _NOBODY
+
+    @property
+    def not_recalled(self) -> Sequence[int]:
+        """Indices of usable samples whose files are new, or other than a store recorded."""
+        return [
+            index
+            for index, place in enumerate(self._places)
+            if place == _NOBODY and index not in self._reasons
+        ]
+
+    @property
+    def largest_mask_px(self) -> tuple[int, int]:
+        """Height and width that hold every mask; at most 0 without any."""
+        usable = [index for index in range(len(self)) if index not in self._reasons]
+        return (
+            max((self._mask_height_px[index] for index in usable), default=0),
+            max((self._mask_width_px[index] for index in usable), default=0),
+        )
+
+    def set_aside(self, index: int, reason: str) -> None:
+        """Note why a sample cannot be used."""
+        self._reasons[index] = reason
+
+    def is_usable(self, index: int) -> bool:
+        """Return whether a sample can be used, as far as headers tell."""
+        return index not in self._reasons
+
+    @property
+    def num_usable(self) -> int:
+        """Samples that can be used."""
+        return len(self) - len(self._reasons)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels that a level of these pictures has: 3 if any has colour."""
+        return max(self._num_channels, default=1)
+
+    def fit_channels(self, num_channels: int, reason: str) -> WantedSamples:
+        """Return this with pictures of more channels set aside; ``{}`` stands for their file."""
+        if self.num_channels <= num_channels:
+            return self
+        fitted = copy(self)
+        fitted._reasons = dict(self._reasons)
+        for index, channels in enumerate(self._num_channels):
+            if channels > num_channels:
+                fitted.set_aside(index, reason.format(self.samples[index].source))
+        return fitted
+
+
+def _zeros(typecode: str, num: int) -> array[int]:
+    return array(typecode, [0]) * num
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What a store recorded of a sample's files.
+
+    Attributes:
+        position: of the row in the store's table.
+        info: what the headers said.
+        mask_bytes: size of the mask's file; 0 without one.
+        mask_mtime_ns: its time.
+    """
+
+    position: int
+    info: ImageInfo
+    mask_bytes: int
+    mask_mtime_ns: int
 
 
 class StoredRows:
@@ -101,22 +213,41 @@ class StoredRows:
     ) -> None:
         self.rows = rows
         self._masks = masks
-        # One number where, as nearly always, a file has one row: lists would take most of memory.
-        self._positions: dict[_FileKey, int | list[int]] = {}
+        # Sorted hashes rather than a dict, which would hold every name, and take ten times as much.
+        self.numbers = array("q", bytes(8 * len(rows)))
+        keys = np.empty(len(rows), np.int64)
         for position, row in enumerate(rows):
-            key = _file_key(row.source, row.frame)
-            other = self._positions.setdefault(key, position)
-            if isinstance(other, list):
-                other.append(position)
-            elif other != position:
-                self._positions[key] = [other, position]
+            self.numbers[position] = row.row
+            keys[position] = _key(row.source, row.frame)
+        self._positions = np.argsort(keys, kind="stable").astype(np.int32)
+        self._keys = keys[self._positions]
 
     def positions(self, sample: Sample) -> Sequence[int]:
         """Return where in the table the rows of a sample's file, and frame, are."""
-        found = self._positions.get(_file_key(sample.source, sample.frame), ())
-        return (found,) if isinstance(found, int) else found
+        key = _key(sample.source, sample.frame)
+        begin = int(np.searchsorted(self._keys, key))
+        found = []
+        while begin < len(self._keys) and self._keys[begin] == key:
+            position = int(self._positions[begin])
+            row = self.rows[position]
+            if (row.source, row.frame) == (sample.source, sample.frame):
+                found.append(position)
+            begin += 1
+        return found
 
-    def recall(self, sample: Sample) -> Wanted | None:
+    def order(self, samples: Sequence[Sample]) -> Sequence[int]:
+        """Return in which order to go through samples, so that rows near one another are asked for.
+
+        Samples of one file stay in the order they are in.
+        """
+        if not len(self._keys):
+            return range(len(samples))
+        keys = np.fromiter((_key(s.source, s.frame) for s in samples), np.int64, len(samples))
+        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        first = np.where(self._keys[at] == keys, self._positions[at], len(self.rows))
+        return array("i", np.argsort(first, kind="stable").astype(np.intc).tobytes())
+
+    def recall(self, sample: Sample) -> Recalled | None:
         """Return what a look at a sample's files would find, if sizes and times are as recorded.
 
         Raises:
@@ -128,30 +259,32 @@ class StoredRows:
                 sample.image_path, row.size_bytes, row.mtime_ns
             ):
                 continue
-            mask = None
+            mask = _NO_MASK
             if sample.mask_path is not None:
-                mask = self._masks.get(row.row)
+                found = self._masks.get(row.row)
                 if (
-                    mask is None
-                    or mask.source != sample.mask
-                    or not _is_unchanged(sample.mask_path, mask.size_bytes, mask.mtime_ns)
+                    found is None
+                    or not found.present
+                    or found.source != sample.mask
+                    or not _is_unchanged(sample.mask_path, found.size_bytes, found.mtime_ns)
                 ):
                     return None
+                mask = found
             info = ImageInfo(
                 row.height_px,
                 row.width_px,
                 row.num_channels,
-                None if mask is None else mask.height_px,
-                None if mask is None else mask.width_px,
+                mask.height_px if mask.present else None,
+                mask.width_px if mask.present else None,
                 row.size_bytes,
                 row.mtime_ns,
             )
-            return Wanted(sample, info, mask)
+            return Recalled(position, info, mask.size_bytes, mask.mtime_ns)
         return None
 
 
-def _file_key(source: str, frame: int | None) -> _FileKey:
-    return source if frame is None else (source, frame)
+def _key(source: str, frame: int | None) -> int:
+    return hash(source if frame is None else (source, frame))
 
 
 def _is_unchanged(path: Path, size_bytes: int, mtime_ns: int) -> bool:
@@ -179,10 +312,10 @@ class PixelHashes:
 
 def probe_all(
     samples: Sequence[Sample],
-    set_aside: Iterable[SetAside],
+    set_aside: Sequence[SetAside],
     report: Report,
     stored: StoredRows | None = None,
-) -> list[Wanted]:
+) -> WantedSamples:
     """Look at every file's header; what cannot be read is set aside.
 
     Args:
@@ -192,56 +325,48 @@ def probe_all(
         stored: rows whose files need no look while their size and time are as recorded.
     """
     stored = stored or StoredRows(())
+    wanted = WantedSamples(samples, set_aside)
+    order = stored.order(samples)
+    # Few samples are shared out singly, so that every thread has some.
+    size = min(_CHUNK, max(1, len(samples) // (4 * _NUM_PROBE_THREADS)))
 
-    def look(chunk: Sequence[Sample]) -> list[Wanted]:
-        return [_probe_one(sample, stored) for sample in chunk]
+    def look(start: int) -> int:
+        chunk = order[start : start + size]
+        for index in chunk:
+            _probe_one(wanted, index, stored)
+        return len(chunk)
 
-    wanted: list[Wanted] = []
+    num_done = 0
     with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
-        for found in pool.map(look, _chunks(samples)):
-            wanted += found
-            report(len(wanted), len(samples))
-    for aside in set_aside:
-        bare = Sample(id=aside.id, source=aside.source, root=samples[0].root if samples else _HERE)
-        wanted.append(Wanted(bare, None, reason=aside.reason))
+        for num_looked_at in pool.map(look, range(0, len(samples), size)):
+            num_done += num_looked_at
+            report(num_done, len(samples))
     return wanted
 
 
-def _chunks(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    # Few samples are shared out singly, so that every thread has some.
-    size = min(_CHUNK, max(1, len(samples) // (4 * _NUM_PROBE_THREADS)))
-    return (samples[start : start + size] for start in range(0, len(samples), size))
-
-
-def _probe_one(sample: Sample, stored: StoredRows) -> Wanted:
+def _probe_one(wanted: WantedSamples, index: int, stored: StoredRows) -> None:
+    sample = wanted.samples[index]
     try:
         recalled = stored.recall(sample)
     except OSError:
         recalled = None  # What is wrong with the file, a look at it says better.
     if recalled is not None:
-        return recalled
+        wanted.recall(index, recalled, stored.rows)
+        return
     try:
         info = probe(sample)
-        mask = None
-        if sample.mask_path is not None and sample.mask is not None:
+        if sample.mask_path is None:
+            wanted.take(index, info)
+        else:
             stat = sample.mask_path.stat()
-            mask = LabelRow(
-                0,
-                height_px=info.mask_height_px or 0,
-                width_px=info.mask_width_px or 0,
-                present=True,
-                source=sample.mask,
-                size_bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-            )
-        return Wanted(sample, info, mask)
+            wanted.take(index, info, stat.st_size, stat.st_mtime_ns)
     except ImageError as error:
-        return Wanted(sample, None, reason=str(error))
+        wanted.set_aside(index, str(error))
     except OSError as error:
-        return Wanted(sample, None, reason=f"{sample.mask}: {error.strerror}")
+        wanted.set_aside(index, f"{sample.mask}: {error.strerror}")
 
 
-def hash_changed(stored: StoredRows, wanted: Sequence[Wanted], report: Report) -> PixelHashes:
+def hash_changed(stored: StoredRows, wanted: WantedSamples, report: Report) -> PixelHashes:
     """Decode, on several threads, the files whose pixels decide which row they belong to.
 
     These are files whose times differ from what the store recorded; then files that the store does
@@ -253,6 +378,9 @@ def hash_changed(stored: StoredRows, wanted: Sequence[Wanted], report: Report) -
         report: called with samples done and in all.
     """
     hashes = PixelHashes()
+    unsure = wanted.not_recalled
+    if not unsure or not stored.rows:
+        return hashes
     with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
         num_done = 0
 
@@ -263,10 +391,12 @@ def hash_changed(stored: StoredRows, wanted: Sequence[Wanted], report: Report) -
                 num_done += 1
                 report(num_done, num_total)
 
-        decode([item.sample for item in wanted if _has_changed(item, stored)])
+        decode([wanted.samples[i] for i in unsure if _has_changed(wanted[i], stored)])
         matching = _match_files(stored, wanted, hashes)
-        orphans = _orphans(stored, matching)
-        decode([item.sample for item in matching.fresh if _shape(item.info) in orphans])
+        orphans = _orphans(stored, matching) if matching.fresh else {}
+        if orphans:
+            fresh = (wanted[index] for index in matching.fresh)
+            decode([item.sample for item in fresh if _shape(item.info) in orphans])
     return hashes
 
 
@@ -283,11 +413,194 @@ def _has_changed(item: Wanted, stored: StoredRows) -> bool:
     )
 
 
+@dataclass(slots=True)
+class _Matching:
+    """Which rows stay, by position in the store's table.
+
+    Attributes:
+        owner: by position, the index of the sample that the row belongs to, or -1.
+        is_live: by position, whether the row stays and is pending or ok.
+        num_kept: rows that stay and are ok.
+        changed: by position, rows that stay otherwise than they are.
+        fresh: indices of samples without a row.
+        num_renamed: rows whose picture was found in another file than before.
+    """
+
+    owner: array[int]
+    is_live: bytearray
+    fresh: Sequence[int] = ()
+    changed: dict[int, SampleRow] = field(default_factory=dict)
+    num_kept: int = 0
+    num_renamed: int = 0
+
+    def keep(self, position: int, row: SampleRow, index: int) -> None:
+        """Give a row, as it shall stand, to a sample."""
+        self.owner[position] = index
+        self.is_live[position] = row.status in ("pending", "ok")
+        self.num_kept += row.status == "ok"
+
+
+class PlannedRows(Sequence[SampleRow]):
+    """The table that a store shall have: its own with some rows changed, and new ones behind."""
+
+    def __init__(self, stored: StoredRows, matching: _Matching, wanted: WantedSamples) -> None:
+        self._rows, self._changed = stored.rows, matching.changed
+        self._wanted, self._fresh = wanted, matching.fresh
+        self.numbers = stored.numbers
+        last_row = max(self.numbers, default=-1)
+        self.next_row = -(-(1 + last_row) // BLOCK_ROWS) * BLOCK_ROWS
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._fresh)
+
+    @overload
+    def __getitem__(self, index: int) -> SampleRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SampleRow]: ...
+    def __getitem__(self, index: int | slice) -> SampleRow | Sequence[SampleRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if index < len(self._rows):
+            return self._changed.get(index) or self._rows[index]
+        offset = index - len(self._rows)
+        return _new_row(self.next_row + offset, self._wanted[self._fresh[offset]])
+
+    def position(self, row: int) -> int:
+        """Return where in the table a row is.
+
+        Raises:
+            KeyError: when it is not there.
+        """
+        if row >= self.next_row:
+            position = len(self._rows) + row - self.next_row
+            if position >= len(self):
+                raise KeyError(row)
+            return position
+        # As long as no block has vacant rows before it, a row is where its number says.
+        position = row
+        if row >= len(self.numbers) or self.numbers[row] != row:
+            position = bisect_left(self.numbers, row)
+            if position == len(self.numbers) or self.numbers[position] != row:
+                raise KeyError(row)
+        return position
+
+    def block(self, number: int) -> Iterator[SampleRow]:
+        """Go through the rows of a block."""
+        begin, end = number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS
+        if begin >= self.next_row:
+            offset = len(self._rows) - self.next_row
+            positions = range(begin + offset, min(end + offset, len(self)))
+        else:
+            positions = range(bisect_left(self.numbers, begin), bisect_left(self.numbers, end))
+        return (self[position] for position in positions)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The tables that the store shall have, and the samples behind the rows to compute.
+
+    Attributes:
+        rows: the whole table, tombstones too, in row order.
+        wanted: what the manifest asks for.
+        owner: by position in ``rows``, the index in ``wanted`` of the sample behind it, or -1.
+        is_live: by position, whether a row is pending or ok.
+        num_live: how many are.
+        num_kept: rows that held features before and hold them on.
+        num_changed: samples that got a new row although the store knows their file.
+        num_removed: rows that became tombstones.
+        num_renamed: rows whose picture was found in another file than before.
+        is_changed: whether any row is to be other than it is.
+    """
+
+    rows: PlannedRows
+    wanted: WantedSamples
+    owner: array[int]
+    is_live: bytearray
+    num_live: int
+    num_kept: int
+    num_changed: int
+    num_removed: int
+    num_renamed: int
+    is_changed: bool
+
+    def __iter__(self) -> Iterator[tuple[SampleRow, Wanted]]:
+        """Go through the rows that belong to samples, those set aside too."""
+        for row, index in zip(self.rows, self.owner, strict=True):
+            if index != _NOBODY:
+                yield row, self.wanted[index]
+
+    def index(self, row: int) -> int:
+        """Return which of the wanted samples is behind a row that is pending or ok.
+
+        Raises:
+            KeyError: when none is.
+        """
+        position = self.rows.position(row)
+        if not self.is_live[position]:
+            raise KeyError(row)
+        return self.owner[position]
+
+    @property
+    def num_aside(self) -> int:
+        """Samples that cannot be used."""
+        return len(self.owner) - self.owner.count(_NOBODY) - self.num_live
+
+    @property
+    def annotations(self) -> Iterable[AnnotationRow]:
+        """What may be corrected, of every row that is not a tombstone; made anew on every pass."""
+        return _Annotations(self)
+
+    @property
+    def owners(self) -> Mapping[int, Wanted]:
+        """By row, the sample behind it; for rows that are pending or ok."""
+        return _Owners(self)
+
+    @property
+    def masks(self) -> Mapping[int, LabelRow]:
+        """By row, the file each mask shall have come from, for rows that are pending or ok."""
+        return _Masks(self)
+
+
+@dataclass(frozen=True)
+class _Annotations(Iterable[AnnotationRow]):
+    plan: RowPlan
+
+    def __iter__(self) -> Iterator[AnnotationRow]:
+        return (_annotation(row.row, item) for row, item in self.plan)
+
+
+@dataclass(frozen=True)
+class _Owners(Mapping[int, Wanted]):
+    plan: RowPlan
+
+    def __getitem__(self, row: int) -> Wanted:
+        return self.plan.wanted[self.plan.index(row)]
+
+    def __iter__(self) -> Iterator[int]:
+        return (row.row for row, _ in self.plan if row.status in ("pending", "ok"))
+
+    def __len__(self) -> int:
+        return self.plan.num_live
+
+
+@dataclass(frozen=True)
+class _Masks(Mapping[int, LabelRow]):
+    plan: RowPlan
+
+    def __getitem__(self, row: int) -> LabelRow:
+        return self.plan.wanted.mask(self.plan.index(row), row)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.plan.owners)
+
+    def __len__(self) -> int:
+        return self.plan.num_live
+
+
 def plan_rows(
-    stored: StoredRows,
-    wanted: Sequence[Wanted],
-    hashes: PixelHashes | None = None,
-    old_splits: Mapping[int, str] = MappingProxyType({}),
+    stored: StoredRows, wanted: WantedSamples, hashes: PixelHashes | None = None
 ) -> RowPlan:
     """Give every wanted sample a row, keeping the rows whose picture has not changed.
 
@@ -301,117 +614,98 @@ def plan_rows(
         stored: the store's table.
         wanted: what the manifest asks for.
         hashes: of pictures that have been decoded already.
-        old_splits: by row, the split that a sample is in now.
     """
     hashes = hashes or PixelHashes()
     matching = _match_files(stored, wanted, hashes)
-    num_renamed = _match_pixels(stored, matching, hashes)
-
-    table: list[SampleRow] = []
-    owners: dict[int, Wanted] = {}
-    annotations: list[AnnotationRow] = []
-    num_removed = num_kept = num_moved = 0
-
-    def add(row: SampleRow, item: Wanted) -> None:
-        nonlocal num_moved
-        table.append(row)
-        annotations.append(_annotation(row.row, item))
-        num_moved += old_splits.get(row.row) == "train" != item.sample.split
-        if row.status in ("pending", "ok"):
-            owners[row.row] = item
-
-    for old, kept, item in zip(stored.rows, matching.kept, matching.owner, strict=True):
-        if kept is not None and item is not None:
-            num_kept += kept.status == "ok"
-            add(kept, item)
-        elif old.status == "removed":
-            table.append(old)
-        else:
-            num_removed += 1
-            # A row that was never ok loses its hash, without which it does not come back.
-            table.append(
-                replace(
-                    old,
-                    status="removed",
-                    reason="no longer in the manifest, or changed",
-                    pixel_sha256=old.pixel_sha256 if old.status == "ok" else "",
-                )
-            )
-    last_row = max((row.row for row in stored.rows), default=-1)
-    next_row = -(-(1 + last_row) // BLOCK_ROWS) * BLOCK_ROWS
-    for number, item in enumerate(matching.fresh, next_row):
-        add(_new_row(number, item), item)
+    _match_pixels(stored, wanted, matching, hashes)
+    num_removed = 0
+    for position, index in enumerate(matching.owner):
+        if index != _NOBODY or stored.rows[position].status == "removed":
+            continue
+        old = stored.rows[position]
+        num_removed += 1
+        # A row that was never ok loses its hash, without which it does not come back.
+        matching.changed[position] = replace(
+            old,
+            status="removed",
+            reason="no longer in the manifest, or changed",
+            pixel_sha256=old.pixel_sha256 if old.status == "ok" else "",
+        )
+    usable = [index for index in matching.fresh if wanted.is_usable(index)]
+    is_live = matching.is_live + bytes(map(wanted.is_usable, matching.fresh))
     return RowPlan(
-        rows=tuple(table),
-        annotations=tuple(annotations),
-        owners=owners,
-        num_kept=num_kept,
-        num_changed=sum(
-            item.info is not None and len(stored.positions(item.sample)) > 0
-            for item in matching.fresh
-        ),
+        rows=PlannedRows(stored, matching, wanted),
+        wanted=wanted,
+        owner=matching.owner + array("i", matching.fresh),
+        is_live=is_live,
+        num_live=sum(is_live),
+        num_kept=matching.num_kept,
+        num_changed=sum(len(stored.positions(wanted.samples[index])) > 0 for index in usable),
         num_removed=num_removed,
-        num_renamed=num_renamed,
-        num_moved=num_moved,
+        num_renamed=matching.num_renamed,
+        is_changed=bool(matching.changed or matching.fresh),
     )
 
 
-@dataclass(slots=True)
-class _Matching:
-    """Which rows stay, by position in the store's table.
-
-    Attributes:
-        kept: the row as it shall stand, or None.
-        owner: the sample that it belongs to, or None.
-        fresh: samples without a row.
-    """
-
-    kept: list[SampleRow | None]
-    owner: list[Wanted | None]
-    fresh: list[Wanted]
-
-
-def _match_files(stored: StoredRows, wanted: Sequence[Wanted], hashes: PixelHashes) -> _Matching:
+def _match_files(stored: StoredRows, wanted: WantedSamples, hashes: PixelHashes) -> _Matching:
     """Find the rows that were made from the very files that are wanted."""
-    matching = _Matching([None] * len(stored.rows), [None] * len(stored.rows), [])
-    for item in wanted:
-        free = [i for i in stored.positions(item.sample) if matching.kept[i] is None]
-        position, row = _find_row(item, free, stored.rows, hashes)
-        if row is None:
-            matching.fresh.append(item)
-        else:
-            matching.kept[position], matching.owner[position] = row, item
+    rows = stored.rows
+    matching = _Matching(array("i", [_NOBODY]) * len(rows), bytearray(len(rows)))
+    owner = matching.owner
+    fresh = array("i")
+    for index in stored.order(wanted.samples):
+        place = wanted.place(index, rows)
+        if place != _NOBODY and owner[place] == _NOBODY:
+            row = rows[place]
+            if row.id == wanted.samples[index].id and not row.reason:
+                matching.keep(place, row, index)
+                continue
+        item = wanted[index]
+        free = [i for i in stored.positions(item.sample) if owner[i] == _NOBODY]
+        position, found = _find_row(item, free, rows, hashes)
+        if found is None:
+            fresh.append(index)
+            continue
+        matching.keep(position, found, index)
+        if found != rows[position]:
+            matching.changed[position] = found
+    # New rows come in the manifest's order.
+    matching.fresh = array("i", sorted(fresh))
     return matching
 
 
-def _match_pixels(stored: StoredRows, matching: _Matching, hashes: PixelHashes) -> int:
-    """Give samples without a row those that nobody wants, by their pixels; return how many."""
-    orphans = _orphans(stored, matching)
+def _match_pixels(
+    stored: StoredRows, wanted: WantedSamples, matching: _Matching, hashes: PixelHashes
+) -> None:
+    """Give samples without a row those that nobody wants, by their pixels."""
+    orphans = _orphans(stored, matching) if matching.fresh else {}
+    if not orphans:
+        return
     by_pixels: dict[str, list[int]] = {}
     for positions in orphans.values():
         for position in positions:
             by_pixels.setdefault(stored.rows[position].pixel_sha256, []).append(position)
     for positions in by_pixels.values():
         positions.sort(key=lambda i: (stored.rows[i].status != "ok", i))
-    num_renamed = 0
     # A sample of a row's own id goes first, whichever copy of the picture it names.
     for only_own_id in (True, False):
-        fresh: list[Wanted] = []
-        for item in matching.fresh:
+        fresh = array("i")
+        for index in matching.fresh:
+            item = wanted[index]
             found: int | None = None
             if item.info is not None and _shape(item.info) in orphans:
                 free = by_pixels.get(hashes.of(item.sample) or "", [])
                 own = [i for i in free if stored.rows[i].id == item.sample.id]
                 found = next(iter(own if only_own_id else free), None)
             if item.info is None or found is None:
-                fresh.append(item)
+                fresh.append(index)
                 continue
             by_pixels[stored.rows[found].pixel_sha256].remove(found)
-            matching.kept[found] = _taken_over(stored.rows[found], item, item.info)
-            matching.owner[found] = item
-            num_renamed += 1
+            row = _taken_over(stored.rows[found], item, item.info)
+            matching.keep(found, row, index)
+            matching.changed[found] = row
+            matching.num_renamed += 1
         matching.fresh = fresh
-    return num_renamed
 
 
 _Shape = tuple[int, int, int]
@@ -426,9 +720,11 @@ def _shape(picture: ImageInfo | SampleRow | None) -> _Shape | None:
 def _orphans(stored: StoredRows, matching: _Matching) -> dict[_Shape | None, list[int]]:
     """Return, by shape of the picture, the rows that hold features and that nobody wants."""
     orphans: dict[_Shape | None, list[int]] = {}
-    for position, row in enumerate(stored.rows):
-        if matching.kept[position] is None and row.status in ("ok", "removed") and row.pixel_sha256:
-            orphans.setdefault(_shape(row), []).append(position)
+    for position, index in enumerate(matching.owner):
+        if index == _NOBODY:
+            row = stored.rows[position]
+            if row.status in ("ok", "removed") and row.pixel_sha256:
+                orphans.setdefault(_shape(row), []).append(position)
     return orphans
 
 
@@ -512,3 +808,41 @@ def _annotation(number: int, item: Wanted) -> AnnotationRow:
         secondary_angle_deg=sample.secondary_angle_deg,
         extra=sample.extra,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationChanges:
+    """What a manifest says otherwise than a store.
+
+    Attributes:
+        num_changed: stored samples of which something else is said, ids apart.
+        num_moved: samples that were in the training split and are no longer.
+        are_any: whether the table is to be another.
+    """
+
+    num_changed: int
+    num_moved: int
+    are_any: bool
+
+
+def compare_annotations(
+    old: Iterable[AnnotationRow], new: Iterable[AnnotationRow]
+) -> AnnotationChanges:
+    """Compare two tables of annotations; both are in row order, and gone through once."""
+    before = iter(old)
+    note = next(before, None)
+    num_changed = num_moved = 0
+    are_any = False
+    for now in new:
+        while note is not None and note.row < now.row:
+            are_any = True
+            note = next(before, None)
+        if note is None or note.row != now.row:
+            are_any = True
+            continue
+        if note != now:
+            are_any = True
+            num_changed += replace(note, id=now.id) != now
+            num_moved += note.split == "train" != now.split
+        note = next(before, None)
+    return AnnotationChanges(num_changed, num_moved, are_any or note is not None)

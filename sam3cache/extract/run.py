@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 
 from sam3cache.extract.config import (
     LABEL_SET,
@@ -15,9 +17,7 @@ from sam3cache.extract.config import (
 from sam3cache.extract.forecast import Forecast, forecast_job
 from sam3cache.extract.job import Job, Report, plan_job, read_request, require_folder
 from sam3cache.extract.pool import run_pool
-from sam3cache.extract.rows import Wanted
 from sam3cache.extract.state import StoreState
-from sam3cache.extract.worker import BlockTask
 from sam3cache.features import BlockClaims, finish_seal, seal_store, store_lock
 from sam3cache.records import SetAside
 
@@ -71,13 +71,13 @@ def extract(
     num_computed = 0
     num_pauses = 0
     while job.tasks and num_pauses < _MAX_PAUSES:
-        tasks = [task for task in job.tasks if claims.is_free(task.block)]
+        tasks = job.tasks.only({block for block in job.tasks.blocks if claims.is_free(block)})
+        ours = tasks
         if tasks:
-            num_images = sum(len(task.rows) for task in tasks)
-            elsewhere = run_pool(job.setups(), tasks, _reporter(report, num_images))
-            ours = [task for task in tasks if task.block not in elsewhere]
-            num_computed += sum(len(task.rows) for task in ours if _computes(task))
-        if tasks and ours:
+            elsewhere = run_pool(job.setups(), tasks, _reporter(report, tasks.num_rows()))
+            ours = tasks.only(set(tasks.blocks) - elsewhere)
+            num_computed += ours.num_to_compute()
+        if ours:
             num_pauses = 0
         else:
             # Another launch holds all that is left.
@@ -87,26 +87,21 @@ def extract(
         with store_lock(root):
             job = job.at(StoreState.read(root, LABEL_SET))
     sealed = not job.tasks and _seal(job)
-    usable = [row for row in job.state.rows if row.status == "ok"]
-    owners = job.plan.owners
+    found = _count(job)
     return ExtractResult(
         store=root,
         sealed=sealed,
-        num_samples=len(usable),
+        num_samples=found.num_usable,
         num_computed=num_computed,
         num_relabelled=job.num_relabelled,
-        num_reannotated=job.num_reannotated,
-        num_kept=len(owners) - num_computed,
+        num_reannotated=job.annotation_changes.num_changed,
+        num_kept=job.plan.num_live - num_computed,
         num_renamed=job.plan.num_renamed,
         num_removed=job.plan.num_removed,
-        num_moved=job.plan.num_moved,
-        num_with_mask=sum(row.row in owners and _has_mask(owners[row.row]) for row in usable),
-        num_with_angles=sum(row.row in owners and _has_angles(owners[row.row]) for row in usable),
-        set_aside=tuple(
-            SetAside(row.id, row.source, row.reason)
-            for row in job.state.rows
-            if row.status == "aside"
-        ),
+        num_moved=job.annotation_changes.num_moved,
+        num_with_mask=found.num_with_mask,
+        num_with_angles=found.num_with_angles,
+        set_aside=found.set_aside,
         leaks=tuple(manifest.leaks),
         split_rule=manifest.split_rule,
         elapsed_s=time.monotonic() - start_s,
@@ -119,16 +114,32 @@ def _reporter(report: Report, num_total: int) -> Callable[[Mapping[int, WorkerSt
     )
 
 
-def _has_mask(item: Wanted) -> bool:
-    return item.mask is not None and item.mask.present
+@dataclass(slots=True)
+class _Count:
+    num_usable: int
+    num_with_mask: int
+    num_with_angles: int
+    set_aside: tuple[SetAside, ...]
 
 
-def _has_angles(item: Wanted) -> bool:
-    return None not in (item.sample.primary_angle_deg, item.sample.secondary_angle_deg)
-
-
-def _computes(task: BlockTask) -> bool:
-    return any(item.startswith("levels.") for item in task.items)
+def _count(job: Job) -> _Count:
+    """Count what the store holds now; rows of others, who work on it as well, count too."""
+    set_aside = []
+    count = _Count(0, 0, 0, ())
+    wanted = job.plan.wanted
+    for row in job.state.rows:
+        if row.status == "aside":
+            set_aside.append(SetAside(row.id, row.source, row.reason))
+        if row.status != "ok":
+            continue
+        count.num_usable += 1
+        with suppress(KeyError):
+            sample = wanted.samples[job.plan.index(row.row)]
+            angles = (sample.primary_angle_deg, sample.secondary_angle_deg)
+            count.num_with_mask += sample.mask is not None
+            count.num_with_angles += None not in angles
+    count.set_aside = tuple(set_aside)
+    return count
 
 
 def _seal(job: Job) -> bool:

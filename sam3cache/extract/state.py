@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +16,15 @@ from sam3cache.features import (
     LabelRow,
     Receipt,
     ReceiptKey,
+    RowsWithFacts,
     SampleRow,
     is_sealed,
     label_rows_of,
-    merge_sample_facts,
     open_store,
-    read_annotations,
     read_description,
-    read_receipts,
-    read_samples,
+    scan_annotations,
+    scan_receipts,
+    scan_samples,
 )
 
 _MAX_READS = 3
@@ -87,10 +87,10 @@ class StoreState:
         if is_sealed(root):
             # Refuses a store whose metadata or tables were changed behind our back.
             opened = open_store(root)
-            rows: Sequence[SampleRow] = opened.sample_rows
+            rows = opened.sample_rows
             return cls(root, description, opened, opened.receipts, rows, label_set, stamp)
-        receipts = read_receipts(root)
-        rows = merge_sample_facts(read_samples(root), receipts)
+        receipts = scan_receipts(root)
+        rows = RowsWithFacts(scan_samples(root), receipts)
         return cls(root, description, None, receipts, rows, label_set, stamp)
 
     @property
@@ -117,14 +117,9 @@ class StoreState:
         """The table, to be searched by file."""
         return StoredRows(self.rows, self.masks)
 
-    @cached_property
-    def annotations(self) -> Sequence[AnnotationRow]:
-        """What may be corrected, of every row that is not a tombstone."""
-        return () if self.description is None else read_annotations(self.root)
-
-    def splits(self) -> dict[int, str]:
-        """Return, by row, the split that a sample is in."""
-        return {note.row: note.split for note in self.annotations}
+    def annotations(self) -> Iterable[AnnotationRow]:
+        """Go through what may be corrected, of every row that is not a tombstone, in row order."""
+        return () if self.description is None else scan_annotations(self.root)
 
     def redescribed(self, rows: Sequence[SampleRow]) -> StoreState:
         """Return the state of the store once its description has been written anew.

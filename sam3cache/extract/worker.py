@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -138,15 +137,12 @@ def run_worker(setup: WorkerSetup, pipe: Connection) -> None:
     """
     # Ctrl-C reaches the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Told to end, it takes its temporary files along, and the lock that numcodecs makes, of whose
-    # loss Python would speak below the one line that says what went wrong.
-    signal.signal(signal.SIGTERM, lambda signal_number, frame: sys.exit(1))
     _end_with_parent()
     _spare_semaphore()
     try:
         _Worker(setup, pipe).serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # The pipe ends with the parent: there is nobody left to tell.
+        return  # The parent is gone, or wants no more: there is nobody left to tell.
     except (Sam3CacheError, OSError) as error:
         with suppress(BrokenPipeError, ConnectionResetError):
             pipe.send(error)

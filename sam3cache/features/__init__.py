@@ -24,6 +24,7 @@ from sam3cache.features.receipts import (
     is_sealed,
     read_receipts,
     read_receipts_of_block,
+    scan_receipts,
 )
 from sam3cache.features.relabel import (
     LabelSetSummary,
@@ -38,6 +39,7 @@ from sam3cache.features.relabel import (
 from sam3cache.features.repair import RepairResult, repair_store
 from sam3cache.features.store import (
     FeatureStore,
+    RowsWithFacts,
     StoredSample,
     label_rows_of,
     merge_sample_facts,
@@ -52,6 +54,8 @@ from sam3cache.features.tables import (
     SampleRow,
     read_annotations,
     read_samples,
+    scan_annotations,
+    scan_samples,
 )
 from sam3cache.features.verify import VerifyResult, verify_store
 from sam3cache.features.writer import (
@@ -83,6 +87,7 @@ __all__ = [
     "Receipt",
     "ReceiptKey",
     "RepairResult",
+    "RowsWithFacts",
     "SampleRow",
     "StoredSample",
     "VerifyResult",
@@ -112,6 +117,9 @@ __all__ = [
     "repair_store",
     "replace_annotations",
     "require_label_set_name",
+    "scan_annotations",
+    "scan_receipts",
+    "scan_samples",
     "seal_store",
     "split_name",
     "staging_of",

@@ -6,7 +6,10 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from array import array
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -174,10 +177,8 @@ class Receipt:
 
 ReceiptKey = tuple[str, int]
 
-# Bytes of JSON, where in them the receipt begins and ends, and the file that they are from.
-_Packed = dict[ReceiptKey, tuple[bytes, int, int, Path]]
-
-_NUM_UNPACKED = 1024
+_NUM_UNPACKED, _NUM_GROUPS = 1024, 64
+_GROUP_RECEIPTS = 16
 _RECEIPTS_MARK = b',"receipts":['
 _BLOCK_MARK = re.compile(rb'\{"block":(?P<block>\d+),"digest":')
 _ITEM_MARK = re.compile(rb',"item":"([^"\\]*)"')
@@ -245,21 +246,27 @@ def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
     return dict(scan_receipts(root))
 
 
-def scan_receipts(root: Path) -> Mapping[ReceiptKey, Receipt]:
+def scan_receipts(root: Path) -> ReceiptsOnDemand:
     """Read every receipt as :func:`read_receipts` does, to be made into objects when asked for.
 
     Raises:
         CorruptStoreError: when one cannot be read.
     """
-    packed: _Packed = {}
+    found: _Packed | None = None
     for name in (FOLDED_FILE, SEAL_FILE):
         path = root / name
         if path.exists():
-            packed.update(_load_seal(path)[1])
+            _, loaded = _load_seal(path)
+            if found is None:
+                found = loaded
+            else:
+                found.update(loaded)
+    packed = found or _Packed(root / "receipts")
     for path in sorted((root / "receipts").glob("*/*.json")):
         data = _read(path)
         receipt = parse_receipt(data, path)
-        packed[receipt.item, receipt.block] = (data, 0, len(data), path)
+        packed.hold(data)
+        packed.add(receipt.item, receipt.block, 0, len(data))
     return ReceiptsOnDemand(packed)
 
 
@@ -276,20 +283,29 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
         receipts: all of them.
         hashed: paths below the store whose bytes the seal fixes.
     """
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "receipts": [receipts[key].to_json() for key in sorted(receipts)],
-        "hashes": {name: sha256_of_file(root / name) for name in sorted(hashed)},
-        # A second copy of what is small and cannot be computed again.
-        "metadata": {
-            name: (root / name).read_text(encoding="utf-8")
-            for name in sorted(hashed)
-            if name.endswith(".json")
-        },
+    names = sorted(hashed)
+    hashes = {name: sha256_of_file(root / name) for name in names}
+    # A second copy of what is small and cannot be computed again.
+    metadata = {
+        name: (root / name).read_text(encoding="utf-8") for name in names if name.endswith(".json")
     }
-    content["seal"] = sha256_of_json(content)
-    write_atomic(root / SEAL_FILE, canonical_json(content))
+    head = {"format_version": FORMAT_VERSION, "hashes": hashes, "metadata": metadata}
+    write_atomic(root / SEAL_FILE, _seal(head, receipts))
     delete_unsealed_receipts(root)
+
+
+def _seal(head: Mapping[str, Any], receipts: Mapping[ReceiptKey, Receipt]) -> bytes:
+    """Return the canonical JSON of a seal, put together receipt by receipt: there may be many.
+
+    Args:
+        head: all but the receipts and the hash; its keys come before "receipts".
+        receipts: all of them.
+    """
+    parts = [canonical_json(receipts[key].to_json()) for key in sorted(receipts)]
+    body = canonical_json(dict(head))[:-1] + _RECEIPTS_MARK + b",".join(parts) + b"]"
+    hasher = hashlib.sha256(body)
+    hasher.update(b"}")
+    return body + b',"seal":"' + hasher.hexdigest().encode() + b'"}'
 
 
 def delete_unsealed_receipts(root: Path) -> None:
@@ -314,13 +330,8 @@ def break_seal(root: Path) -> None:
 
 def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:
     """Make these the receipts of an unsealed store: one file, and no single ones beside it."""
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "receipts": [receipts[key].to_json() for key in sorted(receipts)],
-        "hashes": {},
-    }
-    content["seal"] = sha256_of_json(content)
-    write_atomic(root / FOLDED_FILE, canonical_json(content))
+    head = {"format_version": FORMAT_VERSION, "hashes": {}}
+    write_atomic(root / FOLDED_FILE, _seal(head, receipts))
     _delete_single_receipts(root)
 
 
@@ -418,52 +429,126 @@ def _split_seal(data: bytes, path: Path) -> tuple[Mapping[str, Any], _Packed] | 
     items = [sys.intern(m[1].decode()) for m in _ITEM_MARK.finditer(data, begin)]
     if not isinstance(head.get("hashes"), dict) or len(starts) != len(items):
         return None
-    ends = [start - 1 for start, _ in starts[1:]] + [tail.start() - 1]
-    receipts = {
-        (item, block): (data, start, end, path)
-        for item, (start, block), end in zip(items, starts, ends, strict=True)
-    }
-    return head["hashes"], receipts
+    ends = [start - 1 for start, _ in starts[1:]] + [tail.start() - 1] * bool(starts)
+    packed = _Packed(path)
+    for at in range(0, len(starts), _GROUP_RECEIPTS):
+        group_end = ends[min(at + _GROUP_RECEIPTS, len(ends)) - 1]
+        group_begin = starts[at][0]
+        packed.hold(data[group_begin:group_end])
+        for number in range(at, min(at + _GROUP_RECEIPTS, len(starts))):
+            start, block = starts[number]
+            packed.add(items[number], block, start - group_begin, ends[number] - group_begin)
+    return head["hashes"], packed
 
 
 def _pack(receipts: Any, path: Path) -> _Packed:
     """Return receipts as they are kept by :class:`ReceiptsOnDemand`."""
     if not isinstance(receipts, list):
         raise _unreadable(path)
-    packed: _Packed = {}
+    packed = _Packed(path)
     try:
         for value in receipts:
             data = canonical_json(value)
-            packed[str(value["item"]), int(value["block"])] = (data, 0, len(data), path)
-    except (KeyError, TypeError, ValueError):
+            packed.hold(data)
+            packed.add(str(value["item"]), int(value["block"]), 0, len(data))
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise _unreadable(path) from None
     return packed
 
 
-class ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
-    """Receipts as bytes, each read when it is asked for: as objects they take ten times as much.
+class _Packed:
+    """Receipts as JSON, compressed by groups, found by item and block.
 
-    Args:
-        packed: by item and block, where its JSON lies: bytes, begin, end; and the file to name.
+    A later one replaces another. Places are kept by column: as objects they would take more than
+    the receipts.
     """
+
+    def __init__(self, path: Path) -> None:
+        """Name the file that is to be named if a receipt cannot be read."""
+        self.path = path
+        self.groups: list[bytes] = []
+        self._at: dict[str, dict[int, int]] = {}
+        self._group, self._begin, self._end = array("i"), array("i"), array("i")
+
+    def hold(self, data: bytes) -> None:
+        """Take the JSON of the receipts that are added next."""
+        self.groups.append(zlib.compress(data, level=1))
+
+    def add(self, item: str, block: int, begin: int, end: int) -> None:
+        """Note where in the last group a receipt lies."""
+        self._at.setdefault(item, {})[block] = len(self._begin)
+        self._group.append(len(self.groups) - 1)
+        self._begin.append(begin)
+        self._end.append(end)
+
+    def update(self, other: _Packed) -> None:
+        """Take over the receipts of another."""
+        base = len(self.groups)
+        self.groups += other.groups
+        for item, blocks in other._at.items():
+            for block, at in blocks.items():
+                self._at.setdefault(item, {})[block] = len(self._begin)
+                self._group.append(base + other._group[at])
+                self._begin.append(other._begin[at])
+                self._end.append(other._end[at])
+
+    def place(self, item: str, block: int) -> tuple[int, int, int]:
+        """Return the group that a receipt is in, and where in it it begins and ends."""
+        at = self._at[item][block]
+        return self._group[at], self._begin[at], self._end[at]
+
+    def has(self, item: str, block: int) -> bool:
+        """Return whether there is such a receipt."""
+        return block in self._at.get(item, ())
+
+    def names(self) -> Iterator[ReceiptKey]:
+        """Go through items and blocks."""
+        return ((item, block) for item, blocks in self._at.items() for block in blocks)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._at.values()))
+
+    def only(self, items: Container[str]) -> _Packed:
+        """Return the receipts of some items."""
+        kept = copy(self)
+        kept._at = {item: blocks for item, blocks in self._at.items() if item in items}
+        return kept
+
+
+class ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
+    """Receipts as bytes, each read when it is asked for: as objects they take ten times as much."""
 
     def __init__(self, packed: _Packed) -> None:
         self._packed = packed
         # Whoever reads samples asks for the same few over and over.
         self._unpack = lru_cache(_NUM_UNPACKED)(self._unpack_now)
+        self._group = lru_cache(_NUM_GROUPS)(self._decompressed)
 
     def __getitem__(self, key: ReceiptKey) -> Receipt:
+        if not self._packed.has(*key):
+            raise KeyError(key)
         return self._unpack(key)
 
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and len(key) == 2 and self._packed.has(*key)
+
     def __iter__(self) -> Iterator[ReceiptKey]:
-        return iter(self._packed)
+        return self._packed.names()
 
     def __len__(self) -> int:
         return len(self._packed)
 
+    def only(self, items: Container[str]) -> ReceiptsOnDemand:
+        """Return the receipts of some items."""
+        return ReceiptsOnDemand(self._packed.only(items))
+
     def _unpack_now(self, key: ReceiptKey) -> Receipt:
-        data, begin, end, path = self._packed[key]
-        return Receipt.from_json(_parse(data[begin:end], path), path)
+        group, begin, end = self._packed.place(*key)
+        path = self._packed.path
+        return Receipt.from_json(_parse(self._group(group)[begin:end], path), path)
+
+    def _decompressed(self, group: int) -> bytes:
+        return zlib.decompress(self._packed.groups[group])
 
 
 def receipt_path(root: Path, item: str, block: int) -> Path:

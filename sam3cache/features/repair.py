@@ -200,7 +200,8 @@ def _write_back(root: Path, survey: Survey, damage: Sequence[Finding]) -> set[st
         elif path.endswith(LABEL_ROWS_FILE) and path.count("/") == 2:
             folder = root / path
             name = path.split("/")[1]
-            write_label_rows(folder.parent, label_rows_of(name, survey.receipts).values())
+            lines = label_rows_of(name, survey.receipts)
+            write_label_rows(folder.parent, (lines[row] for row in sorted(lines)))
             done = _is_as_sealed(root, survey, path)
         elif path in survey.copies or path in survey.expected:
             text = survey.copies.get(path)

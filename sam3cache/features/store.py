@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,17 +47,19 @@ from sam3cache.features.receipts import (
     ReceiptKey,
     check_seal,
     is_sealed,
-    read_receipts,
+    scan_receipts,
     seal_of,
 )
 from sam3cache.features.shards import ShardReader
 from sam3cache.features.tables import (
+    ANNOTATIONS_FILE,
     AnnotationRow,
     LabelRow,
+    Rows,
     SampleRow,
-    read_annotations,
-    read_label_rows,
-    read_samples,
+    scan_annotations,
+    scan_label_rows,
+    scan_samples,
 )
 from sam3cache.records import SetAside
 
@@ -122,9 +124,9 @@ def open_store(
     sealed = is_sealed(root)
     if not sealed and not allow_unsealed:
         raise UnsealedStoreError(_why_unsealed(root))
-    receipts = check_seal(root) if sealed else read_receipts(root)
-    laid_over = None if overlay is None else open_overlay(
-        Path(overlay), allow_unsealed=allow_unsealed
+    receipts = check_seal(root) if sealed else scan_receipts(root)
+    laid_over = (
+        None if overlay is None else open_overlay(Path(overlay), allow_unsealed=allow_unsealed)
     )
     store = FeatureStore(root, description, receipts, sealed=sealed, overlay=laid_over)
     if laid_over is not None:
@@ -150,7 +152,7 @@ def open_overlay(root: Path, *, allow_unsealed: bool = False) -> FeatureStore:
     sealed = is_sealed(root)
     if not sealed and not allow_unsealed:
         raise UnsealedStoreError(_why_unsealed(root))
-    receipts = check_seal(root) if sealed else read_receipts(root)
+    receipts = check_seal(root) if sealed else scan_receipts(root)
     return FeatureStore(root, description, receipts, sealed=sealed)
 
 
@@ -305,26 +307,46 @@ class FeatureStore:
         return seal_of(self.path) if self.sealed else ""
 
     @cached_property
-    def sample_rows(self) -> list[SampleRow]:
-        """Every line of samples.parquet, tombstones too, with what the receipts add to it."""
+    def sample_rows(self) -> Sequence[SampleRow]:
+        """Every line of samples.parquet, tombstones too, with what the receipts add to it.
+
+        Each is made when it is asked for: go through them in order where you can.
+        """
+        rows = scan_samples(self.path)
         # A seal's facts are in the table already.
-        rows = read_samples(self.path)
-        return rows if self.sealed else merge_sample_facts(rows, self._receipts)
+        return rows if self.sealed else RowsWithFacts(rows, self._receipts)
 
     @cached_property
     def annotations(self) -> dict[int, AnnotationRow]:
         """annotations.parquet by row; rows of the overlay go before."""
-        notes = {row.row: row for row in read_annotations(self.path)}
+        notes = {row.row: row for row in scan_annotations(self.path)}
         return notes if self.overlay is None else notes | self.overlay.annotations
 
     @cached_property
     def samples(self) -> tuple[StoredSample, ...]:
         """Samples that can be used, in row order."""
+        # Groups and splits are few; equal texts share their memory.
+        shared: dict[str, str] = {}
         return tuple(
-            _stored(row, self.annotations[row.row])
-            for row in self.sample_rows
-            if row.status == "ok"
+            _stored(row, note, shared) for row, note in self._annotated() if row.status == "ok"
         )
+
+    def _annotated(self) -> Iterator[tuple[SampleRow, AnnotationRow]]:
+        """Go through rows that have annotations, without keeping either table as objects."""
+        over = {} if self.overlay is None else self.overlay.annotations
+        # Both tables are in row order, and tombstones are in the first alone.
+        notes = scan_annotations(self.path)
+        note = next(notes, None)
+        for row in self.sample_rows:
+            while note is not None and note.row < row.row:
+                note = next(notes, None)
+            if note is not None and note.row == row.row:
+                yield row, over.get(row.row, note)
+            elif row.status == "ok":
+                raise CorruptStoreError(
+                    f"{self.path / ANNOTATIONS_FILE} says nothing of row {row.row} ({row.id}); run "
+                    "`sam3cache store verify --repair` on the store"
+                )
 
     @property
     def set_aside(self) -> tuple[SetAside, ...]:
@@ -467,14 +489,15 @@ class FeatureStore:
             return self.overlay
         return self
 
-    def label_rows(self, label_set: str) -> dict[int, LabelRow]:
+    def label_rows(self, label_set: str) -> Mapping[int, LabelRow]:
         """Return, by row, the sizes and sources of a label set's masks."""
         holder = self.holder_of(label_set)
         if holder is not self:
             return holder.label_rows(label_set)
         if label_set not in self._label_rows:
             if self.sealed:
-                self._label_rows[label_set] = read_label_rows(self.path / "labels" / label_set)
+                lines = scan_label_rows(self.path / "labels" / label_set)
+                self._label_rows[label_set] = LabelRowsOnDemand(lines)
             else:
                 self._label_rows[label_set] = label_rows_of(label_set, self._receipts)
         return self._label_rows[label_set]
@@ -484,7 +507,7 @@ class FeatureStore:
         return frozenset(row.row for row in self.sample_rows if row.status == "ok")
 
     @cached_property
-    def _label_rows(self) -> dict[str, dict[int, LabelRow]]:
+    def _label_rows(self) -> dict[str, Mapping[int, LabelRow]]:
         return {}
 
     def _stored_name(self, level: str) -> str:
@@ -558,21 +581,46 @@ def merge_sample_facts(
     A pending row takes all facts. One that was ok and has been set aside since (its mask was
     replaced by one that cannot be read) takes that.
     """
-    by_block = {
-        block: receipts[item, block].facts.columns
-        for item, block in receipts
-        if item == SAMPLES_ITEM and len(receipts[item, block].facts)
-    }
-    merged = []
-    for row in rows:
-        facts = by_block.get(row.row // BLOCK_ROWS)
+    return list(RowsWithFacts(rows, receipts))
+
+
+class RowsWithFacts(Sequence[SampleRow]):
+    """What :func:`merge_sample_facts` returns, a row at a time as it is asked for."""
+
+    def __init__(self, rows: Sequence[SampleRow], receipts: Mapping[ReceiptKey, Receipt]) -> None:
+        self._rows, self._receipts = rows, receipts
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> SampleRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SampleRow]: ...
+    def __getitem__(self, index: int | slice) -> SampleRow | Sequence[SampleRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._merged(self._rows[index])
+
+    def __iter__(self) -> Iterator[SampleRow]:
+        return map(self._merged, self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _merged(self, row: SampleRow) -> SampleRow:
+        if row.status not in ("pending", "ok"):
+            return row
+        receipt = self._receipts.get((SAMPLES_ITEM, row.row // BLOCK_ROWS))
         # Of most stores no row is touched: what is looked at for each is little.
-        if facts is not None and (
-            row.status == "pending" or (row.status == "ok" and "aside" in facts["status"])
-        ):
-            row = _with_facts(row, facts)
-        merged.append(row)
-    return merged
+        if receipt is None or not len(receipt.facts):
+            return row
+        facts = receipt.facts.columns
+        if row.status == "ok" and "aside" not in facts["status"]:
+            return row
+        return _with_facts(row, facts)
 
 
 def _with_facts(row: SampleRow, facts: Mapping[str, Sequence[Any]]) -> SampleRow:
@@ -587,13 +635,49 @@ def _with_facts(row: SampleRow, facts: Mapping[str, Sequence[Any]]) -> SampleRow
 
 
 def label_rows_of(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> dict[int, LabelRow]:
-    """Return, by row, what the receipts know of a label set's masks."""
-    return {
-        fact["row"]: LabelRow(**fact)
-        for (item, _), receipt in receipts.items()
-        if item == f"labels.{label_set}"
-        for fact in receipt.facts
-    }
+    """Return, by row and in row order, what the receipts know of a label set's masks."""
+    return {line.row: line for line in scan_label_facts(label_set, receipts)}
+
+
+def scan_label_facts(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> Iterator[LabelRow]:
+    """Go through what the receipts know of a label set's masks, in row order."""
+    item = f"labels.{label_set}"
+    for block in sorted(block for name, block in receipts if name == item):
+        facts = receipts[item, block].facts
+        yield from sorted((LabelRow(**fact) for fact in facts), key=lambda line: line.row)
+
+
+class LabelRowsOnDemand(Mapping[int, LabelRow]):
+    """A label set's rows.parquet by row, each line made when it is asked for."""
+
+    def __init__(self, lines: Rows[LabelRow]) -> None:
+        self._lines = lines
+        self._rows = lines.column(0)
+
+    def __getitem__(self, row: int) -> LabelRow:
+        position = int(np.searchsorted(self._rows, row))
+        if position == len(self._rows) or self._rows[position] != row:
+            raise KeyError(row)
+        return self._lines.single(position)
+
+    def __iter__(self) -> Iterator[int]:
+        return (line.row for line in self._lines)
+
+    def values(self) -> ValuesView[LabelRow]:
+        """Return the lines in row order; faster than asking for one after the other."""
+        return _Lines(self)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+class _Lines(ValuesView[LabelRow]):
+    def __init__(self, mapping: LabelRowsOnDemand) -> None:
+        super().__init__(mapping)
+        self._lines = mapping._lines
+
+    def __iter__(self) -> Iterator[LabelRow]:
+        return iter(self._lines)
 
 
 def read_label_set_spec(root: Path, name: str) -> LabelSetSpec:
@@ -635,7 +719,7 @@ def _load_metadata(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _stored(row: SampleRow, note: AnnotationRow) -> StoredSample:
+def _stored(row: SampleRow, note: AnnotationRow, shared: dict[str, str]) -> StoredSample:
     return StoredSample(
         row=row.row,
         id=row.id,
@@ -646,8 +730,8 @@ def _stored(row: SampleRow, note: AnnotationRow) -> StoredSample:
         pixel_sha256=row.pixel_sha256,
         primary_angle_deg=_or_nan(note.primary_angle_deg),
         secondary_angle_deg=_or_nan(note.secondary_angle_deg),
-        split=note.split,
-        group=note.group,
+        split=shared.setdefault(note.split, note.split),
+        group=shared.setdefault(note.group, note.group),
         extra=note.extra,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -27,6 +28,7 @@ Row = TypeVar("Row")
 
 # Lines that are made into objects together, and how many such parts of a table are remembered.
 _CHUNK_ROWS, _NUM_CHUNKS = 512, 16
+_BATCH_ROWS = 4096
 _NUM_SHARED = 4096
 
 _SAMPLES_SCHEMA = pa.schema(
@@ -124,12 +126,12 @@ class Rows(Sequence[Row]):
 
     def __init__(self, columns: Sequence[pa.Array], make: Callable[..., Row]) -> None:
         """Take the columns, in the order of ``make``'s arguments."""
-        self._columns = columns
+        self._columns, self._num_rows = columns, len(columns[0])
         self._make = make
         self._chunk = lru_cache(_NUM_CHUNKS)(self._make_chunk)
 
     def __len__(self) -> int:
-        return len(self._columns[0])
+        return self._num_rows
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -138,12 +140,28 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         return self._chunk(index // _CHUNK_ROWS)[index % _CHUNK_ROWS]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _CHUNK_ROWS):
             yield from self._chunk(start // _CHUNK_ROWS)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(ours == theirs for ours, theirs in zip(self, other, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def single(self, index: int) -> Row:
+        """Return a line that is not near the last one; slower than going through them in order."""
+        return self._make(*(column[index].as_py() for column in self._columns))
 
     def _make_chunk(self, number: int) -> list[Row]:
         columns = (c.slice(number * _CHUNK_ROWS, _CHUNK_ROWS).to_pylist() for c in self._columns)
@@ -193,35 +211,32 @@ def read_annotations(root: Path) -> list[AnnotationRow]:
     return list(scan_annotations(root))
 
 
-def scan_annotations(root: Path) -> Rows[AnnotationRow]:
-    """Read annotations.parquet in row order, to be made into objects when asked for.
+def scan_annotations(root: Path) -> Iterator[AnnotationRow]:
+    """Go through annotations.parquet in row order, without ever holding the whole of it.
 
     Raises:
         CorruptStoreError: when the table cannot be read.
     """
-    table = _read(root / ANNOTATIONS_FILE, _ANNOTATIONS_SCHEMA)
-    names = [name for name in table.column_names if name.startswith(EXTRA_PREFIX)]
-    keys = [name.removeprefix(EXTRA_PREFIX) for name in names]
+    path = root / ANNOTATIONS_FILE
     shared: dict[tuple[str | None, ...], Mapping[str, str]] = {}
-
-    def make(*values: Any) -> AnnotationRow:
-        fixed, texts = values[: len(_ANNOTATIONS_SCHEMA)], values[len(_ANNOTATIONS_SCHEMA) :]
-        extra = shared.get(texts)
-        if extra is None:
-            extra = {key: text for key, text in zip(keys, texts, strict=True) if text is not None}
-            if len(shared) < _NUM_SHARED:
-                shared[texts] = extra
-        return AnnotationRow(*fixed, extra)
-
-    columns = [*_values(table, _ANNOTATIONS_SCHEMA), *(_whole(table[name]) for name in names)]
-    return Rows(columns, make)
+    for batch in _batches(path, _ANNOTATIONS_SCHEMA):
+        names = [name for name in batch.schema.names if name.startswith(EXTRA_PREFIX)]
+        keys = [name.removeprefix(EXTRA_PREFIX) for name in names]
+        columns = (batch.column(name).to_pylist() for name in (*_ANNOTATIONS_SCHEMA.names, *names))
+        for row, id_, split, group, primary, secondary, *texts in zip(*columns, strict=True):
+            others = tuple(texts)
+            extra = shared.get(others)
+            if extra is None:
+                extra = {k: text for k, text in zip(keys, others, strict=True) if text is not None}
+                # Other columns tend to hold a few values over and over.
+                if len(shared) < _NUM_SHARED:
+                    shared[others] = extra
+            yield AnnotationRow(row, id_, split, group, primary, secondary, extra)
 
 
 def write_label_rows(folder: Path, rows: Iterable[LabelRow]) -> None:
-    """Replace a label set's rows.parquet, in row order."""
-    # Receipts come in the order in which blocks were done.
-    lines = sorted(rows, key=lambda row: row.row)
-    _write(folder / LABEL_ROWS_FILE, _table(lines, _LABEL_ROWS_SCHEMA))
+    """Replace a label set's rows.parquet; the rows are in row order."""
+    _write(folder / LABEL_ROWS_FILE, _table(rows, _LABEL_ROWS_SCHEMA))
 
 
 def read_label_rows(folder: Path) -> dict[int, LabelRow]:
@@ -270,6 +285,8 @@ def _values(table: pa.Table, schema: pa.Schema) -> list[pa.Array]:
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
@@ -282,24 +299,41 @@ def _write(path: Path, table: pa.Table) -> None:
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a table that has the columns of ``schema``, and beside them only ``extra.`` ones."""
+    with _opened(path, schema) as file:
+        # In this thread alone: one of Arrow's own that lets go of our bytes while the program ends
+        # asks for Python's lock, and the process aborts (pq.read_table keeps such threads).
+        table = file.read(use_threads=False)
+        table.validate(full=True)
+    # Arrow would keep what decoding took, several times the table, for later.
+    pa.default_memory_pool().release_unused()
+    return table
+
+
+def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read such a table some lines at a time."""
+    with _opened(path, schema) as file:
+        for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
+            batch.validate(full=True)
+            yield batch
+
+
+@contextmanager
+def _opened(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
+    """Open a table and check its columns; what Arrow finds wrong with it is ours to say."""
     # Through bytes: a memory-mapped table could not be replaced on Windows while it is open.
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise _unreadable(path, "it is missing") from None
     try:
-        # In this thread alone: one of Arrow's own that lets go of our bytes while the program ends
-        # asks for Python's lock, and the process aborts (pq.read_table keeps such threads).
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-            table = file.read(use_threads=False)
-        table.validate(full=True)
-        fixed = [field for field in table.schema if not field.name.startswith(EXTRA_PREFIX)]
+            fixed = [f for f in file.schema_arrow if not f.name.startswith(EXTRA_PREFIX)]
+            if not pa.schema(fixed).equals(schema):
+                raise _unreadable(path, "its columns are not those of such a table")
+            yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow says of most damage that it could not be read from disk: OSError.
         raise _unreadable(path, str(error).partition("\n")[0]) from None
-    if not pa.schema(fixed).equals(schema):
-        raise _unreadable(path, "its columns are not those of such a table")
-    return table
 
 
 def _unreadable(path: Path, reason: str) -> CorruptStoreError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,16 @@ from sam3cache.features.receipts import (
     break_seal,
     delete_unsealed_receipts,
     is_sealed,
-    read_receipts,
+    scan_receipts,
     write_receipt,
     write_seal,
 )
 from sam3cache.features.shards import crc32c, encode_shard
 from sam3cache.features.store import (
-    label_rows_of,
-    merge_sample_facts,
+    RowsWithFacts,
     read_description,
     read_level_spec,
+    scan_label_facts,
 )
 from sam3cache.features.tables import (
     ANNOTATIONS_FILE,
@@ -55,8 +56,8 @@ from sam3cache.features.tables import (
     AnnotationRow,
     LabelRow,
     SampleRow,
-    read_annotations,
-    read_samples,
+    scan_annotations,
+    scan_samples,
     write_annotations,
     write_label_rows,
     write_samples,
@@ -116,22 +117,23 @@ def is_described(
     label_sets: Mapping[str, LabelSetSpec],
     samples: Sequence[SampleRow],
     annotations: Sequence[AnnotationRow],
-    stored: tuple[Sequence[SampleRow], Sequence[AnnotationRow]] | None = None,
+    tables_are_current: bool | None = None,
 ) -> bool:
     """Return whether :func:`describe_store` with the same arguments would change nothing.
 
-    Facts that receipts hold count as if they were in the table. Whoever has read the tables, and
-    merged the facts in, gives them as ``stored``.
+    Facts that receipts hold count as if they were in the table. Whoever has compared the tables
+    says so with ``tables_are_current``; they are read otherwise.
     """
     metadata = metadata_files(settings, levels, label_sets, num_blocks_of(samples))
     if not all((root / name).exists() for name in (*metadata, SAMPLES_FILE, ANNOTATIONS_FILE)):
         return False
     if any((root / name).read_bytes() != content for name, content in metadata.items()):
         return False
-    if stored is None:
-        rows = merge_sample_facts(read_samples(root), read_receipts(root))
-        stored = rows, read_annotations(root)
-    return (list(stored[0]), list(stored[1])) == (list(samples), list(annotations))
+    if tables_are_current is None:
+        rows = RowsWithFacts(scan_samples(root), scan_receipts(root))
+        stored, given = (list(rows), list(scan_annotations(root))), (samples, annotations)
+        return stored == (list(given[0]), list(given[1]))
+    return tables_are_current
 
 
 def metadata_files(
@@ -323,18 +325,18 @@ def missing_items(
     """Return, by block, the items that are still to be written; finished blocks are absent.
 
     Args:
-        rows: pending and ok rows count; facts of receipts need not be merged in.
+        rows: in row order; pending and ok ones count; facts need not be merged in.
         receipts: of the blocks that ``rows`` lie in.
         root: the store's folder, whose files' sizes are compared.
         levels: every level.
         label_sources: by label set and row, the mask file that the labels must have come from.
     """
-    blocks: dict[int, list[SampleRow]] = {}
-    for row in merge_sample_facts(rows, receipts):
-        if row.status in ("pending", "ok"):
-            blocks.setdefault(block_of(row.row), []).append(row)
     missing: dict[int, frozenset[str]] = {}
-    for block, members in blocks.items():
+    merged = RowsWithFacts(rows, receipts)
+    for block, found in groupby(merged, key=lambda row: block_of(row.row)):
+        members = [row for row in found if row.status in ("pending", "ok")]
+        if not members:
+            continue
         items = {
             spec.item
             for spec, fingerprint in levels.values()
@@ -371,20 +373,16 @@ def _labels_done(
     # One without rows was taken back, or has nothing to say of pending rows.
     if receipt is None or not receipt.rows or not receipt.is_done(root):
         return False
-    written = {
-        fact["row"]: (fact["source"], fact["size_bytes"], fact["mtime_ns"])
-        for fact in receipt.facts
-    }
-    wanted = {
-        row.row: (
-            sources[row.row].source,
-            sources[row.row].size_bytes,
-            sources[row.row].mtime_ns,
-        )
-        for row in members
-        if row.status == "ok"
-    }
-    return all(written.get(number) == file for number, file in wanted.items())
+    facts = receipt.facts.columns
+    files = zip(facts["source"], facts["size_bytes"], facts["mtime_ns"], strict=True)
+    written = dict(zip(facts["row"], files, strict=True))
+    for row in members:
+        if row.status == "ok":
+            source = sources[row.row]
+            wanted = (source.source, source.size_bytes, source.mtime_ns)
+            if written.get(row.row) != wanted:
+                return False
+    return True
 
 
 def seal_store(root: Path) -> None:
@@ -398,19 +396,15 @@ def seal_store(root: Path) -> None:
     description = read_description(root)
     items = {SAMPLES_ITEM, *(f"levels.{name}" for name in description["levels"])}
     items |= {f"labels.{name}" for name in description["label_sets"]}
-    receipts = {
-        key: receipt
-        for key, receipt in read_receipts(root).items()
-        # What the description no longer names was being removed.
-        if key[0] in items
-    }
-    write_samples(root, merge_sample_facts(read_samples(root), receipts))
+    # What the description no longer names was being removed.
+    receipts = scan_receipts(root).only(items)
+    write_samples(root, RowsWithFacts(scan_samples(root), receipts))
     hashed = ["zarr.json", "levels/zarr.json", "labels/zarr.json", SAMPLES_FILE, ANNOTATIONS_FILE]
     for name in description["levels"]:
         hashed += [f"{grid.folder}/zarr.json" for grid in read_level_spec(root, name).grids]
     for name in description["label_sets"]:
         folder = root / "labels" / name
-        write_label_rows(folder, label_rows_of(name, receipts).values())
+        write_label_rows(folder, scan_label_facts(name, receipts))
         hashed += [
             f"labels/{name}/{file}" for file in ("zarr.json", "masks/zarr.json", LABEL_ROWS_FILE)
         ]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -157,8 +158,9 @@ def _read_lines(
     reader = RowReader(column_map, root)
 
     samples: list[Sample] = []
-    splits: list[str] = []
     set_aside: list[SetAside] = []
+    # What stands in many rows is kept once.
+    shared: dict[Any, Any] = {}
     line_of: dict[str, int] = {}
     for line, cells in rows:
         row = dict(zip(header, cells, strict=True))
@@ -171,7 +173,7 @@ def _read_lines(
             elif not (by_id and given_id):
                 what = "image and no id" if by_id else "image"
                 raise ImageError(f"no {what}; fill the cell or remove the row")
-            sample = _sample(reader, row, column_map, root)
+            fields = _fields(reader, row, column_map, shared)
             split = reader.value(row, "split")
         except ImageError as error:
             row_id = given_id or f"line {line}"
@@ -179,11 +181,12 @@ def _read_lines(
             set_aside.append(SetAside(row_id, source, reason))
             _claim(line_of, [row_id], line, path.name)
             continue
-        ids = [given_id] if given_id else _derived_ids(sample)
+        ids = [given_id] if given_id else _derived_ids(fields)
         row_id = _claim(line_of, ids, line, path.name)
         named_line = line if column_map.hash_paths else None
-        samples.append(replace(sample, id=row_id, line=named_line))
-        splits.append(split)
+        split = shared.setdefault(split, split)
+        samples.append(Sample(row_id, root=root, split=split, line=named_line, **fields))
+    splits = [sample.split for sample in samples]
     if not samples and not set_aside:
         raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
     if not samples:
@@ -336,25 +339,35 @@ def _read_rows(
     return header, rows()
 
 
-def _sample(reader: RowReader, row: dict[str, str], column_map: ColumnMap, root: Path) -> Sample:
-    """Resolve one row, all but its id and split; without an image its source is empty."""
+def _fields(
+    reader: RowReader, row: dict[str, str], column_map: ColumnMap, shared: dict[Any, Any]
+) -> dict[str, Any]:
+    """Resolve one row, all but its id, line and split; without an image its source is empty."""
     image = reader.value(row, "image")
     source, image_location = reader.resolve(image) if image else ("", None)
     mask_text = reader.value(row, "mask")
     mask, mask_location = reader.resolve(mask_text) if mask_text else (None, None)
-    return Sample(
-        id="",
-        source=source,
-        root=root,
-        frame=_frame(reader.value(row, "frame")),
-        mask=mask,
-        primary_angle_deg=_angle("primary", reader.value(row, "primary_angle")),
-        secondary_angle_deg=_angle("secondary", reader.value(row, "secondary_angle")),
-        group=reader.value(row, "group") or source,
-        extra={column: _portable(row[column], reader) for column in column_map.extra},
-        image_location=image_location,
-        mask_location=mask_location,
-    )
+    group = reader.value(row, "group") or source
+    others = tuple(_portable(row[column], reader) for column in column_map.extra)
+    if others not in shared:
+        shared[others] = dict(zip(column_map.extra, others, strict=True))
+    fields = {
+        "source": source,
+        "frame": _frame(reader.value(row, "frame")),
+        "mask": mask,
+        "primary_angle_deg": _angle("primary", reader.value(row, "primary_angle")),
+        "secondary_angle_deg": _angle("secondary", reader.value(row, "secondary_angle")),
+        "group": group,
+        "extra": shared[others],
+        "image_location": image_location,
+        "mask_location": mask_location,
+    }
+    for name in ("mask", "primary_angle_deg", "secondary_angle_deg", "group"):
+        value = fields[name]
+        # A sign of zero is kept, though zeros are equal.
+        if value != 0:
+            fields[name] = shared.setdefault(value, value)
+    return fields
 
 
 def _portable(cell: str, reader: RowReader) -> str:
@@ -396,12 +409,13 @@ def _angle(which: str, text: str) -> float | None:
     return angle_deg
 
 
-def _derived_ids(sample: Sample) -> list[str]:
+def _derived_ids(fields: dict[str, Any]) -> list[str]:
     """Return ids to try for a row without one: image and frame; then the mask's name with them."""
-    plain = PurePosixPath(sample.source).with_suffix("").as_posix()
-    if sample.frame is not None:
-        plain += f"#{sample.frame}"
-    return [plain] if sample.mask is None else [plain, f"{plain}@{PurePosixPath(sample.mask).stem}"]
+    plain = PurePosixPath(fields["source"]).with_suffix("").as_posix()
+    if fields["frame"] is not None:
+        plain += f"#{fields['frame']}"
+    mask = fields["mask"]
+    return [plain] if mask is None else [plain, f"{plain}@{PurePosixPath(mask).stem}"]
 
 
 def _claim(line_of: dict[str, int], candidates: Sequence[str], line: int, manifest: str) -> str:
@@ -442,7 +456,10 @@ def _with_splits(
     for sample, split in zip(samples, splits, strict=True):
         splits_by_group[sample.group].add(split)
     leaks = tuple(sorted(group for group, found in splits_by_group.items() if len(found) > 1))
-    samples = [replace(s, split=split) for s, split in zip(samples, splits, strict=True)]
+    samples = [
+        sample if sample.split == split else replace(sample, split=split)
+        for sample, split in zip(samples, splits, strict=True)
+    ]
     return Manifest(root, tuple(samples), tuple(set_aside), where, leaks)
 
 

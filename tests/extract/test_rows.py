@@ -7,7 +7,14 @@ import pytest
 from picture_folder import write_images
 from PIL import Image
 
-from sam3cache.extract.rows import StoredRows, hash_changed, plan_rows, probe_all
+from sam3cache.extract.rows import (
+    AnnotationChanges,
+    StoredRows,
+    compare_annotations,
+    hash_changed,
+    plan_rows,
+    probe_all,
+)
 from sam3cache.images import pixel_hash, read_image, read_manifest
 
 
@@ -22,11 +29,11 @@ def wanted_of(folder, rows=(), masks=None):
     return probe_all(manifest.samples, manifest.set_aside, lambda done, total: None, stored)
 
 
-def plan_of(folder, rows=(), **kwargs):
+def plan_of(folder, rows=()):
     """The plan for a folder as it is now, in the order of an extraction."""
     stored, wanted = StoredRows(rows), wanted_of(folder)
     hashes = hash_changed(stored, wanted, lambda done, total: None)
-    return plan_rows(stored, wanted, hashes, **kwargs)
+    return plan_rows(stored, wanted, hashes)
 
 
 def extracted(plan):
@@ -145,12 +152,15 @@ def test_what_was_never_good_does_not_come_back_to_life(folder):
     assert statuses(again) == statuses(mended)
 
 
-def test_samples_that_leave_the_training_split_are_counted(folder):
-    plan = plan_of(folder)
-    splits = {note.row: note.split for note in plan.annotations}
-    assert plan_of(folder, plan.rows, old_splits=splits).num_moved == 0
-    splits[2], splits[3] = "train", "val"
-    assert plan_of(folder, plan.rows, old_splits=splits).num_moved == 1
+def test_what_is_said_otherwise_is_counted(folder):
+    notes = list(plan_of(folder).annotations)
+    assert compare_annotations(notes, plan_of(folder).annotations) == AnnotationChanges(0, 0, False)
+    moved = [replace(note, split="train") if note.row in (2, 4) else note for note in notes]
+    assert compare_annotations(moved, notes) == AnnotationChanges(1, 1, True)
+    turned = [replace(note, primary_angle_deg=1.0, id=f"x{note.row}") for note in notes[:3]]
+    assert compare_annotations(turned, notes) == AnnotationChanges(3, 0, True)
+    assert compare_annotations(notes, notes[1:]) == AnnotationChanges(0, 0, True)
+    assert compare_annotations(notes[:4], notes) == AnnotationChanges(0, 0, True)
 
 
 def test_a_sample_of_an_impossible_angle_is_listed_with_its_reason(folder):

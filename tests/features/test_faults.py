@@ -141,7 +141,6 @@ SCENARIOS = {
     [
         ("writing a store", False),
         ("writing a store", True),
-        ("changing it", False),
         ("changing it", True),
         ("changing it, and thinking better of it", True),
     ],
