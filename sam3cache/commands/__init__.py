@@ -41,6 +41,8 @@ _PATH_ADVICE = {
     errno.EROFS: "write to a path that is not mounted read-only",
     errno.EACCES: "check the permissions of the path, or choose another",
     errno.EPERM: "check the permissions of the path, or choose another",
+    errno.EEXIST: "something else is there: choose another path",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
 }
 
 

@@ -256,11 +256,19 @@ def _foreign_files(root: Path) -> list[Path]:
     ]
 
 
+def _comes_from_files(state: StoreState) -> bool:
+    """Return whether the masks in the store were read by an extraction: then it looks after them.
+
+    A manifest that names no mask leaves alone what was set otherwise.
+    """
+    return any(line.source for line in state.masks.values())
+
+
 def _label_set(state: StoreState, plan: RowPlan) -> LabelSetSpec | None:
     """Return the label set, large enough for every mask of the manifest."""
     height_px, width_px = plan.wanted.largest_mask_px
     stored = state.description is not None and LABEL_SET in state.description["label_sets"]
-    if height_px <= 0 and not stored:
+    if height_px <= 0 and not (stored and _comes_from_files(state)):
         return None
     height_px, width_px = max(height_px, 1), max(width_px, 1)
     if stored:

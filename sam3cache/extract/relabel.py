@@ -130,6 +130,7 @@ def set_labels(
     """
     with _writable(config.overlay or config.store):
         store, root = _open(config.store, config.overlay)
+        seal = store.seal if config.overlay is None else open_to_change(root).seal
         manifest = read_manifest(config.manifest, config.columns, by_id=True)
         matched = match_samples(
             store.samples, manifest.samples, manifest=config.manifest, store=config.store
@@ -151,7 +152,7 @@ def set_labels(
                     f"{config.manifest}: none of its masks can be used, the first because: "
                     f"{asides[0].reason}; correct the masks. The labels are as they were"
                 )
-            put_label_set(root, config.name, config.classes)
+            put_label_set(root, config.name, config.classes, seal)
     return LabelsResult(
         store=root,
         label_set=config.name,
@@ -235,9 +236,10 @@ def _stage(
                     if isinstance(mask, ImageError):
                         asides.append(SetAside(sample.id, sources[sample.row].source, str(mask)))
                     masks[sample.row] = None if isinstance(mask, ImageError) else mask
-                # A file that gave no mask is not where one came from.
+                # Without names: who hides paths from a store would not want them here. And a file
+                # that gave no mask is not where one came from.
                 origins = {
-                    row: LabelRow(row) if mask is None else sources[row]
+                    row: LabelRow(row) if mask is None else replace(sources[row], source="")
                     for row, mask in masks.items()
                 }
                 write_label_block(staging, spec, block, masks, origins)
@@ -422,7 +424,7 @@ def _write(
     held = store if store.overlay is None else store.overlay
     # A change that was interrupted may have left nothing to do but the seal.
     if notes != store.annotations or not held.sealed:
-        replace_annotations(root, [notes[row] for row in sorted(notes)])
+        replace_annotations(root, [notes[row] for row in sorted(notes)], held.seal)
     return root
 
 

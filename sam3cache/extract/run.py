@@ -152,5 +152,8 @@ def _seal(job: Job) -> bool:
             return True
         if any(row.status == "pending" for row in state.rows) or job.at(state).tasks:
             return False
+        # Another launch has added a level: it knows what is missing of that one.
+        if state.description is not None and set(state.description["levels"]) - set(job.levels):
+            return False
         seal_store(root)
         return True

@@ -129,6 +129,15 @@ class _Decoded:
     mask_KHW: NDArray[np.uint8] | None
 
 
+def _require_same_pixels(row: SampleRow, pixels_HWC: NDArray[np.uint8]) -> None:
+    """Refuse a picture that is not the one whose other levels are stored already."""
+    if row.status == "ok" and pixel_hash(pixels_HWC) != row.pixel_sha256:
+        raise ImageError(
+            f"{row.source} has other pixels than those whose features are stored, though its size "
+            "and time of change are the same; save it again, and extract again"
+        )
+
+
 def run_worker(setup: WorkerSetup, pipe: Connection) -> None:
     """Serve blocks until None comes; the entry point of the spawned process.
 
@@ -228,6 +237,7 @@ class _Worker:
             pixels_CHW = None
             if with_pixels:
                 pixels_HWC = read_image(sample)
+                _require_same_pixels(row, pixels_HWC)
                 row = replace(
                     row,
                     height_px=pixels_HWC.shape[0],

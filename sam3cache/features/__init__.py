@@ -10,6 +10,7 @@ from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
 from sam3cache.features.overlay import make_overlay
 from sam3cache.features.precision import (
+    FEATURE_PRECISIONS,
     Encoded,
     Precision,
     decode,
@@ -72,6 +73,7 @@ from sam3cache.features.writer import (
 
 __all__ = [
     "BLOCK_ROWS",
+    "FEATURE_PRECISIONS",
     "AnnotationRow",
     "BlockClaims",
     "DataRecord",

@@ -389,6 +389,11 @@ def _label_sources(rows: Sequence[CopiedRow], label_set: str) -> dict[int, Label
 
 
 def _refuse_other_content(output: Path) -> None:
+    for folder in output.resolve().parents:
+        if (folder / GROUP_FILE).exists():
+            raise StoreError(
+                f"{output} lies inside the store {folder.name}; give -o a folder beside it"
+            )
     """Refuse a target that holds anything but a store or what a killed copy left of one."""
     if output.exists() and not output.is_dir():
         raise StoreError(f"{output} is a file; give -o a new folder, such as features/NEW.zarr")

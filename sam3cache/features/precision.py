@@ -77,6 +77,11 @@ def in_words(precision: Precision) -> str:
     return _IN_WORDS[precision]
 
 
+def from_words(text: str) -> Precision:
+    """Return the precision that :func:`in_words` has said; float16 for what it never says."""
+    return next((name for name, words in _IN_WORDS.items() if words == text), "float16")
+
+
 def stored_dtype(precision: Precision) -> str:
     """Return the dtype of the array on disk."""
     return _STORED_DTYPE.get(precision, "float16")

@@ -183,6 +183,7 @@ _RECEIPTS_MARK = b',"receipts":['
 _BLOCK_MARK = re.compile(rb'\{"block":(?P<block>\d+),"digest":')
 _ITEM_MARK = re.compile(rb',"item":"([^"\\]*)"')
 _SEAL_MARK = re.compile(rb',"seal":"(?P<seal>[0-9a-f]{64})"\}\Z')
+_SEAL_MARK_BYTES = 100
 
 
 def _facts(value: Any) -> Facts:
@@ -294,18 +295,22 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
     delete_unsealed_receipts(root)
 
 
-def _seal(head: Mapping[str, Any], receipts: Mapping[ReceiptKey, Receipt]) -> bytes:
+def _seal(head: Mapping[str, Any], receipts: Mapping[ReceiptKey, Receipt]) -> bytearray:
     """Return the canonical JSON of a seal, put together receipt by receipt: there may be many.
 
     Args:
         head: all but the receipts and the hash; its keys come before "receipts".
         receipts: all of them.
     """
-    parts = [canonical_json(receipts[key].to_json()) for key in sorted(receipts)]
-    body = canonical_json(dict(head))[:-1] + _RECEIPTS_MARK + b",".join(parts) + b"]"
-    hasher = hashlib.sha256(body)
+    data = bytearray(canonical_json(dict(head))[:-1] + _RECEIPTS_MARK)
+    for number, key in enumerate(sorted(receipts)):
+        data += b"," if number else b""
+        data += canonical_json(receipts[key].to_json())
+    data += b"]"
+    hasher = hashlib.sha256(data)
     hasher.update(b"}")
-    return body + b',"seal":"' + hasher.hexdigest().encode() + b'"}'
+    data += b',"seal":"' + hasher.hexdigest().encode() + b'"}'
+    return data
 
 
 def delete_unsealed_receipts(root: Path) -> None:
@@ -341,6 +346,15 @@ def seal_of(root: Path) -> str:
     Raises:
         CorruptStoreError: when the seal cannot be read.
     """
+    try:
+        with (root / SEAL_FILE).open("rb") as file:
+            # As we write it, the hash comes last: there may be megabytes before it.
+            file.seek(max(0, file.seek(0, 2) - _SEAL_MARK_BYTES))
+            found = _SEAL_MARK.search(file.read())
+    except FileNotFoundError:
+        raise _unreadable(root / SEAL_FILE) from None
+    if found:
+        return found["seal"].decode()
     content = _load(root / SEAL_FILE)
     if not isinstance(content, dict) or not isinstance(content.get("seal"), str):
         raise _unreadable(root / SEAL_FILE)

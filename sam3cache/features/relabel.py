@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sam3cache.errors import ConfigError, MissingSampleError, UnsealedStoreError
+from sam3cache.errors import (
+    ConfigError,
+    MissingSampleError,
+    StoreBusyError,
+    UnsealedStoreError,
+)
 from sam3cache.features.files import canonical_json
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, group_metadata
 from sam3cache.features.locks import store_lock
@@ -87,23 +92,34 @@ def open_to_change(root: Path) -> FeatureStore:
 
 
 @contextmanager
-def changing(root: Path, change: str) -> Iterator[FeatureStore]:
+def changing(root: Path, change: str, seal: str | None = None) -> Iterator[FeatureStore]:
     """Unseal a store for a change of its labels or annotations, and seal it anew; locks it.
 
     Args:
         root: the store, or an overlay.
         change: what to call it, should it be interrupted.
+        seal: of the store that the change was made for; None where it depends on none.
 
     Yields:
         The store as it was before.
 
     Raises:
-        UnsealedStoreError: when extraction has not finished.
-        StoreBusyError: when another process holds the store.
+        UnsealedStoreError: when extraction, or a change of labels, has not finished.
+        StoreBusyError: when another process holds the store, or has changed it meanwhile.
         OSError: when it cannot be written; it then stays unsealed if the change had begun.
     """
     with store_lock(root):
         store = open_to_change(root)
+        if seal is not None and store.seal != seal:
+            raise StoreBusyError(
+                f"{root} was changed by another process meanwhile; run the same command again"
+            )
+        before = "" if store.sealed else interrupted_change(root)
+        # One of labels has taken the old set away: another change must not seal the store so.
+        if before.startswith("`store labels") and before != change:
+            raise UnsealedStoreError(
+                f"{root} is not sealed: {before} was interrupted; run that command again first"
+            )
         (root / CHANGE_FILE).parent.mkdir(exist_ok=True)
         write_atomic(root / CHANGE_FILE, canonical_json({"change": change}))
         break_seal(root)
@@ -111,19 +127,20 @@ def changing(root: Path, change: str) -> Iterator[FeatureStore]:
         seal_store(root)
 
 
-def replace_annotations(root: Path, rows: Sequence[AnnotationRow]) -> None:
+def replace_annotations(root: Path, rows: Sequence[AnnotationRow], seal: str | None = None) -> None:
     """Replace a store's annotations, or an overlay's.
 
     Args:
         root: the store, or an overlay.
         rows: the whole table, in row order.
+        seal: of what the rows were made for.
 
     Raises:
         UnsealedStoreError: when extraction has not finished.
         StoreBusyError: when another process holds the store.
         OSError: when it cannot be written.
     """
-    with changing(root, "a change of its annotations"):
+    with changing(root, "a change of its annotations", seal):
         _describe(root, read_description(root))
         write_annotations(root, rows)
 
@@ -133,7 +150,7 @@ def staging_of(root: Path, name: str) -> Path:
     return root / STAGING_FOLDER / name
 
 
-def put_label_set(root: Path, name: str, classes: tuple[str, ...]) -> None:
+def put_label_set(root: Path, name: str, classes: tuple[str, ...], seal: str | None = None) -> None:
     """Make what was written below :func:`staging_of` the store's label set of a name.
 
     The description loses the old set first and gains the new one last. Between the two the store
@@ -143,10 +160,11 @@ def put_label_set(root: Path, name: str, classes: tuple[str, ...]) -> None:
         root: the store, or an overlay.
         name: of the set; an old one is replaced.
         classes: names by plane.
+        seal: of the store whose rows were labelled.
 
     Raises:
         UnsealedStoreError: when extraction has not finished.
-        StoreBusyError: when another process holds the store.
+        StoreBusyError: when another process holds the store, or has changed it meanwhile.
         OSError: when it cannot be written.
     """
     staging = staging_of(root, name)
@@ -158,7 +176,7 @@ def put_label_set(root: Path, name: str, classes: tuple[str, ...]) -> None:
         max((line.height_px for line in lines), default=1) or 1,
         max((line.width_px for line in lines), default=1) or 1,
     )
-    with changing(root, f"`store labels set {name}`"):
+    with changing(root, f"`store labels set {name}`", seal):
         _forget(root, name)
         masks = root / spec.grid.folder
         masks.parent.mkdir(parents=True, exist_ok=True)

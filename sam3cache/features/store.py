@@ -257,6 +257,7 @@ class FeatureStore:
         self._places = {name: _Place(spec) for name, spec in self.levels.items()}
         self._served = _served_by_default(self.levels)
         self._receipts = receipts
+        self._seal = seal_of(path) if sealed else ""
         self._readers: dict[tuple[str, tuple[int, ...]], ShardReader] = {}
         self._readers_lock = threading.Lock()
 
@@ -301,10 +302,10 @@ class FeatureStore:
         """What is done, by item and block."""
         return self._receipts
 
-    @cached_property
+    @property
     def seal(self) -> str:
-        """Hash over all that the seal holds; empty for a store that is not sealed."""
-        return seal_of(self.path) if self.sealed else ""
+        """Hash over all that the seal held when the store was opened; empty where there is none."""
+        return self._seal
 
     @cached_property
     def sample_rows(self) -> Sequence[SampleRow]:
@@ -312,6 +313,9 @@ class FeatureStore:
 
         Each is made when it is asked for: go through them in order where you can.
         """
+        return self._scan_rows()
+
+    def _scan_rows(self) -> Sequence[SampleRow]:
         rows = scan_samples(self.path)
         # A seal's facts are in the table already.
         return rows if self.sealed else RowsWithFacts(rows, self._receipts)
@@ -337,7 +341,7 @@ class FeatureStore:
         # Both tables are in row order, and tombstones are in the first alone.
         notes = scan_annotations(self.path)
         note = next(notes, None)
-        for row in self.sample_rows:
+        for row in self._scan_rows():
             while note is not None and note.row < row.row:
                 note = next(notes, None)
             if note is not None and note.row == row.row:
@@ -393,18 +397,20 @@ class FeatureStore:
         spec = self.levels[self._stored_name(level)]
         assert out.dtype == np.dtype(value_dtype(spec.precision)), (out.dtype, spec.precision)
         if spec.precision in ("int8", "bf16"):
-            decode(spec.precision, self.read_stored(level, row), out)
+            decode(spec.precision, self.read_stored(spec.name, row), out)
         else:
-            self.read_stored_into(level, row, Encoded(out))
+            self.read_stored_into(spec.name, row, Encoded(out))
 
     def read_stored(self, level: str, row: int) -> Encoded:
         """Return one sample of a level as it is stored; see :mod:`sam3cache.features.precision`.
+
+        A stored level is meant by its own name, whatever is served by it.
 
         Raises:
             MissingSampleError: when the store has no such level, or no such row in it.
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
-        spec = self.levels[self._stored_name(level)]
+        spec = self.levels[self._own_or_served(level)]
         scale_C = None
         if spec.scale_grid is not None:
             scale_C = np.empty(spec.shape[0], dtype=np.float32)
@@ -424,7 +430,7 @@ class FeatureStore:
             MissingSampleError: when the store has no such level, or no such row in it.
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
-        place = self._places[self._stored_name(level)]
+        place = self._places[self._own_or_served(level)]
         assert out.data_CHW.shape == place.shape, (out.data_CHW.shape, place.shape)
         assert out.data_CHW.flags.c_contiguous
         self._require_row(place.item, row)
@@ -450,7 +456,7 @@ class FeatureStore:
         """
         spec = self._require_label_set(label_set)
         line = self.label_rows(label_set).get(row)
-        if line is None and row not in self._usable_rows:
+        if line is None and not (0 <= row < len(self._is_usable) and self._is_usable[row]):
             raise MissingSampleError(
                 f"{self.path} has no sample in row {row}; rows with status ok in samples.parquet "
                 "are what it holds"
@@ -503,12 +509,20 @@ class FeatureStore:
         return self._label_rows[label_set]
 
     @cached_property
-    def _usable_rows(self) -> frozenset[int]:
-        return frozenset(row.row for row in self.sample_rows if row.status == "ok")
+    def _is_usable(self) -> bytearray:
+        """By row, whether a sample can be used."""
+        flags = bytearray()
+        for row in self._scan_rows():
+            flags.extend(bytes(row.row - len(flags)))
+            flags.append(row.status == "ok")
+        return flags
 
     @cached_property
     def _label_rows(self) -> dict[str, Mapping[int, LabelRow]]:
         return {}
+
+    def _own_or_served(self, level: str) -> str:
+        return level if level in self.levels else self._stored_name(level)
 
     def _stored_name(self, level: str) -> str:
         name = self._served.get(level)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sam3cache.backbone import BACKBONES, Tower, load_tower
 from sam3cache.errors import CheckpointError, FingerprintError, ImageError
 from sam3cache.evaluation import checkpoint_folder
+from sam3cache.features.precision import Precision, decode, encode, from_words, split_name
 from sam3cache.geometry import Letterbox, ResizeMode
 from sam3cache.heads import CheckpointInfo, Head, load_checkpoint
 from sam3cache.images import letterbox_image, preprocessing_fields, read_image
@@ -90,13 +91,18 @@ class Predictor:
             secondary_angle_deg: as for ``predict``.
 
         Returns:
-            A batch of one, with features as the tower gives them (float32, or bfloat16 on that
-            path, without the rounding to float16 of a store), and where the image lies in it.
+            A batch of one, and where the image lies in it. Features are as the tower gives them
+            (float32, or bfloat16 on that path, without the rounding to float16 of a store), or what
+            a store keeps of them if the head was trained on fewer bits.
         """
         square_CSS, letterbox = letterbox_image(pixels_HWC, self.resize_mode)
         levels: dict[str, Tensor] = {}
         if self.tower is not None:
-            levels |= self.tower(square_CSS[None])
+            made = self.tower(square_CSS[None])
+            for level, entry in self.info.levels.items():
+                if level != IMAGE_LEVEL:
+                    precision = from_words(str(entry["fields"].get("precision")))
+                    levels[level] = _as_kept(precision, made[split_name(level)[0]])
         if IMAGE_LEVEL in self.info.levels:
             num_channels = self.info.levels[IMAGE_LEVEL]["shape"][0]
             levels[IMAGE_LEVEL] = square_CSS.expand(num_channels, -1, -1)[None].to(self.device)
@@ -138,7 +144,9 @@ def load(
     fields: dict[str, Any] = {}
     for entry in info.levels.values():
         fields |= entry["fields"]
-    of_tower = tuple(level for level in info.levels if level != IMAGE_LEVEL)
+    of_tower = tuple(
+        dict.fromkeys(split_name(level)[0] for level in info.levels if level != IMAGE_LEVEL)
+    )
     resize_mode = cast(ResizeMode, fields.get("preprocessing.resize_mode", "letterbox"))
     here: dict[str, Any] = {
         f"preprocessing.{name}": value for name, value in preprocessing_fields(resize_mode).items()
@@ -166,6 +174,17 @@ def load(
             "with, or extract and train again"
         )
     return Predictor(trained, info, tower, resize_mode, device)
+
+
+def _as_kept(precision: Precision, feature_BCHW: Tensor) -> Tensor:
+    """Return features as a store gives them that keeps them in fewer bits than float16."""
+    if precision in ("float16", "bf16"):
+        return feature_BCHW
+    kept = [
+        decode(precision, encode(precision, feature_CHW.float().cpu().numpy()))
+        for feature_CHW in feature_BCHW
+    ]
+    return torch.from_numpy(np.stack(kept)).to(feature_BCHW)
 
 
 def _backbone_of(folder: Path, fields: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from sam3cache.errors import ConfigError, MissingSampleError
 from sam3cache.features import FeatureStore, StoredSample, open_store
-from sam3cache.features.precision import value_dtype
+from sam3cache.features.precision import decode, value_dtype
 from sam3cache.loading.cached import CachedSamples
 from sam3cache.loading.residency import Residency
 from sam3cache.records import SPLITS, Batch
@@ -198,6 +198,8 @@ class Level:
     def __init__(self, store: FeatureStore, name: str, num_rows: int) -> None:
         spec = store.served_levels[name]
         self._store = store
+        # What it is served by now, whatever is served later.
+        self._spec = spec
         self.name = name
         self.shape: tuple[int, int, int, int] = (num_rows, *spec.shape)
         self.dtype: np.dtype[Any] = np.dtype(value_dtype(spec.precision))
@@ -222,12 +224,15 @@ class Level:
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
         if isinstance(rows, SupportsIndex) and not isinstance(rows, np.ndarray):
-            return self._store.read(self.name, operator.index(rows))
+            return self._read(operator.index(rows))
         wanted = _as_list(rows, len(self))
         out_NCHW = np.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
         for out_CHW, row in zip(out_NCHW, wanted, strict=True):
-            self._store.read_into(self.name, row, out_CHW)
+            out_CHW[...] = self._read(row)
         return out_NCHW
+
+    def _read(self, row: int) -> NDArray[Any]:
+        return decode(self._spec.precision, self._store.read_stored(self._spec.name, row))
 
 
 class Labels:
@@ -285,6 +290,7 @@ class StoreDataset(Dataset[dict[str, Any]]):
         self._sealed = store.sealed
         self._seals = _seals(store)
         self._given = (tuple(rows), tuple(levels), target_size_px, label_set)
+        self._digests = {name: store.fingerprint(name).digest for name in levels}
         self._process = os.getpid()
         self._cached: CachedSamples | None = self._read_from(store)
         self.samples = self._cached.samples
@@ -339,6 +345,7 @@ class StoreDataset(Dataset[dict[str, Any]]):
                 f"{path} has changed since this dataset was made of it; open it again and make a "
                 "new dataset"
             )
+        store.serve_digests(self._digests)
         return store
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sam3cache.errors import ConfigError
+from sam3cache.features import FEATURE_PRECISIONS
 from sam3cache.features import Precision as StoredPrecision
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.loading import Residency
@@ -105,8 +106,8 @@ class TrainConfig:
             ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
             (
                 "feature_precision",
-                self.feature_precision in (None, *get_args(StoredPrecision)),
-                f"one of {', '.join(get_args(StoredPrecision))}",
+                self.feature_precision in (None, *FEATURE_PRECISIONS),
+                f"one of {', '.join(FEATURE_PRECISIONS)}",
             ),
             ("precision", self.precision in get_args(Precision), "auto, fp32, bf16 or fp16"),
             ("residency", self.residency in get_args(Residency), "auto, device, ram or stream"),

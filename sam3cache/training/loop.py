@@ -171,6 +171,7 @@ class _Run:
             config.head_options,
             num_classes=self.num_planes,
         ).to(self.device)
+        _require_precision(store, config, self.head.needs)
         self.gflop = forward_gflop(self.head, level_shapes)
         # A user's own head need not be derived from ours.
         self.learning_rate = config.learning_rate or _own_learning_rate(config.head, self.head)
@@ -483,6 +484,19 @@ class _Run:
         if self.device == "cpu":
             return peak_memory_bytes()
         return int(torch.cuda.max_memory_allocated(self.device))
+
+
+def _require_precision(store: FeatureStore, config: TrainConfig, levels: Sequence[str]) -> None:
+    """Refuse a head of which a level is not stored in the precision that was asked for."""
+    for level in levels:
+        spec = store.served_levels[level]
+        others = (None, "uint8", spec.precision)
+        if config.feature_precision not in others and spec.precision != "uint8":
+            raise ConfigError(
+                f"{config.store} has level {level} in no precision {config.feature_precision}, "
+                f"only as {spec.name}; leave --feature-precision out, or extract "
+                f"{spec.base}.{config.feature_precision} into the store"
+            )
 
 
 def _own_learning_rate(name: str, head: Head) -> float:

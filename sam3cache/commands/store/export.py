@@ -47,7 +47,7 @@ def export(store: Path, output: Path | None, overlay: Path | None, as_json: bool
         def report(num_done: int, num_total: int) -> None:
             stages.show("Exporting", num_done, num_total)
 
-        result = export_hdf5(opened, output or store.with_suffix(".h5"), report)
+        result = export_hdf5(opened, output or store.resolve().with_suffix(".h5"), report)
     if as_json:
         echo_json(result)
         return

@@ -206,7 +206,7 @@ def _lines(
     if strays:
         yield (
             f"note: named by nothing: {strays[0].path}{_others_text(len(strays) - 1)}; "
-            "`sam3cache store repack` deletes such files"
+            "what sam3cache left there `sam3cache store repack` deletes, the rest may go"
         )
     if computed is not None:
         yield from _computed_lines(computed)
