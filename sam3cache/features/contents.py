@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sam3cache.features.files import sha256_of_json
+from sam3cache.features.files import sha256_of_json, sha256_of_list
 from sam3cache.features.store import FeatureStore, StoredSample
 
 ANNOTATIONS: dict[str, Callable[[StoredSample], Any]] = {
@@ -50,10 +50,10 @@ def record_data(store: FeatureStore, label_set: str) -> DataRecord:
     return DataRecord(
         seal=store.seal,
         overlay_seal="" if store.overlay is None else store.overlay.seal,
-        samples_sha256=sha256_of_json([[s.row, s.id, s.pixel_sha256] for s in store.samples]),
+        samples_sha256=sha256_of_list([s.row, s.id, s.pixel_sha256] for s in store.samples),
         labels_sha256=_labels_sha256(store, label_set),
         annotations_sha256={
-            name: sha256_of_json([[s.row, value(s)] for s in store.samples])
+            name: sha256_of_list([s.row, value(s)] for s in store.samples)
             for name, value in ANNOTATIONS.items()
         },
     )
@@ -61,12 +61,12 @@ def record_data(store: FeatureStore, label_set: str) -> DataRecord:
 
 def _labels_sha256(store: FeatureStore, label_set: str) -> str:
     """Hash a label set by its masks alone: where they came from, and when, does not count."""
-    has_mask = {s.row for s in store.samples if store.has_mask(s.row, label_set)}
+    usable = {sample.row for sample in store.samples}
     spec = store.label_sets[label_set]
     lines = [
         [line.row, line.height_px, line.width_px]
-        for row, line in sorted(store.label_rows(label_set).items())
-        if row in has_mask
+        for line in store.label_rows(label_set).values()
+        if line.present and line.row in usable
     ]
     shards = sorted(
         [shard.key.removeprefix(spec.grid.folder), shard.size_bytes, shard.crc32c]

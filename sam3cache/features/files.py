@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ def canonical_json(value: Any) -> bytes:
 def sha256_of_json(value: Any) -> str:
     """Return the SHA-256, in hexadecimal, of ``value`` as canonical JSON."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sha256_of_list(values: Iterable[Any]) -> str:
+    """Return what :func:`sha256_of_json` does of a list, of which one value is held at a time."""
+    hasher = hashlib.sha256(b"[")
+    for number, value in enumerate(values):
+        hasher.update((b"," if number else b"") + canonical_json(value))
+    hasher.update(b"]")
+    return hasher.hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -116,13 +116,15 @@ class CachedSamples:
         self.rows = tuple(kept)
         self.samples: tuple[StoredSample, ...] = tuple(by_row[row] for row in kept)
         self.num_without_mask = len(rows) - len(kept)
-        self._angles_N2 = torch.tensor(
-            [[s.primary_angle_deg, s.secondary_angle_deg] for s in self.samples]
-        ).reshape(-1, 2)
-        boxes = [self.letterbox(index) for index in range(len(self))]
-        self._content_N2 = torch.tensor(
-            [[box.content_height_px, box.content_width_px] for box in boxes], dtype=torch.int64
-        ).reshape(-1, 2)
+        del by_row
+        # Filled in one by one: lists of all samples would take more than the samples.
+        self._angles_N2 = torch.empty(len(self), 2)
+        self._content_N2 = torch.empty(len(self), 2, dtype=torch.int64)
+        angles_N2, content_N2 = self._angles_N2.numpy(), self._content_N2.numpy()
+        for index, sample in enumerate(self.samples):
+            angles_N2[index] = sample.primary_angle_deg, sample.secondary_angle_deg
+            box = self.letterbox(index)
+            content_N2[index] = box.content_height_px, box.content_width_px
         served = store.served_levels
         self._records: list[Record] = [
             LevelRecord(store, name, served[name]) for name in self._level_names
