@@ -62,6 +62,7 @@ from sam3cache.features.receipts import (
     read_receipts,
 )
 from sam3cache.features.shards import crc32c, encode_shard
+from sam3cache.images import pixel_hash
 from sam3cache.runtime import peak_memory_bytes
 
 NUMBERS, QUICK_NUMBERS = (2_000, 20_000, 100_000), (1_024, 4_096)
@@ -69,7 +70,7 @@ PLANNED, QUICK_PLANNED = 100_000_000, 1_000_000
 OPEN_S, RESUME_S, PLAN_S = 1.0, 10.0, 60.0
 SLOPE_BYTES = 1_000
 TRAIN_LIMIT_S = 20.0
-PICTURE_PX, MASK_PX = 16, 16
+PICTURE_PX, MASK_PX, GREY = 16, 16, 128
 SMALL_LEVEL = (4, 8, 8)
 _CHUNK_ROWS = 100_000
 
@@ -312,7 +313,7 @@ def write_all(folder: Path, num_samples: int) -> None:
 def write_pictures(folder: Path, num_samples: int) -> None:
     """Write grey squares, a mask that serves them all, and a manifest."""
     (folder / "images").mkdir()
-    np.save(folder / "0.npy", np.full((PICTURE_PX, PICTURE_PX), 128, np.uint8))
+    np.save(folder / "0.npy", np.full((PICTURE_PX, PICTURE_PX), GREY, np.uint8))
     content = (folder / "0.npy").read_bytes()
     np.save(folder / "mask.npy", np.eye(MASK_PX, dtype=np.uint8))
     with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
@@ -329,7 +330,8 @@ def write_picture_store(job: Job) -> None:
     root = job.state.root
     spec, fingerprint = job.levels["image_1008"]
     assert job.label_set is not None
-    rows = [replace(row, status="ok", pixel_sha256=f"{row.row:064x}") for row in job.plan.rows]
+    digest = pixel_hash(np.full((PICTURE_PX, PICTURE_PX, 1), GREY, np.uint8))
+    rows = [replace(row, status="ok", pixel_sha256=digest) for row in job.plan.rows]
     with store_lock(root):
         describe_store(
             root,
@@ -349,7 +351,8 @@ def write_small_store(root: Path, job: Job) -> None:
     spec = LevelSpec("fpn_72", SMALL_LEVEL)
     fingerprint = Fingerprint({"level": "fpn_72", "weights_sha256": "none: synthetic features"})
     assert job.label_set is not None
-    rows = [replace(row, status="ok", pixel_sha256=f"{row.row:064x}") for row in job.plan.rows]
+    digest = pixel_hash(np.full((PICTURE_PX, PICTURE_PX, 1), GREY, np.uint8))
+    rows = [replace(row, status="ok", pixel_sha256=digest) for row in job.plan.rows]
     with store_lock(root):
         describe_store(
             root,
