@@ -270,7 +270,7 @@ def _table(rows: Iterable[Any], schema: pa.Schema, extra: Sequence[str] = ()) ->
         ]
         columns += [pa.array([row.extra.get(name) for row in chunk], pa.string()) for name in extra]
         batches.append(pa.record_batch(columns, schema=schema))
-    return pa.Table.from_batches(batches, schema).combine_chunks()
+    return pa.Table.from_batches(batches, schema)
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -295,6 +295,7 @@ def _write(path: Path, table: pa.Table) -> None:
     # The seal hashes the tables; until there is one, a page's own checksum finds damage.
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_atomic(path, memoryview(sink.getvalue()))
+    pa.default_memory_pool().release_unused()
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
