@@ -53,7 +53,7 @@ from PIL import Image
 from reporting import Bound, Machine, Report, significant
 
 BLOCK_ROWS = 16
-NUM_KILLS, QUICK_KILLS = 200, 4
+NUM_KILLS, QUICK_KILLS = 200, 3
 NUM_FILL_LEVELS, QUICK_FILL_LEVELS = 20, 1
 # Those that are still importing learn of it when they have done so: long on a busy machine.
 WORKER_END_S = 30.0
