@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_run, only_store
+from sam3cache.commands.printing import table
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
@@ -169,9 +170,9 @@ def _print(result: EvalResult) -> None:
 def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
     from sam3cache.evaluation import interval_text, number_text
 
-    table = _table(name, "images", "mean", "std", "median", "95% interval", "min", "max")
+    rows = table(name, "images", "mean", "std", "median", "95% interval", "min", "max")
     for metric, s in summaries.items():
-        table.add_row(
+        rows.add_row(
             {"dice": "Dice", "iou": "IoU"}.get(metric, metric),
             str(s.num_values),
             number_text(s.mean),
@@ -181,15 +182,15 @@ def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
             number_text(s.minimum),
             number_text(s.maximum),
         )
-    return table
+    return rows
 
 
 def _angles_table(use: AngleUse) -> Table:
     from sam3cache.evaluation import format_view, interval_text, number_text
 
     assert use.constant_angles_deg is not None
-    table = _table("angles", "Dice", "true gains", "95% interval")
-    table.add_row("true", number_text(use.dice_true, 4), "", "")
+    rows = table("angles", "Dice", "true gains", "95% interval")
+    rows.add_row("true", number_text(use.dice_true, 4), "", "")
     for name, dice, gain in (
         (f"shuffled ({use.num_shuffles} times)", use.dice_shuffled, use.true_minus_shuffled),
         (
@@ -199,18 +200,7 @@ def _angles_table(use: AngleUse) -> Table:
         ),
     ):
         assert gain is not None
-        table.add_row(
+        rows.add_row(
             name, number_text(dice, 4), f"{gain.mean:+.4f}", interval_text(gain.interval, 4)
         )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    return rows

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sam3cache.commands.printing import warn_of_samples
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
@@ -148,16 +149,7 @@ def extract(manifest: Path, seed: int | None, as_json: bool, **options: Any) -> 
     config = make_config(manifest, seed=seed, **options)
     with ExitStack() as stack:
         result = run(config, partial(show_stage, Stages(stack)), _announce)
-    for aside in result.set_aside:
-        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
-    for group in result.leaks:
-        click.echo(f"warning: group {group} is in more than one split", err=True)
-    if result.num_moved:
-        click.echo(
-            f"warning: {result.num_moved} samples were in the training split and are no longer; "
-            "heads trained until now have seen them",
-            err=True,
-        )
+    warn_of_samples(result.set_aside, result.leaks, result.num_moved)
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
     else:

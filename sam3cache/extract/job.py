@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from sam3cache import runtime
 from sam3cache.errors import ManifestError, StoreError
@@ -25,8 +25,10 @@ from sam3cache.extract.state import StoreState
 from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
     LabelSetSpec,
+    LazySequence,
     RowsWithFacts,
     describe_store,
+    foreign_files,
     is_described,
     missing_items,
     read_label_set_spec,
@@ -193,7 +195,7 @@ def plan_job(request: Request, state: StoreState) -> Job:
         StoreError: when the folder is something else than a store, or a store of other images.
     """
     root, description, config = state.root, state.description, request.config
-    if description is None and root.exists() and _foreign_files(root):
+    if description is None and root.exists() and foreign_files(root):
         raise StoreError(
             f"{root} is not empty and not a feature store; give -o a new folder, such as "
             "features/NAME.zarr"
@@ -241,19 +243,6 @@ def _num_relabelled(state: StoreState, plan: RowPlan) -> int:
             now = (mask.source, mask.size_bytes, mask.mtime_ns)
             num += (stored.source, stored.size_bytes, stored.mtime_ns) != now
     return num
-
-
-def _foreign_files(root: Path) -> list[Path]:
-    """Return what a crash of our own, before the description was written, cannot have left."""
-    if (root / "zarr.json").exists():
-        return []  # Another launch has begun the store since we looked; it is looked at once more.
-    ours = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
-    ours |= {"samples.parquet", "annotations.parquet"}
-    return [
-        path
-        for path in root.iterdir()
-        if path.name not in ours and path.suffix != runtime.TEMPORARY_SUFFIX
-    ]
 
 
 def _comes_from_files(state: StoreState) -> bool:
@@ -317,7 +306,7 @@ def make_setups(
     return tuple(setups)
 
 
-class Tasks(Sequence[BlockTask]):
+class Tasks(LazySequence[BlockTask]):
     """Blocks that lack something, each with its rows and samples made when it is asked for.
 
     Args:
@@ -335,14 +324,9 @@ class Tasks(Sequence[BlockTask]):
     def __len__(self) -> int:
         return len(self.blocks)
 
-    @overload
-    def __getitem__(self, index: int) -> BlockTask: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[BlockTask]: ...
-    def __getitem__(self, index: int | slice) -> BlockTask | Sequence[BlockTask]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        block = self.blocks[index]
+    def item(self, place: int) -> BlockTask:
+        """Return a task."""
+        block = self.blocks[place]
         found = RowsWithFacts(list(self._plan.rows.block(block)), self._state.receipts)
         rows = tuple(row for row in found if row.status in ("pending", "ok"))
         owners, masks = self._plan.owners, self._plan.masks

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,6 +40,7 @@ from sam3cache.features import (
     write_label_block,
 )
 from sam3cache.features.files import sha256_of_json
+from sam3cache.features.summary import groups_in_several_splits
 from sam3cache.images import Manifest, read_manifest, read_mask
 from sam3cache.records import Sample, SetAside
 from sam3cache.runtime import write_atomic
@@ -377,7 +378,7 @@ def set_annotations(config: AnnotationsConfig) -> AnnotationsResult:
         num_matched=len(matched),
         num_changed=num_changed,
         num_moved=sum(before[row].split == "train" != after[row].split for row in matched),
-        leaks=_leaks([after[row] for row in stored]),
+        leaks=tuple(groups_in_several_splits([after[row] for row in stored])),
         set_aside=manifest.set_aside,
     )
 
@@ -466,9 +467,3 @@ def _value(note: AnnotationRow, name: str) -> str | float | None:
         "secondary_angle": note.secondary_angle_deg,
     }
     return values[name] if name in values else note.extra.get(name, "")
-
-
-def _leaks(notes: Sequence[AnnotationRow]) -> tuple[str, ...]:
-    """Return the groups that are in more than one split."""
-    num_splits = Counter(group for group, _ in {(note.group, note.split) for note in notes})
-    return tuple(sorted(group for group, num in num_splits.items() if num > 1))

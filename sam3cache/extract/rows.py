@@ -14,12 +14,11 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import overload
 
 import numpy as np
 
 from sam3cache.errors import ImageError
-from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, SampleRow
+from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, LazySequence, SampleRow
 from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
 from sam3cache.records import Sample, SetAside
 
@@ -51,7 +50,7 @@ class Wanted:
     reason: str = ""
 
 
-class WantedSamples(Sequence[Wanted]):
+class WantedSamples(LazySequence[Wanted]):
     """What a manifest asks for, in its order; numbers are kept by column."""
 
     def __init__(self, samples: Sequence[Sample], set_aside: Sequence[SetAside] = ()) -> None:
@@ -73,27 +72,22 @@ class WantedSamples(Sequence[Wanted]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, index: int) -> Wanted: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Wanted]: ...
-    def __getitem__(self, index: int | slice) -> Wanted | Sequence[Wanted]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        sample = self.samples[index]
-        if index in self._reasons:
-            return Wanted(sample, None, reason=self._reasons[index])
-        has_mask = self._mask_height_px[index] >= 0
+    def item(self, place: int) -> Wanted:
+        """Return a sample with what is known of its files."""
+        sample = self.samples[place]
+        if place in self._reasons:
+            return Wanted(sample, None, reason=self._reasons[place])
+        has_mask = self._mask_height_px[place] >= 0
         info = ImageInfo(
-            self._height_px[index],
-            self._width_px[index],
-            self._num_channels[index],
-            self._mask_height_px[index] if has_mask else None,
-            self._mask_width_px[index] if has_mask else None,
-            self._size_bytes[index],
-            self._mtime_ns[index],
+            self._height_px[place],
+            self._width_px[place],
+            self._num_channels[place],
+            self._mask_height_px[place] if has_mask else None,
+            self._mask_width_px[place] if has_mask else None,
+            self._size_bytes[place],
+            self._mtime_ns[place],
         )
-        return Wanted(sample, info, self.mask(index, 0) if has_mask else None)
+        return Wanted(sample, info, self.mask(place, 0) if has_mask else None)
 
     def mask(self, index: int, row: int) -> LabelRow:
         """Return the file of a sample's mask, as that of a row."""
@@ -440,7 +434,7 @@ class _Matching:
         self.num_kept += row.status == "ok"
 
 
-class PlannedRows(Sequence[SampleRow]):
+class PlannedRows(LazySequence[SampleRow]):
     """The table that a store shall have: its own with some rows changed, and new ones behind."""
 
     def __init__(self, stored: StoredRows, matching: _Matching, wanted: WantedSamples) -> None:
@@ -453,18 +447,11 @@ class PlannedRows(Sequence[SampleRow]):
     def __len__(self) -> int:
         return len(self._rows) + len(self._fresh)
 
-    @overload
-    def __getitem__(self, index: int) -> SampleRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SampleRow]: ...
-    def __getitem__(self, index: int | slice) -> SampleRow | Sequence[SampleRow]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if index < len(self._rows):
-            return self._changed.get(index) or self._rows[index]
-        offset = index - len(self._rows)
+    def item(self, place: int) -> SampleRow:
+        """Return a row."""
+        if place < len(self._rows):
+            return self._changed.get(place) or self._rows[place]
+        offset = place - len(self._rows)
         return _new_row(self.next_row + offset, self._wanted[self._fresh[offset]])
 
     def position(self, row: int) -> int:

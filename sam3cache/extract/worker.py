@@ -129,9 +129,9 @@ class _Decoded:
     mask_KHW: NDArray[np.uint8] | None
 
 
-def _require_same_pixels(row: SampleRow, pixels_HWC: NDArray[np.uint8]) -> None:
+def _require_same_pixels(row: SampleRow, digest: str) -> None:
     """Refuse a picture that is not the one whose other levels are stored already."""
-    if row.status == "ok" and pixel_hash(pixels_HWC) != row.pixel_sha256:
+    if row.status == "ok" and digest != row.pixel_sha256:
         raise ImageError(
             f"{row.source} has other pixels than those whose features are stored, though its size "
             "and time of change are the same; save it again, and extract again"
@@ -237,13 +237,14 @@ class _Worker:
             pixels_CHW = None
             if with_pixels:
                 pixels_HWC = read_image(sample)
-                _require_same_pixels(row, pixels_HWC)
+                digest = pixel_hash(pixels_HWC)
+                _require_same_pixels(row, digest)
                 row = replace(
                     row,
                     height_px=pixels_HWC.shape[0],
                     width_px=pixels_HWC.shape[1],
                     num_channels=pixels_HWC.shape[2],
-                    pixel_sha256=pixel_hash(pixels_HWC),
+                    pixel_sha256=digest,
                     status="ok",
                 )
                 pixels_CHW = letterbox_image(pixels_HWC, self._setup.resize_mode)[0].numpy()

@@ -6,6 +6,7 @@ then :func:`seal_store`; ``sam3cache.extract`` does it.
 
 from sam3cache.features.contents import DataRecord, record_data
 from sam3cache.features.fingerprint import Fingerprint
+from sam3cache.features.lazy import LazySequence
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
 from sam3cache.features.overlay import make_overlay
@@ -63,6 +64,7 @@ from sam3cache.features.writer import (
     block_of,
     describe_store,
     finish_seal,
+    foreign_files,
     is_described,
     missing_items,
     seal_store,
@@ -84,6 +86,7 @@ __all__ = [
     "LabelRow",
     "LabelSetSpec",
     "LabelSetSummary",
+    "LazySequence",
     "LevelSpec",
     "Precision",
     "Receipt",
@@ -98,6 +101,7 @@ __all__ = [
     "describe_store",
     "encode",
     "finish_seal",
+    "foreign_files",
     "in_words",
     "is_described",
     "is_sealed",

@@ -32,8 +32,6 @@ from sam3cache.features.store import (
     open_store,
 )
 from sam3cache.features.tables import (
-    ANNOTATIONS_FILE,
-    SAMPLES_FILE,
     AnnotationRow,
     LabelRow,
     SampleRow,
@@ -43,6 +41,7 @@ from sam3cache.features.writer import (
     GROUP_FILE,
     block_of,
     describe_store,
+    foreign_files,
     is_described,
     missing_items,
     seal_store,
@@ -50,14 +49,9 @@ from sam3cache.features.writer import (
     write_level_block,
     write_sample_facts,
 )
-from sam3cache.runtime import TEMPORARY_SUFFIX
 
 Report = Callable[[int, int], None]
 """Called with the number of samples done, and of all."""
-
-# What a copy that was killed before it described its store can have left in the folder.
-_OURS = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
-_OURS |= {SAMPLES_FILE, ANNOTATIONS_FILE}
 
 _FIELDS = ("id", "source", "frame", "split", "group", "primary_angle_deg", "secondary_angle_deg")
 
@@ -389,25 +383,20 @@ def _label_sources(rows: Sequence[CopiedRow], label_set: str) -> dict[int, Label
 
 
 def _refuse_other_content(output: Path) -> None:
+    """Refuse a target that holds anything but a store or what a killed copy left of one."""
     for folder in output.resolve().parents:
         if (folder / GROUP_FILE).exists():
             raise StoreError(
                 f"{output} lies inside the store {folder.name}; give -o a folder beside it"
             )
-    """Refuse a target that holds anything but a store or what a killed copy left of one."""
     if output.exists() and not output.is_dir():
         raise StoreError(f"{output} is a file; give -o a new folder, such as features/NEW.zarr")
-    if output.exists() and not (output / GROUP_FILE).exists():
-        foreign = [
-            path.name
-            for path in output.iterdir()
-            if path.name not in _OURS and path.suffix != TEMPORARY_SUFFIX
-        ]
-        if foreign:
-            raise StoreError(
-                f"{output} is not empty and not a feature store ({foreign[0]} is in it); give -o a "
-                "new folder, such as features/NEW.zarr"
-            )
+    foreign = foreign_files(output) if output.exists() else []
+    if foreign:
+        raise StoreError(
+            f"{output} is not empty and not a feature store ({foreign[0].name} is in it); give -o "
+            "a new folder, such as features/NEW.zarr"
+        )
 
 
 def _begun(output: Path, plan: CopyPlan, pending: list[SampleRow]) -> list[SampleRow]:

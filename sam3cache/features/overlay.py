@@ -13,12 +13,8 @@ from sam3cache.features.files import canonical_json
 from sam3cache.features.locks import store_lock
 from sam3cache.features.receipts import CHANGE_FILE, OVERLAY_OF
 from sam3cache.features.store import FeatureStore, open_overlay
-from sam3cache.features.writer import GROUP_FILE, describe_store, seal_store
-from sam3cache.runtime import TEMPORARY_SUFFIX, write_atomic
-
-# What the making of an overlay can have left when it was killed.
-_OURS = {".lock", ".holder.json", "labels", "levels", "receipts", "claims"}
-_OURS |= {"samples.parquet", "annotations.parquet"}
+from sam3cache.features.writer import GROUP_FILE, describe_store, foreign_files, seal_store
+from sam3cache.runtime import write_atomic
 
 
 def make_overlay(folder: Path, store: FeatureStore) -> None:
@@ -41,10 +37,7 @@ def make_overlay(folder: Path, store: FeatureStore) -> None:
     if (folder / GROUP_FILE).exists():
         open_overlay(folder, allow_unsealed=True)  # Refuses a store of its own.
         return
-    if folder.exists() and (
-        not folder.is_dir()
-        or any(p.name not in _OURS and p.suffix != TEMPORARY_SUFFIX for p in folder.iterdir())
-    ):
+    if folder.exists() and (not folder.is_dir() or foreign_files(folder)):
         raise StoreError(
             f"{folder} is there and no overlay; give --overlay a new folder, or one that it made"
         )

@@ -8,12 +8,12 @@ import re
 import sys
 import zlib
 from array import array
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from sam3cache.errors import CorruptStoreError
 from sam3cache.features.files import (
@@ -21,6 +21,7 @@ from sam3cache.features.files import (
     sha256_of_file,
     sha256_of_json,
 )
+from sam3cache.features.lazy import LazySequence
 from sam3cache.runtime import replace_file, write_atomic
 
 FORMAT_VERSION = 2
@@ -67,7 +68,7 @@ class ShardRecord:
         )
 
 
-class Facts(Sequence[dict[str, Any]]):
+class Facts(LazySequence[dict[str, Any]]):
     """What a receipt knows of rows: kept by column, as there are many and few are asked for."""
 
     def __init__(self, columns: dict[str, list[Any]]) -> None:
@@ -96,16 +97,9 @@ class Facts(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()), ()))
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not self._columns:
-            raise IndexError(index)  # Without which an iteration over no rows has no end.
-        return {name: column[index] for name, column in self._columns.items()}
+    def item(self, place: int) -> dict[str, Any]:
+        """Return what is known of a row."""
+        return {name: column[place] for name, column in self._columns.items()}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Facts) and self._columns == other._columns
@@ -215,7 +209,7 @@ def read_receipts_of_block(
         except FileNotFoundError:
             if sealed is None:
                 seal = root / SEAL_FILE
-                sealed = ReceiptsOnDemand(_load_seal(seal)[1]) if seal.exists() else {}
+                sealed = ReceiptsOnDemand(_load_seal(seal)[2]) if seal.exists() else {}
             if (item, block) in sealed:
                 receipts[item, block] = sealed[item, block]
         else:
@@ -257,7 +251,7 @@ def scan_receipts(root: Path) -> ReceiptsOnDemand:
     for name in (FOLDED_FILE, SEAL_FILE):
         path = root / name
         if path.exists():
-            _, loaded = _load_seal(path)
+            _, _, loaded = _load_seal(path)
             if found is None:
                 found = loaded
             else:
@@ -340,34 +334,13 @@ def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:
     _delete_single_receipts(root)
 
 
-def seal_of(root: Path) -> str:
-    """Return the hash that a seal states of itself.
-
-    Raises:
-        CorruptStoreError: when the seal cannot be read.
-    """
-    try:
-        with (root / SEAL_FILE).open("rb") as file:
-            # As we write it, the hash comes last: there may be megabytes before it.
-            file.seek(max(0, file.seek(0, 2) - _SEAL_MARK_BYTES))
-            found = _SEAL_MARK.search(file.read())
-    except FileNotFoundError:
-        raise _unreadable(root / SEAL_FILE) from None
-    if found:
-        return found["seal"].decode()
-    content = _load(root / SEAL_FILE)
-    if not isinstance(content, dict) or not isinstance(content.get("seal"), str):
-        raise _unreadable(root / SEAL_FILE)
-    return str(content["seal"])
-
-
-def check_seal(root: Path) -> Mapping[ReceiptKey, Receipt]:
-    """Check the seal and all that it hashes; return its receipts.
+def check_seal(root: Path) -> tuple[str, Mapping[ReceiptKey, Receipt]]:
+    """Check the seal and all that it hashes; return the hash it states, and its receipts.
 
     Raises:
         CorruptStoreError: naming the first file that differs.
     """
-    hashes, receipts = _load_seal(root / SEAL_FILE)
+    seal, hashes, receipts = _load_seal(root / SEAL_FILE)
     for name, expected in hashes.items():
         try:
             found = sha256_of_file(root / name)
@@ -378,7 +351,7 @@ def check_seal(root: Path) -> Mapping[ReceiptKey, Receipt]:
                 f"{root / name} is not what the store was sealed with (SHA-256 {found[:12]}, "
                 f"expected {expected[:12]}); restore the file, or extract into a new store"
             )
-    return ReceiptsOnDemand(receipts)
+    return seal, ReceiptsOnDemand(receipts)
 
 
 def matches_own_hash(data: bytes, content: Mapping[str, Any]) -> bool:
@@ -403,8 +376,8 @@ def _hash_of(content: Mapping[str, Any]) -> str:
         return ""
 
 
-def _load_seal(path: Path) -> tuple[Mapping[str, Any], _Packed]:
-    """Check a seal against its own hash; return the hashes in it, and its receipts."""
+def _load_seal(path: Path) -> tuple[str, Mapping[str, Any], _Packed]:
+    """Check a seal against its own hash; return that, the hashes in it, and its receipts."""
     data = _read(path)
     found = _split_seal(data, path)
     if found is not None:
@@ -417,10 +390,10 @@ def _load_seal(path: Path) -> tuple[Mapping[str, Any], _Packed]:
             f"{path} does not match its own hash; `sam3cache store verify --repair` on the store "
             "keeps every block that it can prove, or restore the file from a copy"
         )
-    return content["hashes"], _pack(content.get("receipts"), path)
+    return str(content["seal"]), content["hashes"], _pack(content.get("receipts"), path)
 
 
-def _split_seal(data: bytes, path: Path) -> tuple[Mapping[str, Any], _Packed] | None:
+def _split_seal(data: bytes, path: Path) -> tuple[str, Mapping[str, Any], _Packed] | None:
     """Take a seal apart that is as we write it, without making objects of all its receipts.
 
     What its hash vouches for is canonical JSON of ours: within a text every quotation mark has a
@@ -430,12 +403,13 @@ def _split_seal(data: bytes, path: Path) -> tuple[Mapping[str, Any], _Packed] | 
         None when it is not like that, or does not match its hash.
     """
     begin = data.find(_RECEIPTS_MARK)
-    tail = _SEAL_MARK.search(data, max(0, len(data) - 100))
+    tail = _SEAL_MARK.search(data, max(0, len(data) - _SEAL_MARK_BYTES))
     if begin < 0 or tail is None:
         return None
     hasher = hashlib.sha256(memoryview(data)[: tail.start()])
     hasher.update(b"}")
-    if hasher.hexdigest() != tail["seal"].decode():
+    seal = hasher.hexdigest()
+    if seal != tail["seal"].decode():
         return None
     head = _parse(data[:begin] + b"}", path)
     starts = [(mark.start(), int(mark["block"])) for mark in _BLOCK_MARK.finditer(data, begin)]
@@ -452,7 +426,7 @@ def _split_seal(data: bytes, path: Path) -> tuple[Mapping[str, Any], _Packed] | 
         for number in range(at, min(at + _GROUP_RECEIPTS, len(starts))):
             start, block = starts[number]
             packed.add(items[number], block, start - group_begin, ends[number] - group_begin)
-    return head["hashes"], packed
+    return seal, head["hashes"], packed
 
 
 def _pack(receipts: Any, path: Path) -> _Packed:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from sam3cache.errors import (
     UnsealedStoreError,
 )
 from sam3cache.features.fingerprint import Fingerprint
+from sam3cache.features.lazy import LazySequence
 from sam3cache.features.levels import (
     BLOCK_ROWS,
     LABEL_TILE_PX,
@@ -48,7 +49,6 @@ from sam3cache.features.receipts import (
     check_seal,
     is_sealed,
     scan_receipts,
-    seal_of,
 )
 from sam3cache.features.shards import ShardReader
 from sam3cache.features.tables import (
@@ -121,14 +121,11 @@ def open_store(
             f"{root} is an overlay, labels and annotations without features; give the store that "
             f"it was made for, and --overlay {root}"
         )
-    sealed = is_sealed(root)
-    if not sealed and not allow_unsealed:
-        raise UnsealedStoreError(_why_unsealed(root))
-    receipts = check_seal(root) if sealed else scan_receipts(root)
+    seal, receipts = _seal_and_receipts(root, allow_unsealed)
     laid_over = (
         None if overlay is None else open_overlay(Path(overlay), allow_unsealed=allow_unsealed)
     )
-    store = FeatureStore(root, description, receipts, sealed=sealed, overlay=laid_over)
+    store = FeatureStore(root, description, receipts, seal=seal, overlay=laid_over)
     if laid_over is not None:
         _require_same_pictures(store, laid_over)
     return store
@@ -149,11 +146,19 @@ def open_overlay(root: Path, *, allow_unsealed: bool = False) -> FeatureStore:
             f"{root} is a feature store of its own, not an overlay; give a folder that "
             "`sam3cache store labels set` or `annotations set` made with --overlay"
         )
-    sealed = is_sealed(root)
-    if not sealed and not allow_unsealed:
+    seal, receipts = _seal_and_receipts(root, allow_unsealed)
+    return FeatureStore(root, description, receipts, seal=seal)
+
+
+def _seal_and_receipts(
+    root: Path, allow_unsealed: bool
+) -> tuple[str, Mapping[ReceiptKey, Receipt]]:
+    """Return the hash that the seal states, empty without a seal, and the receipts."""
+    if is_sealed(root):
+        return check_seal(root)
+    if not allow_unsealed:
         raise UnsealedStoreError(_why_unsealed(root))
-    receipts = check_seal(root) if sealed else scan_receipts(root)
-    return FeatureStore(root, description, receipts, sealed=sealed)
+    return "", scan_receipts(root)
 
 
 def _why_unsealed(root: Path) -> str:
@@ -225,6 +230,7 @@ class FeatureStore:
 
     Attributes:
         path: the store's folder.
+        seal: hash over all that the seal held when it was opened; empty without one.
         sealed: whether its extraction has finished.
         overlay: labels and annotations that go before the store's own; mostly None.
         settings: provenance: backbone, batch size, device model, versions, resize mode.
@@ -238,11 +244,12 @@ class FeatureStore:
         description: Mapping[str, Any],
         receipts: Mapping[ReceiptKey, Receipt],
         *,
-        sealed: bool,
+        seal: str,
         overlay: FeatureStore | None = None,
     ) -> None:
         self.path = path
-        self.sealed = sealed
+        self.seal = seal
+        self.sealed = bool(seal)
         self.overlay = overlay
         self.settings: dict[str, Any] = dict(description["settings"])
         self._fingerprints = {
@@ -257,7 +264,6 @@ class FeatureStore:
         self._places = {name: _Place(spec) for name, spec in self.levels.items()}
         self._served = _served_by_default(self.levels)
         self._receipts = receipts
-        self._seal = seal_of(path) if sealed else ""
         self._readers: dict[tuple[str, tuple[int, ...]], ShardReader] = {}
         self._readers_lock = threading.Lock()
 
@@ -301,11 +307,6 @@ class FeatureStore:
     def receipts(self) -> Mapping[ReceiptKey, Receipt]:
         """What is done, by item and block."""
         return self._receipts
-
-    @property
-    def seal(self) -> str:
-        """Hash over all that the seal held when the store was opened; empty where there is none."""
-        return self._seal
 
     @cached_property
     def sample_rows(self) -> Sequence[SampleRow]:
@@ -598,7 +599,7 @@ def merge_sample_facts(
     return list(RowsWithFacts(rows, receipts))
 
 
-class RowsWithFacts(Sequence[SampleRow]):
+class RowsWithFacts(LazySequence[SampleRow]):
     """What :func:`merge_sample_facts` returns, a row at a time as it is asked for."""
 
     def __init__(self, rows: Sequence[SampleRow], receipts: Mapping[ReceiptKey, Receipt]) -> None:
@@ -607,14 +608,9 @@ class RowsWithFacts(Sequence[SampleRow]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> SampleRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SampleRow]: ...
-    def __getitem__(self, index: int | slice) -> SampleRow | Sequence[SampleRow]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._merged(self._rows[index])
+    def item(self, place: int) -> SampleRow:
+        """Return a row."""
+        return self._merged(self._rows[place])
 
     def __iter__(self) -> Iterator[SampleRow]:
         return map(self._merged, self._rows)

@@ -18,7 +18,12 @@ from sam3cache.features.store import (
     open_store,
     read_description,
 )
-from sam3cache.features.tables import ANNOTATIONS_FILE, LABEL_ROWS_FILE, SAMPLES_FILE
+from sam3cache.features.tables import (
+    ANNOTATIONS_FILE,
+    LABEL_ROWS_FILE,
+    SAMPLES_FILE,
+    AnnotationRow,
+)
 from sam3cache.records import SPLITS
 
 
@@ -51,7 +56,7 @@ def summarise(root: Path, *, overlay: Path | None = None) -> dict[str, Any]:
         "num_samples": _by_status(store),
         "splits": _splits(samples),
         "num_groups": len({sample.group for sample in samples}),
-        "groups_in_several_splits": _leaks(samples),
+        "groups_in_several_splits": groups_in_several_splits(samples),
         "num_with_both_angles": sum(
             not math.isnan(s.primary_angle_deg + s.secondary_angle_deg) for s in samples
         ),
@@ -87,7 +92,8 @@ def _splits(samples: Iterable[StoredSample]) -> dict[str, dict[str, int]]:
     }
 
 
-def _leaks(samples: Iterable[StoredSample]) -> list[str]:
+def groups_in_several_splits(samples: Iterable[StoredSample | AnnotationRow]) -> list[str]:
+    """Return the groups that are in more than one split, sorted."""
     splits: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         if sample.group:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sam3cache.errors import CorruptStoreError
+from sam3cache.features.lazy import LazySequence
 from sam3cache.runtime import write_atomic
 
 Status = Literal["pending", "ok", "aside", "removed"]
@@ -118,7 +119,7 @@ class LabelRow:
     mtime_ns: int = 0
 
 
-class Rows(Sequence[Row]):
+class Rows(LazySequence[Row]):
     """The lines of a table, made into objects as they are asked for: a tenth of their memory.
 
     Lines near one another are made together, so go through them in order where you can.
@@ -133,18 +134,9 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self._num_rows
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._chunk(index // _CHUNK_ROWS)[index % _CHUNK_ROWS]
+    def item(self, place: int) -> Row:
+        """Return a line."""
+        return self._chunk(place // _CHUNK_ROWS)[place % _CHUNK_ROWS]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _CHUNK_ROWS):

@@ -75,11 +75,6 @@ class VerifyResult:
         """What differs from what was written."""
         return tuple(finding for finding in self.findings if finding.kind not in NOTES)
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the store is sealed."""
-        return self.sealed
-
 
 def verify_store(
     root: Path,

@@ -67,6 +67,20 @@ from sam3cache.runtime import TEMPORARY_SUFFIX, write_atomic
 GROUP_FILE = "zarr.json"
 
 
+def foreign_files(root: Path) -> list[Path]:
+    """Return what a folder holds that a crash of ours, before a store was described, cannot leave.
+
+    Nothing where a store is described already.
+    """
+    if (root / GROUP_FILE).exists():
+        return []
+    ours = {".lock", ".holder.json", "levels", "labels", "claims", "receipts"}
+    ours |= {SAMPLES_FILE, ANNOTATIONS_FILE}
+    return [
+        path for path in root.iterdir() if path.name not in ours and path.suffix != TEMPORARY_SUFFIX
+    ]
+
+
 def block_of(row: int) -> int:
     """Return the block that a row lies in."""
     return row // BLOCK_ROWS

@@ -218,12 +218,12 @@ class CachedSamples:
             )
             for record in self._records
         }
-        arrays = {name: part_BR.numpy() for name, part_BR in parts.items()}
 
         def read(positions: range) -> None:
             for position in positions:
                 for record in self._records:
-                    record.read_into(self.samples[indices[position]], arrays[record.name][position])
+                    words_R = parts[record.name][position].numpy()
+                    record.read_into(self.samples[indices[position]], words_R)
 
         shares = (range(i, len(indices), NUM_READERS) for i in range(NUM_READERS))
         return parts, [readers.submit(read, share) for share in shares if share]
@@ -240,7 +240,7 @@ class CachedSamples:
         return out_BR
 
     def _finish(
-        self, indices: Sequence[int], parts: Mapping[str, Tensor], reads: Sequence[Future[None]]
+        self, indices: Sequence[int], parts: dict[str, Tensor], reads: Sequence[Future[None]]
     ) -> Batch:
         """Wait until a batch's records are there, and make a batch of them on the device."""
         for read in reads:
@@ -248,6 +248,8 @@ class CachedSamples:
         on_device = {
             name: part_BR.to(self._device, non_blocking=True) for name, part_BR in parts.items()
         }
+        # A reader may hold on to its task for a moment more, which must not keep this memory.
+        parts.clear()
         values = {record.name: record.values(on_device[record.name]) for record in self._records}
         return Batch(
             levels={level: values[level] for level in self._level_names},

@@ -490,8 +490,7 @@ def _require_precision(store: FeatureStore, config: TrainConfig, levels: Sequenc
     """Refuse a head of which a level is not stored in the precision that was asked for."""
     for level in levels:
         spec = store.served_levels[level]
-        others = (None, "uint8", spec.precision)
-        if config.feature_precision not in others and spec.precision != "uint8":
+        if config.feature_precision and spec.precision not in (config.feature_precision, "uint8"):
             raise ConfigError(
                 f"{config.store} has level {level} in no precision {config.feature_precision}, "
                 f"only as {spec.name}; leave --feature-precision out, or extract "

@@ -7,13 +7,13 @@ import io
 import json
 import math
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sam3cache.commands.extract import SET_ASIDE_EXIT_CODE
+from sam3cache.commands.printing import echo_json, warn_of_samples
 
 if TYPE_CHECKING:
     from sam3cache.features import FeatureStore, StoredSample
@@ -85,19 +85,9 @@ def set_(
             overlay=overlay,
         )
     )
-    for aside in result.set_aside:
-        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
-    for group in result.leaks:
-        click.echo(f"warning: group {group} is in more than one split", err=True)
-    if result.num_moved:
-        click.echo(
-            f"warning: {result.num_moved} samples were in the training split and are no longer; "
-            "heads trained until now have seen them",
-            err=True,
-        )
+    warn_of_samples(result.set_aside, result.leaks, result.num_moved)
     if as_json:
-        record = asdict(result) | {"store": result.store.as_posix()}
-        click.echo(json.dumps(record, indent=2))
+        echo_json(result)
     else:
         changes = ", ".join(f"{name} of {num}" for name, num in result.num_changed.items() if num)
         click.echo(

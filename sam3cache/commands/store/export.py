@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from sam3cache.commands.printing import echo_json, size_text
 from sam3cache.commands.progress import Stages
-from sam3cache.commands.store.printing import echo_json, size_text
 
 
 @click.command()
@@ -41,13 +41,14 @@ def export(store: Path, output: Path | None, overlay: Path | None, as_json: bool
     from sam3cache.features.hdf5 import export_hdf5
 
     opened = open_sealed(store, overlay=overlay)
+    named = store if store.name else store.resolve()  # "." has no name
     with ExitStack() as stack:
         stages = Stages(stack)
 
         def report(num_done: int, num_total: int) -> None:
             stages.show("Exporting", num_done, num_total)
 
-        result = export_hdf5(opened, output or store.resolve().with_suffix(".h5"), report)
+        result = export_hdf5(opened, output or named.with_suffix(".h5"), report)
     if as_json:
         echo_json(result)
         return

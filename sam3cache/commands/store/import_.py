@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from sam3cache.commands.printing import print_copy
 from sam3cache.commands.progress import Stages
-from sam3cache.commands.store.printing import print_copy
 
 
 @click.command("import")

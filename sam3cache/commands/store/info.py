@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_store
-from sam3cache.commands.store.printing import size_text, table
+from sam3cache.commands.printing import size_text, table
 
 if TYPE_CHECKING:
     from rich.table import Table

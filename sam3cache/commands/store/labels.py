@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sam3cache.commands.extract import SET_ASIDE_EXIT_CODE
+from sam3cache.commands.printing import echo_json, warn_of_samples
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
@@ -99,11 +100,9 @@ def set_(
             stages.show("Reading masks", num_done, num_total)
 
         result = set_labels(config, report)
-    for aside in result.set_aside:
-        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
+    warn_of_samples(result.set_aside)
     if as_json:
-        record = asdict(result) | {"store": result.store.as_posix()}
-        click.echo(json.dumps(record, indent=2))
+        echo_json(result)
     else:
         click.echo(
             f"{result.store.as_posix()}: label set {name} holds masks of {result.num_with_mask} of "

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from sam3cache.commands.printing import echo_json, size_text
 from sam3cache.commands.progress import Stages
-from sam3cache.commands.store.printing import echo_json, size_text
 
 
 @click.command()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from sam3cache.commands.printing import label_sets_of, names_of, print_copy
 from sam3cache.commands.progress import Stages
-from sam3cache.commands.store.printing import label_sets_of, names_of, print_copy
 from sam3cache.errors import ConfigError
 
 

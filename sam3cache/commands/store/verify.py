@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from sam3cache.commands.printing import size_text
 from sam3cache.commands.progress import Bar, format_duration, progress
-from sam3cache.commands.store.printing import size_text
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:

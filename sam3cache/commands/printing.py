@@ -1,8 +1,9 @@
-"""What the commands of ``sam3cache store`` share: lists in options, sizes, tables."""
+"""What commands share: lists in options, sizes, tables, and what is said of samples."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sam3cache.features.copying import CopyResult
+    from sam3cache.records import SetAside
 
 
 def names_of(option: str, text: str | None) -> list[str] | None:
@@ -55,6 +57,28 @@ def table(*columns: str) -> Table:
     for column in columns[1:]:
         made.add_column(column, justify="right", no_wrap=True)
     return made
+
+
+def warn_of_samples(
+    set_aside: Iterable[SetAside], leaks: Iterable[str] = (), num_moved: int = 0
+) -> None:
+    """List on stderr what could not be used, and what splits do to figures.
+
+    Args:
+        set_aside: samples, or rows, that could not be used.
+        leaks: groups that are in more than one split.
+        num_moved: samples that were in the training split and are no longer.
+    """
+    for aside in set_aside:
+        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.reason}", err=True)
+    for group in leaks:
+        click.echo(f"warning: group {group} is in more than one split", err=True)
+    if num_moved:
+        click.echo(
+            f"warning: {num_moved} samples were in the training split and are no longer; "
+            "heads trained until now have seen them",
+            err=True,
+        )
 
 
 def echo_json(result: Any) -> None:
