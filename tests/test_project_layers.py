@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sam3cache"
 
-VALUES = {"errors", "records", "geometry", "metrics", "runtime"}
+VALUES = {"errors", "records", "geometry", "metrics", "runtime", "tasks"}
 TRAINING_SIDE = VALUES | {"features", "heads", "loading"}
 BELOW_COMMANDS = TRAINING_SIDE | {"images", "backbone", "extract", "training", "evaluation"}
 
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "geometry": {"errors", "records"},
     "metrics": {"errors", "records", "geometry"},
     "runtime": {"errors", "records"},
+    "tasks": {"records"},
     "images": VALUES,
     "backbone": VALUES,
     "features": VALUES,

@@ -23,6 +23,7 @@ from sam3cache.features.precision import (
     split_name,
     stored_dtype,
 )
+from sam3cache.tasks import Task
 
 BLOCK_ROWS = 16
 SHARD_BYTES_LIMIT = 50_000_000
@@ -147,20 +148,29 @@ class LabelSetSpec:
 
     Attributes:
         name: for example "mask".
-        classes: names by plane; one name for a binary mask.
+        classes: names by plane, or of the class numbers from 1 on; one name for a binary mask.
         height_px: of the array; no mask is higher.
         width_px: of the array; no mask is wider.
+        task: whether masks are planes of 0 and 1, or one plane of class numbers; see
+            :mod:`sam3cache.tasks`.
     """
 
     name: str
     classes: tuple[str, ...]
     height_px: int
     width_px: int
+    task: Task = "multilabel"
 
     @property
     def num_planes(self) -> int:
         """K, the number of planes of a mask."""
-        return len(self.classes)
+        return 1 if self.task == "multiclass" else len(self.classes)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the set's zarr.json says of it."""
+        task = {} if self.task == "multilabel" else {"task": self.task}
+        return {"classes": list(self.classes), **task}
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -696,10 +696,17 @@ def read_label_set_spec(root: Path, name: str) -> LabelSetSpec:
     Raises:
         CorruptStoreError: when its metadata cannot be read.
     """
-    group = _load_metadata(root / "labels" / name / "zarr.json")
+    path = root / "labels" / name / "zarr.json"
+    group = _load_metadata(path)
     array = _load_metadata(root / "labels" / name / "masks" / "zarr.json")
-    classes = tuple(group["attributes"]["sam3cache"]["classes"])
-    return LabelSetSpec(name, classes, array["shape"][2], array["shape"][3])
+    try:
+        attributes = group["attributes"]["sam3cache"]
+        classes, task = tuple(attributes["classes"]), attributes.get("task", "multilabel")
+        return LabelSetSpec(name, classes, int(array["shape"][2]), int(array["shape"][3]), task)
+    except (LookupError, TypeError, ValueError):
+        raise CorruptStoreError(
+            f"{path} does not describe a label set; restore it, or set the labels again"
+        ) from None
 
 
 def read_level_spec(root: Path, name: str) -> LevelSpec:

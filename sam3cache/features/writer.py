@@ -181,8 +181,7 @@ def metadata_files(
     for spec, _ in levels.values():
         files |= spec.metadata_files(num_rows)
     for label_set in label_sets.values():
-        attributes = {"classes": list(label_set.classes)}
-        files[f"labels/{label_set.name}/{GROUP_FILE}"] = group_metadata(attributes)
+        files[f"labels/{label_set.name}/{GROUP_FILE}"] = group_metadata(label_set.attributes)
         grid = label_set.grid
         files[f"{grid.folder}/{GROUP_FILE}"] = grid.metadata(num_rows, label_set.shape)
     return files
