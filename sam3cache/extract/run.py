@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+from sam3cache.errors import UnsealedStoreError
 from sam3cache.extract.config import (
     LABEL_SET,
     ExtractConfig,
@@ -18,7 +19,14 @@ from sam3cache.extract.forecast import Forecast, forecast_job
 from sam3cache.extract.job import Job, Report, plan_job, read_request, require_folder
 from sam3cache.extract.pool import run_pool
 from sam3cache.extract.state import StoreState
-from sam3cache.features import BlockClaims, finish_seal, seal_store, store_lock
+from sam3cache.features import (
+    LABEL_CHANGE,
+    BlockClaims,
+    finish_seal,
+    interrupted_change,
+    seal_store,
+    store_lock,
+)
 from sam3cache.records import SetAside
 
 _MAX_PAUSES = 5
@@ -47,7 +55,8 @@ def extract(
         FingerprintError: when the store's features were made differently.
         NumericError: when the tower yields NaN, or overflows float16.
         WorkerError: when a block kills two workers.
-        StoreError: when the folder is no store, is busy, or cannot hold these images.
+        StoreError: when the folder is no store, is busy, cannot hold these images, or a change of
+            its labels was interrupted.
         NoSpaceError: when what is to be written does not fit on the disk.
     """
     start_s = time.monotonic()
@@ -61,31 +70,35 @@ def extract(
     forecast = forecast_job(job)
     announce(forecast)
     forecast.require_space()
-    with store_lock(root):
-        if not state.is_current:
-            job = plan_job(request, StoreState.read(root, LABEL_SET))
-        job = job.describe()
-    manifest = request.manifest
-    del request, state
-    claims = BlockClaims(root)
     num_computed = 0
-    num_pauses = 0
-    while job.tasks and num_pauses < _MAX_PAUSES:
-        tasks = job.tasks.only({block for block in job.tasks.blocks if claims.is_free(block)})
-        ours = tasks
-        if tasks:
-            elsewhere = run_pool(job.setups(), tasks, _reporter(report, tasks.num_rows()))
-            ours = tasks.only(set(tasks.blocks) - elsewhere)
-            num_computed += ours.num_to_compute()
-        if ours:
-            num_pauses = 0
-        else:
-            # Another launch holds all that is left.
-            num_pauses += 1
-            time.sleep(_PAUSE_S)
-        # Locked: whoever seals the store meanwhile folds the receipts that are read here.
+    with ExitStack() as at_work:
         with store_lock(root):
-            job = job.at(StoreState.read(root, LABEL_SET))
+            if not state.is_current:
+                job = plan_job(request, StoreState.read(root, LABEL_SET))
+            job = job.describe()
+            claims = BlockClaims(root)
+            if job.tasks:
+                # What a block needs is settled: nobody may change the tables meanwhile.
+                at_work.enter_context(claims.at_work())
+        manifest = request.manifest
+        del request, state
+        num_pauses = 0
+        while job.tasks and num_pauses < _MAX_PAUSES:
+            tasks = job.tasks.only({block for block in job.tasks.blocks if claims.is_free(block)})
+            ours = tasks
+            if tasks:
+                elsewhere = run_pool(job.setups(), tasks, _reporter(report, tasks.num_rows()))
+                ours = tasks.only(set(tasks.blocks) - elsewhere)
+                num_computed += ours.num_to_compute()
+            if ours:
+                num_pauses = 0
+            else:
+                # Another launch holds all that is left.
+                num_pauses += 1
+                time.sleep(_PAUSE_S)
+            # Locked: whoever seals the store meanwhile folds the receipts that are read here.
+            with store_lock(root):
+                job = job.at(StoreState.read(root, LABEL_SET))
     sealed = not job.tasks and _seal(job)
     found = _count(job)
     return ExtractResult(
@@ -155,5 +168,12 @@ def _seal(job: Job) -> bool:
         # Another launch has added a level: it knows what is missing of that one.
         if state.description is not None and set(state.description["levels"]) - set(job.levels):
             return False
+        change = interrupted_change(root)
+        # It has taken the old set away, which a seal would forget.
+        if change.startswith(LABEL_CHANGE):
+            raise UnsealedStoreError(
+                f"every feature is in {root}, and yet it is not sealed: {change} was interrupted; "
+                "run that command again, which seals it"
+            )
         seal_store(root)
         return True

@@ -21,6 +21,7 @@ from sam3cache.features.precision import (
     stored_dtype,
 )
 from sam3cache.features.receipts import (
+    LABEL_CHANGE,
     Receipt,
     ReceiptKey,
     is_sealed,
@@ -43,6 +44,7 @@ from sam3cache.features.store import (
     FeatureStore,
     RowsWithFacts,
     StoredSample,
+    interrupted_change,
     label_rows_of,
     merge_sample_facts,
     open_store,
@@ -76,6 +78,7 @@ from sam3cache.features.writer import (
 __all__ = [
     "BLOCK_ROWS",
     "FEATURE_PRECISIONS",
+    "LABEL_CHANGE",
     "AnnotationRow",
     "BlockClaims",
     "DataRecord",
@@ -103,6 +106,7 @@ __all__ = [
     "finish_seal",
     "foreign_files",
     "in_words",
+    "interrupted_change",
     "is_described",
     "is_sealed",
     "label_rows_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,9 @@ def _describe(holder: Path) -> str:
         return "another process"
 
 
+_RUN_LOCK = "run-"
+
+
 class BlockClaims:
     """Claims on blocks of one store, by lock files that the operating system frees."""
 
@@ -81,9 +85,53 @@ class BlockClaims:
         with self.claim(block) as ours:
             return ours
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Say for the length of the ``with`` that blocks of the store are being worked on.
+
+        Several processes may say so at once; :func:`require_idle` refuses as long as one does.
+        """
+        path = self._folder / f"{_RUN_LOCK}{os.getpid()}-{secrets.token_hex(4)}.lock"
+        with FileLock(path, timeout=0):
+            yield
+        with suppress(PermissionError):
+            path.unlink(missing_ok=True)
+
     def sweep(self) -> None:
         """Delete the lock files; for the holder of the whole store, once every block is done."""
         for path in self._folder.glob("*.lock"):
+            if path.name.startswith(_RUN_LOCK) and _is_held(path):
+                continue
             # On Windows a file that is still held cannot be deleted, and need not be.
             with suppress(PermissionError):
                 path.unlink(missing_ok=True)
+
+
+def require_idle(root: Path) -> None:
+    """Refuse to change a store that an extraction is at work on; hold :func:`store_lock`.
+
+    Raises:
+        StoreBusyError: when one is.
+    """
+    for path in (root / "claims").glob("*.lock"):
+        if _is_held(path):
+            raise StoreBusyError(
+                f"an extraction is at work on {root} ({_holder_of(path)}); "
+                "wait for it, or end it, and run again"
+            )
+
+
+def _holder_of(path: Path) -> str:
+    if path.name.startswith(_RUN_LOCK):
+        return f"process {path.stem.removeprefix(_RUN_LOCK).partition('-')[0]}"
+    return f"block {path.stem}"
+
+
+def _is_held(path: Path) -> bool:
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False

@@ -28,9 +28,14 @@ FORMAT_VERSION = 2
 """Of the store on disk; docs/format.md says what changed."""
 
 SEAL_FILE = "complete.json"
+SEAL_COPY = "receipts/sealed.json"
+"""A second copy of the seal: there as long as the seal is, so that alone it says one was lost."""
 FOLDED_FILE = "receipts/folded.json"
 CHANGE_FILE = "receipts/change.json"
 """Names the change of labels or annotations that a store is unsealed for."""
+
+LABEL_CHANGE = "`store labels"
+"""How the name of a change of labels begins: it has taken a set away until it is done."""
 
 OVERLAY_OF = "overlay_of"
 """Setting of a store without levels: the seal of the store that its labels are for."""
@@ -248,7 +253,7 @@ def scan_receipts(root: Path) -> ReceiptsOnDemand:
         CorruptStoreError: when one cannot be read.
     """
     found: _Packed | None = None
-    for name in (FOLDED_FILE, SEAL_FILE):
+    for name in (FOLDED_FILE, SEAL_COPY if is_seal_lost(root) else SEAL_FILE):
         path = root / name
         if path.exists():
             _, _, loaded = _load_seal(path)
@@ -270,6 +275,12 @@ def is_sealed(root: Path) -> bool:
     return (root / SEAL_FILE).exists()
 
 
+def is_seal_lost(root: Path) -> bool:
+    """Return whether a store was sealed, and only the copy of its seal is left."""
+    is_known = is_sealed(root) or (root / FOLDED_FILE).exists()
+    return not is_known and (root / SEAL_COPY).exists()
+
+
 def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Iterable[str]) -> None:
     """Seal the store, then delete the receipts that the seal holds.
 
@@ -285,8 +296,10 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
         name: (root / name).read_text(encoding="utf-8") for name in names if name.endswith(".json")
     }
     head = {"format_version": FORMAT_VERSION, "hashes": hashes, "metadata": metadata}
-    write_atomic(root / SEAL_FILE, _seal(head, receipts))
-    delete_unsealed_receipts(root)
+    data = _seal(head, receipts)
+    write_atomic(root / SEAL_FILE, data)
+    write_atomic(root / SEAL_COPY, data)
+    _delete_folded_receipts(root)
 
 
 def _seal(head: Mapping[str, Any], receipts: Mapping[ReceiptKey, Receipt]) -> bytearray:
@@ -307,7 +320,42 @@ def _seal(head: Mapping[str, Any], receipts: Mapping[ReceiptKey, Receipt]) -> by
     return data
 
 
-def delete_unsealed_receipts(root: Path) -> None:
+def finish_sealing(root: Path) -> None:
+    """Do what a kill right after the seal was written has left undone."""
+    _copy(root, SEAL_FILE, SEAL_COPY)
+    _delete_folded_receipts(root)
+
+
+def mend_seal(root: Path) -> str:
+    """Write the seal anew from its copy, or the copy from the seal; hold :func:`store_lock`.
+
+    Returns:
+        The file that was written; empty where both are right, or neither.
+    """
+    if not is_sealed(root) and not is_seal_lost(root):
+        return ""
+    whole = [name for name in (SEAL_FILE, SEAL_COPY) if _is_whole_seal(root / name)]
+    if whole == [SEAL_COPY]:
+        return _copy(root, SEAL_COPY, SEAL_FILE)
+    return _copy(root, SEAL_FILE, SEAL_COPY) if SEAL_FILE in whole else ""
+
+
+def _is_whole_seal(path: Path) -> bool:
+    try:
+        return _split_seal(_read(path), path) is not None
+    except CorruptStoreError:
+        return False
+
+
+def _copy(root: Path, source: str, target: str) -> str:
+    data = (root / source).read_bytes()
+    if (root / target).exists() and (root / target).read_bytes() == data:
+        return ""
+    write_atomic(root / target, data)
+    return target
+
+
+def _delete_folded_receipts(root: Path) -> None:
     """Delete the receipts that a seal in place holds as well."""
     _delete_single_receipts(root)
     (root / FOLDED_FILE).unlink(missing_ok=True)
@@ -324,7 +372,17 @@ def break_seal(root: Path) -> None:
         (root / "receipts").mkdir(exist_ok=True)
         # Left over where a kill came between sealing and folding; the seal holds them all.
         _delete_single_receipts(root)
+        # First: a copy without a seal would say that the seal was lost.
+        (root / SEAL_COPY).unlink(missing_ok=True)
         replace_file(root / SEAL_FILE, root / FOLDED_FILE)
+    elif is_seal_lost(root):
+        replace_file(root / SEAL_COPY, root / FOLDED_FILE)
+
+
+def drop_seal(root: Path) -> None:
+    """Delete the seal of a store whose receipts have been folded without it."""
+    (root / SEAL_COPY).unlink(missing_ok=True)
+    (root / SEAL_FILE).unlink(missing_ok=True)
 
 
 def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:

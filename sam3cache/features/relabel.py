@@ -23,10 +23,11 @@ from sam3cache.errors import (
 )
 from sam3cache.features.files import canonical_json
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, group_metadata
-from sam3cache.features.locks import store_lock
+from sam3cache.features.locks import require_idle, store_lock
 from sam3cache.features.receipts import (
     CHANGE_FILE,
     FORMAT_VERSION,
+    LABEL_CHANGE,
     OVERLAY_OF,
     break_seal,
     fold_receipts,
@@ -109,6 +110,7 @@ def changing(root: Path, change: str, seal: str | None = None) -> Iterator[Featu
         OSError: when it cannot be written; it then stays unsealed if the change had begun.
     """
     with store_lock(root):
+        require_idle(root)
         store = open_to_change(root)
         if seal is not None and store.seal != seal:
             raise StoreBusyError(
@@ -116,7 +118,7 @@ def changing(root: Path, change: str, seal: str | None = None) -> Iterator[Featu
             )
         before = "" if store.sealed else interrupted_change(root)
         # One of labels has taken the old set away: another change must not seal the store so.
-        if before.startswith("`store labels") and before != change:
+        if before.startswith(LABEL_CHANGE) and before != change:
             raise UnsealedStoreError(
                 f"{root} is not sealed: {before} was interrupted; run that command again first"
             )
@@ -176,7 +178,7 @@ def put_label_set(root: Path, name: str, classes: tuple[str, ...], seal: str | N
         max((line.height_px for line in lines), default=1) or 1,
         max((line.width_px for line in lines), default=1) or 1,
     )
-    with changing(root, f"`store labels set {name}`", seal):
+    with changing(root, f"{LABEL_CHANGE} set {name}`", seal):
         _forget(root, name)
         masks = root / spec.grid.folder
         masks.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +212,7 @@ def remove_label_set(root: Path, name: str) -> None:
         raise MissingSampleError(
             f"{root} has no label set {name}; it has {', '.join(store.label_sets) or 'none'}"
         )
-    with changing(root, f"`store labels remove {name}`"):
+    with changing(root, f"{LABEL_CHANGE} remove {name}`"):
         _forget(root, name)
     shutil.rmtree(staging_of(root, name), ignore_errors=True)
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sam3cache.errors import StoreBusyError, UnsealedStoreError
+from sam3cache.errors import UnsealedStoreError
 from sam3cache.features.copying import CopiedRow, Report, copy_block
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LevelSpec
-from sam3cache.features.locks import BlockClaims, store_lock
+from sam3cache.features.locks import require_idle, store_lock
 from sam3cache.features.receipts import FOLDED_FILE, Receipt, fold_receipts, read_receipts
 from sam3cache.features.store import (
     FeatureStore,
@@ -146,15 +146,10 @@ def _open_complete(root: Path) -> FeatureStore:
 
     One that is unsealed, and yet complete, is what a killed repack leaves.
     """
+    require_idle(root)
     store = open_store(root, allow_unsealed=True)
     if store.sealed:
         return store
-    claims = BlockClaims(root)
-    held = [path for path in (root / "claims").glob("*.lock") if not claims.is_free(int(path.stem))]
-    if held:
-        raise StoreBusyError(
-            f"an extraction is at work on {root} (block {held[0].stem}); wait for it, and run again"
-        )
     change = interrupted_change(root)
     if change:
         raise UnsealedStoreError(

@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sam3cache.errors import StoreBusyError
 from sam3cache.features.files import canonical_json, sha256_of_file
-from sam3cache.features.locks import BlockClaims, store_lock
+from sam3cache.features.locks import require_idle, store_lock
 from sam3cache.features.receipts import (
     FOLDED_FILE,
     SAMPLES_ITEM,
     SEAL_FILE,
     Receipt,
     ReceiptKey,
+    drop_seal,
     fold_receipts,
     matches_own_hash,
+    mend_seal,
 )
 from sam3cache.features.store import label_rows_of
 from sam3cache.features.survey import UNKNOWN_SPLIT, Finding, Survey
@@ -85,24 +86,19 @@ def repair_store(
         OSError: when it cannot be read or written; nothing that was whole is lost.
     """
     with store_lock(root):
-        _refuse_at_work(root)
+        require_idle(root)
         found, survey = inspect_store(root, sample_share, seed, report)
         if not survey.seal_holds and sample_share < 1:
             # Without the seal a receipt is proven by what it vouches for alone.
             found, survey = inspect_store(root, 1.0, seed, report)
         if not found.damage:
             return RepairResult(found, sealed=found.sealed)
-        return _repair(root, found, survey)
-
-
-def _refuse_at_work(root: Path) -> None:
-    claims = BlockClaims(root)
-    for path in (root / "claims").glob("*.lock"):
-        if path.stem.isdigit() and not claims.is_free(int(path.stem)):
-            raise StoreBusyError(
-                f"an extraction is at work on {root} (block {path.stem}); wait for it, and repair "
-                "then"
-            )
+        mended = mend_seal(root)
+        if not mended:
+            return _repair(root, found, survey)
+        again, survey = inspect_store(root, sample_share, seed, report)
+        result = _repair(root, again, survey)
+        return replace(result, found=found, mended=(*result.mended, mended))
 
 
 def _repair(root: Path, found: VerifyResult, survey: Survey) -> RepairResult:
@@ -118,8 +114,8 @@ def _repair(root: Path, found: VerifyResult, survey: Survey) -> RepairResult:
     samples = survey.samples if survey.samples is not None else _samples_from(survey, kept)
     # From here on the store is unsealed; as long as the seal is there, its receipts rule.
     fold_receipts(root, kept)
-    (root / SEAL_FILE).unlink(missing_ok=True)
-    if any(finding.path in (SEAL_FILE, FOLDED_FILE) for finding in rest):
+    drop_seal(root)
+    if any(finding.kind == "seal" for finding in rest):
         mended.add(FOLDED_FILE)
     if samples is not survey.samples:
         write_samples(root, samples)

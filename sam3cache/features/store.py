@@ -195,6 +195,9 @@ def _require_same_pictures(store: FeatureStore, overlay: FeatureStore) -> None:
             )
 
 
+_DESCRIBED = {"num_blocks": int, "settings": dict, "levels": dict, "label_sets": list}
+
+
 def read_description(root: Path) -> dict[str, Any]:
     """Return what the group's zarr.json says of the store.
 
@@ -206,6 +209,10 @@ def read_description(root: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())["attributes"]["sam3cache"]
         version = int(description["format_version"])
+        if version <= FORMAT_VERSION:
+            for name, kind in _DESCRIBED.items():
+                if not isinstance(description[name], kind):
+                    raise TypeError(name)
     except (FileNotFoundError, NotADirectoryError):
         what = "is not a feature store (no zarr.json in it)" if root.exists() else "does not exist"
         raise NotAStoreError(
@@ -223,6 +230,24 @@ def read_description(root: Path) -> dict[str, Any]:
         )
     result: dict[str, Any] = description
     return result
+
+
+def fingerprints_in(description: Mapping[str, Any], root: Path) -> dict[str, Fingerprint]:
+    """Return the fingerprint of every level that a store's description names.
+
+    Raises:
+        CorruptStoreError: when one is none; ``root`` is named.
+    """
+    try:
+        return {
+            name: Fingerprint(dict(level["fingerprint"]))
+            for name, level in description["levels"].items()
+        }
+    except (KeyError, TypeError, ValueError):
+        raise CorruptStoreError(
+            f"{root / 'zarr.json'} does not say how its levels were made; run `sam3cache store "
+            "verify --repair` on the store, or restore the file"
+        ) from None
 
 
 class FeatureStore:
@@ -252,9 +277,7 @@ class FeatureStore:
         self.sealed = bool(seal)
         self.overlay = overlay
         self.settings: dict[str, Any] = dict(description["settings"])
-        self._fingerprints = {
-            name: Fingerprint(level["fingerprint"]) for name, level in description["levels"].items()
-        }
+        self._fingerprints = fingerprints_in(description, path)
         self.levels = {name: read_level_spec(path, name) for name in description["levels"]}
         self.label_sets = {
             name: read_label_set_spec(path, name) for name in description["label_sets"]

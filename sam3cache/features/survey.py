@@ -25,10 +25,12 @@ from sam3cache.features.receipts import (
     FORMAT_VERSION,
     OVERLAY_OF,
     SAMPLES_ITEM,
+    SEAL_COPY,
     SEAL_FILE,
     Receipt,
     ReceiptKey,
     ShardRecord,
+    is_seal_lost,
     matches_own_hash,
     parse_receipt,
 )
@@ -252,9 +254,16 @@ def _read_receipts(survey: Survey) -> None:
     """Read the receipts in the order in which newer ones replace older ones."""
     root = survey.root
     survey.sealed = (root / SEAL_FILE).exists()
-    for name in (FOLDED_FILE, SEAL_FILE):
+    is_lost = is_seal_lost(root)
+    if is_lost:
+        survey.add("seal", SEAL_FILE, f"is missing, though its copy {SEAL_COPY} is there")
+    for name in (FOLDED_FILE, SEAL_COPY if is_lost else SEAL_FILE):
         if (root / name).exists():
             _read_seal(survey, name)
+    if survey.sealed and survey.seal_holds:
+        _check_copy_of_seal(survey)
+    elif survey.sealed and (root / SEAL_COPY).exists():
+        _read_seal(survey, SEAL_COPY)
     for path in sorted((root / "receipts").glob("*/*.json")):
         name = path.relative_to(root).as_posix()
         item, number = path.parent.name, path.stem
@@ -311,6 +320,16 @@ def _read_seal(survey: Survey, name: str) -> None:
         key = (receipt.item, receipt.block)
         survey.receipts[key] = receipt
         survey.receipt_files[key] = name
+
+
+def _check_copy_of_seal(survey: Survey) -> None:
+    seal, copy = _read(survey.root / SEAL_FILE), _read(survey.root / SEAL_COPY)
+    # Version 1 had no copy.
+    if copy is None and _parse(seal)["format_version"] == 1:
+        return
+    if copy != seal:
+        what = "is missing" if copy is None else "differs from what it is a copy of"
+        survey.add("seal", SEAL_COPY, f"{what}, {SEAL_FILE}")
 
 
 _SEAL_PARTS = (("receipts", list), ("hashes", dict), ("seal", str))
@@ -822,8 +841,8 @@ def _check_complete(survey: Survey) -> None:
 
 def known_files(survey: Survey) -> set[str]:
     """Return every path below the store that something names, whether or not it is there."""
-    names = {GROUP_FILE, SAMPLES_FILE, ANNOTATIONS_FILE, SEAL_FILE, FOLDED_FILE, CHANGE_FILE}
-    names |= {".lock", ".holder.json", *survey.expected, *survey.hashes}
+    names = {GROUP_FILE, SAMPLES_FILE, ANNOTATIONS_FILE, SEAL_FILE, SEAL_COPY, FOLDED_FILE}
+    names |= {CHANGE_FILE, ".lock", ".holder.json", *survey.expected, *survey.hashes}
     names |= set(survey.receipt_files.values()) | {f.path for f in survey.findings}
     names |= {f"labels/{name}/{LABEL_ROWS_FILE}" for name in survey.label_sets}
     for receipt in survey.receipts.values():

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import ConfigError, StoreBusyError, StoreError
-from sam3cache.features.receipts import FOLDED_FILE, SEAL_FILE, receipt_path
+from sam3cache.features.receipts import FOLDED_FILE, SEAL_COPY, SEAL_FILE, receipt_path
 from sam3cache.features.shards import ShardReader, crc32c
 from sam3cache.features.survey import Finding, Kind, ShardClaim, Survey, known_files, survey_store
 from sam3cache.features.tables import ANNOTATIONS_FILE, SAMPLES_FILE
@@ -36,7 +36,7 @@ NOTES: tuple[Kind, ...] = ("unfinished", "stray")
 
 _MAX_THREADS = 8
 _LEFT_ALONE = ("claims",)
-_STATED_IN = (GROUP_FILE, SAMPLES_FILE, ANNOTATIONS_FILE, SEAL_FILE, FOLDED_FILE)
+_STATED_IN = (GROUP_FILE, SAMPLES_FILE, ANNOTATIONS_FILE, SEAL_FILE, SEAL_COPY, FOLDED_FILE)
 _FLOAT16_EXPONENT = np.uint16(0x7C00)
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
 _IGNORED_CLASS = 255

@@ -36,7 +36,7 @@ from sam3cache.features.receipts import (
     ReceiptKey,
     ShardRecord,
     break_seal,
-    delete_unsealed_receipts,
+    finish_sealing,
     is_sealed,
     scan_receipts,
     write_receipt,
@@ -429,7 +429,7 @@ def seal_store(root: Path) -> None:
 def finish_seal(root: Path) -> None:
     """Tidy up behind a seal whose writer was killed before it had; hold :func:`store_lock`."""
     if is_sealed(root) and any((root / "claims").glob("*.lock")):
-        delete_unsealed_receipts(root)
+        finish_sealing(root)
         _sweep(root)
 
 

@@ -54,6 +54,11 @@ def swap(store: Path) -> None:
     second.write_bytes(data)
 
 
+def lose_seal(store):
+    flip(store / "complete.json")
+    flip(store / "receipts/sealed.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "dropped", "num_computed"),
     [
@@ -64,7 +69,7 @@ def swap(store: Path) -> None:
         ),
         (swap, [("levels.image_1008", 0), ("levels.image_1008", 1)], NUM_IMAGES),
         (lambda store: (store / "labels/mask/masks/c/0/0/0/0").unlink(), [("labels.mask", 0)], 0),
-        (lambda store: flip(store / "complete.json"), [], 0),
+        (lose_seal, [], 0),
         (lambda store: flip(store / "samples.parquet"), [], 0),
         (lambda store: os.truncate(store / "annotations.parquet", 9), [], 0),
     ],
@@ -83,5 +88,14 @@ def test_after_repair_extract_rebuilds_just_what_was_damaged(
     result = extract(config(folder))
     assert result.sealed
     assert (result.num_computed, result.num_samples) == (num_computed, NUM_IMAGES)
+    assert content_of(store) == content_of(made / "x.zarr")
+    assert verify_store(store).findings == ()
+
+
+def test_a_seal_that_was_deleted_costs_no_computation(made, folder):
+    store = folder / "x.zarr"
+    (store / "complete.json").unlink()
+    result = extract(config(folder))
+    assert (result.sealed, result.num_computed) == (True, 0)
     assert content_of(store) == content_of(made / "x.zarr")
     assert verify_store(store).findings == ()

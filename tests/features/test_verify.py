@@ -27,6 +27,7 @@ from sam3cache.features import (
 from sam3cache.features.files import canonical_json, sha256_of_json
 from sam3cache.features.receipts import break_seal, fold_receipts, read_receipts
 from sam3cache.features.tables import write_annotations
+from sam3cache.features.writer import finish_seal
 
 SHAPES = {"fpn_72": (4, 12, 12), "fpn_72.int8": (4, 12, 12), "image_1008": (1, 48, 48)}
 LEVEL_SHARD = "levels/fpn_72/c/1/0/0/0"
@@ -57,7 +58,8 @@ def seal_again(store, change):
     content = json.loads(path.read_bytes())
     change(content)
     content["seal"] = sha256_of_json({k: v for k, v in content.items() if k != "seal"})
-    path.write_bytes(canonical_json(content))
+    for each in (path, store / "receipts/sealed.json"):
+        each.write_bytes(canonical_json(content))
 
 
 def receipt_in(content, item, block):
@@ -100,6 +102,8 @@ def test_a_sound_store_has_nothing_to_tell(sound):
         ("labels/mask/rows.parquet", lambda p: p.write_bytes(b"PAR1"), "table", None, ()),
         ("complete.json", lambda p: flip(p, 5), "seal", None, ()),
         ("complete.json", lambda p: p.unlink(), "seal", None, ()),
+        ("receipts/sealed.json", flip, "seal", None, ()),
+        ("receipts/sealed.json", lambda p: p.unlink(), "seal", None, ()),
     ],
 )
 def test_damage_is_told_with_what_it_concerns(store, name, damage, kind, block, rows):
@@ -319,6 +323,7 @@ def test_a_seal_that_lost_a_byte_takes_no_proven_block_with_it(store):
     damaged = bytearray(data)
     damaged[offset] ^= 1
     path.write_bytes(damaged)
+    (store / "receipts/sealed.json").unlink()
     found = verify_store(store).damage
     assert [(f.kind, f.item, f.block) for f in found] == [
         ("seal", "", None),
@@ -327,6 +332,41 @@ def test_a_seal_that_lost_a_byte_takes_no_proven_block_with_it(store):
     repaired = repair_store(store, 0.1)
     assert repaired.dropped == (("levels.fpn_72", 1),)
     assert len(read_receipts(store)) == len(record["receipts"]) - 1
+
+
+@pytest.mark.parametrize("name", ["complete.json", "receipts/sealed.json"])
+@pytest.mark.parametrize(
+    "damage", [flip, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+)
+def test_of_a_seal_and_its_copy_either_is_enough(store, sound, name, damage):
+    damage(store / name)
+    assert [f.path for f in verify_store(store).damage] == [name]
+    result = repair_store(store)
+    assert (result.mended, result.dropped, result.lost, result.sealed) == ((name,), (), (), True)
+    assert (store / name).read_bytes() == (sound / name).read_bytes()
+    assert verify_store(store).findings == ()
+
+
+def test_receipts_outlive_a_seal_that_was_deleted(store, sound):
+    (store / "complete.json").unlink()
+    assert read_receipts(store) == read_receipts(sound)
+    flip(store / LEVEL_SHARD)
+    result = repair_store(store)
+    assert (result.dropped, result.sealed) == ((("levels.fpn_72", 1),), False)
+    kept = {k: r for k, r in read_receipts(sound).items() if k != ("levels.fpn_72", 1)}
+    assert read_receipts(store) == kept
+    # What was done since is newer than any copy of the old seal.
+    shutil.copy(sound / "complete.json", store / "receipts/sealed.json")
+    assert read_receipts(store) == kept
+
+
+def test_a_kill_between_the_seal_and_its_copy_is_made_good(store, sound):
+    (store / "receipts/sealed.json").unlink()
+    (store / "claims").mkdir(exist_ok=True)
+    (store / "claims/00000000.lock").touch()
+    with store_lock(store):
+        finish_seal(store)
+    assert verify_store(store).findings == ()
 
 
 def test_a_repair_broken_off_is_gone_on_with(store):
@@ -372,7 +412,12 @@ def test_identities_are_put_together_from_receipts_and_annotations(store):
 
 def lose_description(store):
     (store / "zarr.json").unlink()
+    lose_seal(store)
+
+
+def lose_seal(store):
     (store / "complete.json").write_bytes(b"")
+    (store / "receipts/sealed.json").write_bytes(b"")
 
 
 def lose_identities(store):
@@ -390,7 +435,7 @@ def lose_identities(store):
     [
         (lose_description, "zarr.json says what the features were made of"),
         (lose_identities, "samples.parquet says whose rows are whose"),
-        (lambda store: (store / "complete.json").write_bytes(b""), "complete.json and with it"),
+        (lose_seal, "complete.json and with it"),
     ],
 )
 def test_what_cannot_be_repaired_is_said_and_left_as_it_is(store, lose, message):
