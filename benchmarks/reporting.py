@@ -1,7 +1,7 @@
 """What the programs of this folder share: who else computed meanwhile, tables, bounds, results.
 
 A program hands its findings over as a ``Report``; what it prints, what lies in ``results/`` and
-what the README says are the same strings.
+what the README and docs/ say are the same strings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from sam3cache.runtime import cpu_name, device_memory, environment_fields, num_c
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+"""Where regions of results stand."""
 
 # From this share of the machine's processor time on, other programs are said to have computed too.
 QUIET_SHARE = 0.05
@@ -50,7 +51,7 @@ class Report:
     """What a program has measured.
 
     Attributes:
-        program: its name: of its result files, and of its region in the README.
+        program: its name: of its result files, and of its regions in the README and docs/.
         columns: headings of the table; the first is of what was measured.
         rows: cells, as many as headings.
         notes: sentences below the table.
@@ -180,7 +181,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Lay a result out for the README."""
+    """Lay a result out for a page."""
     columns, rows = result["columns"], result["rows"]
     rule = ["---", *["---:"] * (len(columns) - 1)]
     table = ["| " + " | ".join(line) + " |" for line in (columns, rule, *rows)]
@@ -209,8 +210,8 @@ def newest_result(program: str, folder: Path = RESULTS) -> dict[str, Any] | None
     return max(own, key=lambda result: str(result["date"]), default=None)
 
 
-def with_results(readme: str, folder: Path = RESULTS) -> str:
-    """Return the README with every ``<!-- benchmark:NAME -->`` region as the results have it."""
+def with_results(page: str, folder: Path = RESULTS) -> str:
+    """Return a page with every ``<!-- benchmark:NAME -->`` region as the results have it."""
 
     def region(match: re.Match[str]) -> str:
         result = newest_result(match["name"], folder)
@@ -218,4 +219,4 @@ def with_results(readme: str, folder: Path = RESULTS) -> str:
         return f"<!-- benchmark:{match['name']} -->\n{body}<!-- /benchmark:{match['name']} -->"
 
     pattern = r"<!-- benchmark:(?P<name>[\w-]+) -->\n.*?<!-- /benchmark:(?P=name) -->"
-    return re.sub(pattern, region, readme, flags=re.DOTALL)
+    return re.sub(pattern, region, page, flags=re.DOTALL)
