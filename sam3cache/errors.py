@@ -17,7 +17,8 @@
     │   ├── NoSpaceError         what is to be written does not fit on the disk
     │   └── FingerprintError     features made differently from what is asked for
     ├── HeadError            a head is unknown, or needs what the store lacks
-    └── CheckpointError      a head's checkpoint cannot be read or does not fit
+    ├── CheckpointError      a head's checkpoint cannot be read or does not fit
+    └── StoppedError         a training was told to stop, and has saved where it was
 
 A message gives the value met, what was expected, and what to do next. The command line prints it
 as one line and exits with ``exit_code``; a traceback is a bug.
@@ -104,3 +105,9 @@ class HeadError(Sam3CacheError, ValueError):
 
 class CheckpointError(Sam3CacheError, ValueError):
     """A head's checkpoint cannot be read, or does not fit the store."""
+
+
+class StoppedError(Sam3CacheError, RuntimeError):
+    """A training was told to stop by a signal, and has saved where it was."""
+
+    exit_code = 130

@@ -5,8 +5,8 @@ its content, so a point x of the picture lies at ``(x + 0.5) * content / source 
 input. The same map, taken between cells of any stride and pixels of any mask's grid, carries
 logits to masks and masks to targets.
 
-Shape legend: N points, B batch, K classes or planes, H height, W width, S side of a square of
-logits, T side of the square target grid.
+Shape legend: N points, B batch, K classes or planes, H height, W width, M planes of a stored
+mask, S side of a square of logits, T side of the square target grid.
 """
 
 from __future__ import annotations
@@ -167,6 +167,32 @@ class Letterbox:
         )
         target_KTT[:, :num_rows, :num_columns] = best_label
         return target_KTT
+
+    def numbers_to_target(self, mask_MHW: torch.Tensor, target_size_px: int) -> torch.Tensor:
+        """Resample class numbers from their own grid to a square grid over the padded input.
+
+        A target cell takes the number at its centre: never one between two, and, unlike
+        :meth:`mask_to_target`, at a cost that does not grow with the classes. Padding becomes 255.
+
+        Args:
+            mask_MHW: uint8 (M, H, W), on any grid that covers the picture; 255 = ignore.
+            target_size_px: side T of the target.
+
+        Returns:
+            uint8 (M, T, T).
+        """
+        height_edges = self._cell_edges(self.content_height_px, target_size_px, mask_MHW.shape[-2])
+        width_edges = self._cell_edges(self.content_width_px, target_size_px, mask_MHW.shape[-1])
+        # A centre is inside its cell, so that it is below the number of pixels.
+        y, x = (
+            edges.mean(dim=1).long().to(mask_MHW.device) for edges in (height_edges, width_edges)
+        )
+        target_MTT = mask_MHW.new_full(
+            (mask_MHW.shape[0], target_size_px, target_size_px), IGNORE_LABEL
+        )
+        found = mask_MHW.index_select(1, y).index_select(2, x)
+        target_MTT[:, : len(y), : len(x)] = found
+        return target_MTT
 
     def _scale_xy(self) -> NDArray[np.float64]:
         """Input pixels a picture's pixel, along x and y."""

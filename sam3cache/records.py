@@ -7,7 +7,7 @@ T side of the square target grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,11 @@ class Sample:
         image_location: where the image is when ``source`` is not its path; it never enters a store.
         mask_location: the same for the mask.
         line: of the manifest, to say in messages where names alone do not lead to a file.
+        masks: of each column that was asked for in place of ``mask``, name and location as there;
+            None where the cell is empty.
+        variant: of which changed view of the image the pixels are, by its name in
+            ``sam3cache.variants``; empty for the image itself.
+        base_id: of a variant, the id of the sample that it is of.
     """
 
     id: str
@@ -54,6 +59,9 @@ class Sample:
     image_location: Path | None = None
     mask_location: Path | None = None
     line: int | None = None
+    masks: tuple[tuple[str, Path | None] | None, ...] = ()
+    variant: str = ""
+    base_id: str = ""
 
     @property
     def image_path(self) -> Path:
@@ -64,6 +72,17 @@ class Sample:
     def mask_path(self) -> Path | None:
         """Path of the mask, or None when there is none."""
         return self.mask_location or (None if self.mask is None else self.root / self.mask)
+
+    def each_mask(self) -> tuple[Sample | None, ...]:
+        """Return the sample with each of ``masks`` as its mask; with its own where there are none.
+
+        None stands for a mask that it does not have.
+        """
+        files = self.masks or (None if self.mask is None else (self.mask, self.mask_location),)
+        return tuple(
+            None if file is None else replace(self, mask=file[0], mask_location=file[1], masks=())
+            for file in files
+        )
 
 
 @dataclass(frozen=True, slots=True)

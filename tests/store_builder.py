@@ -21,6 +21,7 @@ from sam3cache.features import (
     write_level_block,
     write_sample_facts,
 )
+from sam3cache.tasks import Task
 
 
 def build_store(
@@ -39,12 +40,15 @@ def build_store(
     weights: str = "test",
     first_angle_deg: int = -60,
     mask_mtime_ns: int = 0,
+    classes: tuple[str, ...] = ("vessel",),
+    task: Task = "multilabel",
 ) -> Path:
     """Write a store whose features hint at its masks, so that heads can learn something.
 
     Each mask is a rectangle that depends on the sample; channel 0 of every feature level is that
     rectangle, the others are noise. Sample i is in split ``splits[i % len(splits)]``, group
-    ``g{i//2}``; the last sample has no angles and no mask when ``num_samples > 4``.
+    ``g{i//2}``; the last sample has no angles and no mask when ``num_samples > 4``. Of the task
+    "multiclass" a rectangle is of class ``1 + i % len(classes)``, which channel 0 tells as well.
     """
     rng = np.random.default_rng(seed)
     shapes = level_shapes or {"fpn_72": (256, 72, 72)}
@@ -57,7 +61,7 @@ def build_store(
         )
         for name, shape in shapes.items()
     }
-    label_set = LabelSetSpec("mask", ("vessel",), mask_height_px, mask_width_px)
+    label_set = LabelSetSpec("mask", classes, mask_height_px, mask_width_px, task)
     samples, notes = [], []
     for i in range(num_samples):
         bare = num_samples > 4 and i == num_samples - 1
@@ -100,10 +104,12 @@ def build_store(
         rows = samples[block * 16 : block * 16 + 16]
         masks: dict[int, np.ndarray | None] = {}
         for row in rows:
-            mask = np.zeros((1, mask_height_px, mask_width_px), dtype=np.uint8)
+            mask = np.zeros(label_set.shape, dtype=np.uint8)
             top, left = rng.integers(0, mask_height_px // 2), rng.integers(0, mask_width_px // 2)
             if row.row not in empty_mask_rows:
-                mask[0, top : top + mask_height_px // 3, left : left + mask_width_px // 3] = 1
+                mask[0, top : top + mask_height_px // 3, left : left + mask_width_px // 3] = (
+                    1 + row.row % len(classes) if task == "multiclass" else 1
+                )
             masks[row.row] = mask
         for spec, fingerprint in levels.values():
             values = {}

@@ -254,6 +254,26 @@ def test_classes_and_ignored_pixels_keep_the_label_that_covers_most():
     assert Letterbox.fit(4, 4).mask_to_target(mask, 2).tolist() == [[[3, 255], [2, 0]]]
 
 
+def test_class_numbers_of_a_target_are_those_at_the_centres_of_its_cells():
+    mask = torch.tensor([[[1, 9, 3], [255, 0, 2]]], dtype=torch.uint8)
+    letterbox = Letterbox.fit(200, 300)
+    finer = letterbox.numbers_to_target(mask, 6)
+    assert torch.equal(finer[:, :4], mask.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert (finer[:, 4:] == 255).all()
+    generator = torch.Generator().manual_seed(1)
+    many = torch.randint(0, 20, (1, 50, 75), generator=generator, dtype=torch.uint8)
+    # Five pixels a cell: the third is at its centre.
+    assert torch.equal(letterbox.numbers_to_target(many, 15)[:, :10], many[:, 2::5, 2::5])
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (999, 1000)])
+def test_every_cell_with_a_picture_has_a_class_number(size):
+    mask = torch.full((1, *size), 7, dtype=torch.uint8)
+    letterbox = Letterbox.fit(*size)
+    target = letterbox.numbers_to_target(mask, 72)
+    assert torch.equal(target, letterbox.mask_to_target(mask, 72))
+
+
 def test_a_target_agrees_with_torchs_area_average_on_whole_factors():
     generator = torch.Generator().manual_seed(1)
     mask = (torch.rand(3, 336, 336, generator=generator) > 0.55).to(torch.uint8)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sam3cache"
 
-VALUES = {"errors", "records", "geometry", "metrics", "runtime", "tasks"}
+VALUES = {"errors", "records", "geometry", "metrics", "runtime", "tasks", "variants"}
 TRAINING_SIDE = VALUES | {"features", "heads", "loading"}
 BELOW_COMMANDS = TRAINING_SIDE | {"images", "backbone", "extract", "training", "evaluation"}
 
@@ -21,10 +21,12 @@ MAY_IMPORT = {
     "metrics": {"errors", "records", "geometry"},
     "runtime": {"errors", "records"},
     "tasks": {"records"},
+    "variants": {"errors", "records"},
     "images": VALUES,
     "backbone": VALUES,
     "features": VALUES,
     "heads": VALUES,
+    "testing": VALUES | {"heads"},
     "extract": VALUES | {"images", "backbone", "features"},
     "loading": VALUES | {"features"},
     "training": TRAINING_SIDE,

@@ -92,6 +92,7 @@ def test_every_dependency_says_why_it_is_there(heading: str, requirements: list[
 IMPORTED_AS = {
     "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",
+    "scikit-image": "skimage",
     "tensorboard": "torch.utils.tensorboard",
     "torchvision": None,
     "triton": None,

@@ -2,25 +2,21 @@
 
 What must be in the store is kept beside it in a dict. A kill is a disk on which, from one operation
 on, everything fails: what lies on it is then what a kill leaves (real processes are really killed
-in tests/extract and benchmarks/crash.py). Blocks are done by the worker's own code in a thread of
-this process, as starting a process a step would take most of the time.
+in tests/extract and benchmarks/crash.py).
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from failing_disk import FailingDisk
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -32,11 +28,10 @@ from hypothesis.stateful import (
     rule,
 )
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.extract import ExtractConfig, extract
-from sam3cache.extract import run as run_module
 from sam3cache.extract.relabel import LabelsConfig, set_labels
-from sam3cache.extract.worker import BlockReport, BlockTask, WorkerSetup, _Worker
 from sam3cache.features import is_sealed, open_store, verify_store
 from sam3cache.features.repacking import repack
 
@@ -64,44 +59,6 @@ def mask_of(number: int) -> np.ndarray:
     mask = np.zeros((8, 8), np.uint8)
     mask[number // 8, number % 8] = 1
     return mask
-
-
-def run_in_this_process(
-    setups: Sequence[WorkerSetup],
-    tasks: Sequence[BlockTask],
-    report: Callable[[Mapping[int, Any], int], None],
-) -> frozenset[int]:
-    """Do what the pool does, with one worker that is a thread."""
-    ours, theirs = multiprocessing.Pipe()
-    failures: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            _Worker(setups[0], theirs).serve()
-        except OSError as error:
-            failures.append(error)
-        finally:
-            theirs.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    elsewhere = set()
-    try:
-        for task in tasks:
-            ours.send(task)
-        ours.send(None)
-        while True:
-            message = ours.recv()
-            if isinstance(message, BlockReport) and message.outcome != "written":
-                elsewhere.add(message.block)
-    except (EOFError, ConnectionError):
-        pass
-    finally:
-        thread.join()
-        ours.close()
-    if failures:
-        raise failures[0]
-    return frozenset(elsewhere)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -302,21 +259,17 @@ class StoreMachine(RuleBasedStateMachine):
         return True
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setattr(run_module, "run_pool", run_in_this_process)
-
-
 def test_whatever_happens_a_sealed_store_holds_what_it_must():
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(
-        StoreMachine,
-        settings=settings(
-            max_examples=int(os.environ.get("MACHINE_EXAMPLES", "16")),
-            stateful_step_count=14,
-            deadline=None,
-            derandomize="MACHINE_EXAMPLES" not in os.environ,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    with one_process():
+        run_state_machine_as_test(
+            StoreMachine,
+            settings=settings(
+                max_examples=int(os.environ.get("MACHINE_EXAMPLES", "16")),
+                stateful_step_count=14,
+                deadline=None,
+                derandomize="MACHINE_EXAMPLES" not in os.environ,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )

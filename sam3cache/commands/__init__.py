@@ -26,6 +26,8 @@ COMMANDS = {
     "plan": "Say what an extraction would write and how long it would take.",
     "train": "Train a head on stored features.",
     "eval": "Measure a trained head on stored features.",
+    "predict": "Predict masks of new images with a trained head.",
+    "compare": "Say which of some runs is better, image by image, and how sure.",
     "demo": "Walk the whole road on artificial angiograms, in three minutes.",
     "phantom": "Draw artificial angiograms with exact masks, to try everything out.",
     "store": "Look after a store: verify, info, labels, subset, merge, export.",

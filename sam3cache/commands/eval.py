@@ -1,9 +1,9 @@
-"""``sam3cache eval``: what a trained head is worth, and whether it uses the view angle."""
+"""``sam3cache eval``: what a trained head is worth, and what it makes of angles and features."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from sam3cache.commands.progress import Stages
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sam3cache.evaluation import AngleUse, EvalResult, Summary
+    from sam3cache.evaluation import AngleUse, EvalResult, FeatureUse, Summary
 
 
 @click.command("eval")
@@ -32,11 +32,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--threshold",
-    type=float,
-    help="Probability from which a pixel counts as mask. [default: the checkpoint's, mostly 0.5]",
+    help="Probability from which a pixel counts as mask; auto: that of the highest mean Dice on "
+    "the validation split. [default: the checkpoint's, mostly 0.5]",
 )
 @click.option(
     "--label-set", help="Masks to compare with. [default: those that the head was trained on]"
+)
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="COLUMN",
+    help="Also give results by an annotation, such as vessel_pattern; may be given several times.",
 )
 @click.option(
     "--overlay",
@@ -55,14 +61,18 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option("--batch-size", default=16, show_default=True, help="Images a forward pass.")
-@click.option(
-    "--seed", default=0, show_default=True, help="Of the bootstrap and of the shuffled angles."
-)
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap and of the shuffles.")
 @click.option(
     "--angles-check/--no-angles-check",
     default=True,
     show_default=True,
     help="Predict with shuffled and constant angles, too: does the head use them?",
+)
+@click.option(
+    "--features-check/--no-features-check",
+    default=True,
+    show_default=True,
+    help="Predict with features of other images, too: does the head use them?",
 )
 @click.option(
     "--page/--no-page",
@@ -78,8 +88,9 @@ def eval_(
     store: Path | None,
     checkpoint: Path | None,
     split: Any,
-    threshold: float | None,
+    threshold: str | None,
     label_set: str | None,
+    by: tuple[str, ...],
     overlay: Path | None,
     output: Path | None,
     head: str | None,
@@ -87,6 +98,7 @@ def eval_(
     batch_size: int,
     seed: int,
     angles_check: bool,
+    features_check: bool,
     page: bool,
     allow_unsealed: bool,
     as_json: bool,
@@ -97,13 +109,16 @@ def eval_(
     may be another than the head was trained on, if its features were made the same way. Both may
     be left out where checkpoints/ and features/ hold just one.
 
-    Dice, IoU, precision and recall are taken image by image, on the mask's own grid, and written
-    to per_image.csv; their means, with 95% bootstrap intervals over groups (patients), to
-    summary.json. report.html shows them, with the best, median and worst image, in any browser.
+    Dice, IoU, precision, recall, clDice, Hausdorff 95 and the average surface distance are taken
+    image by image and class by class, on the mask's own grid, and written to per_image.csv; their
+    means, with 95% bootstrap intervals over groups (patients), to summary.json: in all, by class,
+    by view region and by annotation. report.html shows them in any browser. docs/evaluation.md
+    defines each.
 
     \b
     Examples:
       sam3cache eval features/angio.zarr checkpoints/first
+      sam3cache eval features/angio.zarr checkpoints/first --threshold auto --by vessel_pattern
       sam3cache eval features/other.zarr checkpoints/first --split all -o other-hospital
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     from sam3cache.evaluation import EvalConfig, evaluate
@@ -113,7 +128,7 @@ def eval_(
         store=store or only_store(),
         checkpoint=checkpoint or only_run(),
         split=split,
-        threshold=threshold,
+        threshold=_threshold(threshold),
         batch_size=batch_size,
         device=pick_device(device),
         seed=seed,
@@ -123,6 +138,8 @@ def eval_(
         head=head,
         allow_unsealed=allow_unsealed,
         check_angles=angles_check,
+        check_features=features_check,
+        by=by,
         page=page,
     )
     with ExitStack() as stack:
@@ -138,8 +155,24 @@ def eval_(
         _print(result)
 
 
+def _threshold(text: str | None) -> Any:
+    """Return a threshold as it was given: a number, "auto", or None.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    from sam3cache.errors import ConfigError
+
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"threshold {text!r}: expected a probability, or auto") from None
+
+
 def _print(result: EvalResult) -> None:
-    """Print the tables and the sentence, for people."""
+    """Print the tables and the sentences, for people."""
     from rich.console import Console
 
     # soft_wrap: a path or sentence is one line, for whoever copies or greps it.
@@ -149,10 +182,18 @@ def _print(result: EvalResult) -> None:
         f"split {result.split}"
     )
     console.print(f"{result.num_images} images of {result.num_groups} groups")
+    console.print(result.threshold_choice.sentence)
     for notice in result.notices:
         console.print(f"Note: {notice}")
-    for name, summaries in result.classes.items():
-        console.print(_metrics_table(name, summaries))
+    unit = "mm" if result.num_with_spacing else "px"
+    if len(result.classes) == 1:
+        console.print(_metrics_table(next(iter(result.classes)), result.overall))
+    else:
+        console.print(_metrics_table("all classes", result.overall))
+        console.print(_short_table("class", result.classes.items(), unit))
+    for column, values in result.strata.items():
+        parts = ((value or "unknown", stratum.overall) for value, stratum in values.items())
+        console.print(_short_table(column, parts, unit))
     if result.angle_use is not None:
         console.print(result.angle_use.sentence)
         if result.angle_use.true_minus_shuffled is not None:
@@ -162,18 +203,24 @@ def _print(result: EvalResult) -> None:
                 "compared; shuffling changes probabilities by up to "
                 f"{result.angle_use.max_probability_change:.2g}"
             )
+    if result.feature_use is not None:
+        console.print(result.feature_use.sentence)
+        if result.feature_use.parts:
+            console.print(_features_table(result.feature_use))
     console.print(f"Written: {result.output.as_posix()}/per_image.csv and summary.json")
     if result.page is not None:
         console.print(f"Page: {result.page.as_posix()}")
 
 
 def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
-    from sam3cache.evaluation import interval_text, number_text
+    from sam3cache.evaluation import METRICS, interval_text, number_text
 
     rows = table(name, "images", "mean", "std", "median", "95% interval", "min", "max")
     for metric, s in summaries.items():
+        if metric.endswith("_mm") and not s.num_values:
+            continue
         rows.add_row(
-            {"dice": "Dice", "iou": "IoU"}.get(metric, metric),
+            METRICS[metric],
             str(s.num_values),
             number_text(s.mean),
             number_text(s.std),
@@ -182,6 +229,45 @@ def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
             number_text(s.minimum),
             number_text(s.maximum),
         )
+    return rows
+
+
+def _short_table(by: str, parts: Iterable[tuple[str, Mapping[str, Summary]]], unit: str) -> Table:
+    """Return a line a part of the images: Dice with its interval, and two means more."""
+    from sam3cache.evaluation import METRICS, interval_text, number_text
+
+    distance = f"hd95_{unit}"
+    rows = table(
+        by, "images", "Dice", "95% interval", "median", METRICS["cldice"], METRICS[distance]
+    )
+    for name, summaries in parts:
+        dice = summaries["dice"]
+        rows.add_row(
+            name,
+            str(dice.num_values),
+            number_text(dice.mean),
+            interval_text(dice.interval),
+            number_text(dice.median),
+            number_text(summaries["cldice"].mean),
+            number_text(summaries[distance].mean, 1),
+        )
+    return rows
+
+
+def _features_table(use: FeatureUse) -> Table:
+    from sam3cache.evaluation import interval_text, number_text
+
+    rows = table("levels", "Dice", "own gain", "95% interval")
+    rows.add_row("the image's own", number_text(use.dice_true, 4), "", "")
+    for part in use.parts:
+        gain = part.true_minus_shuffled
+        if gain is not None:
+            rows.add_row(
+                f"{', '.join(part.levels)} of another",
+                number_text(part.dice_shuffled, 4),
+                f"{gain.mean:+.4f}",
+                interval_text(gain.interval, 4),
+            )
     return rows
 
 

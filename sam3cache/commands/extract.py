@@ -78,6 +78,11 @@ _OPTIONS = (
         show_default=True,
         help="Keep the aspect ratio and pad, or squash to the square as SAM 3's processor does.",
     ),
+    click.option(
+        "--variants",
+        help="Changed views of the training samples to store as well: some of hflip, vflip, rotN, "
+        "gammaX, zoomX, as hflip,rot10,gamma; or none. [default: the store's; else none]",
+    ),
 )
 
 
@@ -100,6 +105,7 @@ def make_config(
     batch_size: int | None,
     numeric_path: str,
     resize: str,
+    variants: str | None,
     seed: int | None = None,
 ) -> ExtractConfig:
     """Return what the options say."""
@@ -120,7 +126,13 @@ def make_config(
         if numeric_path == "auto"
         else ("bf16" if numeric_path == "bf16" else "fp32"),
         seed=seed,
+        variants=None if variants is None else _names_of_variants(variants),
     )
+
+
+def _names_of_variants(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if names == ("none",) else names
 
 
 @click.command()
@@ -143,6 +155,7 @@ def extract(manifest: Path, seed: int | None, as_json: bool, **options: Any) -> 
     Examples:
       sam3cache extract phantoms --backbone sam3-mini
       sam3cache extract angio.csv --columns columns.toml -o features/angio.zarr
+      sam3cache extract angio.csv --variants hflip,rot10,rot-10,gamma
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     from sam3cache.extract import extract as run
 
@@ -166,9 +179,11 @@ def _announce(forecast: Forecast) -> None:
 
     if forecast.num_to_compute:
         parts = ", ".join(f"{item.name} {in_bytes(item.size_bytes)}" for item in forecast.items)
+        of_variants = 0 if forecast.variants is None else forecast.variants.num_to_compute
+        variants = f" ({of_variants} of them variants)" if of_variants else ""
         click.echo(
-            f"{forecast.num_to_compute} images to compute, about {in_bytes(forecast.size_bytes)} "
-            f"to write in {forecast.num_files} files ({parts}); "
+            f"{forecast.num_to_compute} images to compute{variants}, about "
+            f"{in_bytes(forecast.size_bytes)} to write in {forecast.num_files} files ({parts}); "
             f"{in_bytes(forecast.free_bytes)} are free.",
             err=True,
         )
@@ -197,7 +212,10 @@ def _print_summary(result: ExtractResult) -> None:
         )
         if number
     ]
-    click.echo(f"{result.store}: {result.num_samples} samples, {state}; {', '.join(changes)}.")
+    variants = f" and {result.num_variants} variants" if result.num_variants else ""
+    click.echo(
+        f"{result.store}: {result.num_samples} samples{variants}, {state}; {', '.join(changes)}."
+    )
     click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
         _print_what_it_is_good_for(result)

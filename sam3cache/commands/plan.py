@@ -16,7 +16,7 @@ from sam3cache.commands.progress import Stages, format_duration
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sam3cache.extract.forecast import Forecast, TimeForecast
+    from sam3cache.extract.forecast import Forecast, TimeForecast, VariantForecast
 
 _NO_MANIFEST = Path("images")
 
@@ -93,7 +93,9 @@ def _print(forecast: Forecast) -> None:
         )
         if number
     ]
-    click.echo(f"{forecast.store}: {forecast.num_samples:,} samples; {', '.join(parts)}.")
+    variants = forecast.variants
+    views = f" and {variants.num_samples:,} variants" if variants is not None else ""
+    click.echo(f"{forecast.store}: {forecast.num_samples:,} samples{views}; {', '.join(parts)}.")
     if forecast.num_looked_at is not None:
         click.echo(f"All figures are from {forecast.num_looked_at} samples, evenly spread.")
     if not forecast.items:
@@ -110,10 +112,24 @@ def _print(forecast: Forecast) -> None:
     for line in lines:
         cells = [line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2])]
         click.echo("  " + "  ".join([*cells, line[3]]))
+    if variants is not None and variants.num_to_compute:
+        _print_variants(variants, forecast.time)
     if forecast.time is not None:
         _print_time(forecast, forecast.time)
     elif forecast.why_no_time:
         click.echo(f"Time: not measured: {forecast.why_no_time}")
+
+
+def _print_variants(variants: VariantForecast, time: TimeForecast | None) -> None:
+    from sam3cache.extract.forecast import in_bytes
+
+    takes = f"about {in_bytes(variants.size_bytes)}"
+    if time is not None:
+        takes += f" and {format_duration(variants.num_to_compute / time.images_per_s)}"
+    click.echo(
+        f"Of this for variants ({', '.join(variants.names)}): {variants.num_to_compute:,} rows, "
+        f"{takes}."
+    )
 
 
 def _print_time(forecast: Forecast, time: TimeForecast) -> None:

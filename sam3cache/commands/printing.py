@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,16 @@ def label_sets_of(text: str | None) -> list[str] | None:
     """Return the names of ``--label-sets``, of which "none" means no masks at all."""
     names = names_of("--label-sets", text)
     return [] if names == ["none"] else names
+
+
+def classes_text(classes: Sequence[str], task: str, num_shown: int | None = None) -> str:
+    """Name the classes of a label set, with their numbers if it has some; or the first of them."""
+    names = list(classes)
+    if task == "multiclass":
+        names = [f"{number} {name}" for number, name in enumerate(classes, 1)]
+    if num_shown is None or len(names) <= num_shown:
+        return ", ".join(names)
+    return f"{', '.join(names[:num_shown])}, … ({len(names)} in all)"
 
 
 def size_text(size_bytes: int) -> str:
@@ -97,14 +107,15 @@ def print_copy(result: CopyResult, as_json: bool) -> None:
     if as_json:
         echo_json(result)
         return
-    earlier = result.num_samples - result.num_copied
+    earlier = result.num_samples + result.num_variants - result.num_copied
     copied = f"copied in {result.elapsed_s:.1f} s"
     if not result.num_copied:
         copied = "all of them there already"
     elif earlier:
         copied = f"{result.num_copied} {copied}, {earlier} before"
     masks = f", masks {', '.join(result.label_sets)}" if result.label_sets else ", no masks"
-    click.echo(f"{result.store}: {result.num_samples} samples, sealed; {copied}.")
+    variants = f" and {result.num_variants} variants" if result.num_variants else ""
+    click.echo(f"{result.store}: {result.num_samples} samples{variants}, sealed; {copied}.")
     click.echo(f"Levels {', '.join(result.levels)}{masks}: {size_text(result.size_bytes)}.")
     if result.num_left_behind:
         click.echo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,11 @@ from sam3cache.commands.progress import Stages, format_duration
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sam3cache.training import Progress, TrainConfig, TrainResult
+    from sam3cache.training import Progress, RunOutcome, TrainConfig, TrainResult
+    from sam3cache.training.pool import PoolProgress
+
+SET_ASIDE_EXIT_CODE = 3
+"""Of many runs some have failed; the others are done."""
 
 _GROUPS = {
     "What to train": (
@@ -25,11 +29,24 @@ _GROUPS = {
         "label_set",
         "overlay",
         "feature_precision",
+        "loss",
         "loss_size_px",
         "bce_weight",
+        "augment",
+        "variants",
     ),
-    "How": ("epochs", "batch_size", "learning_rate", "seed"),
-    "Where it runs": ("device", "precision", "residency"),
+    "How": (
+        "epochs",
+        "batch_size",
+        "micro_batch",
+        "learning_rate",
+        "ema",
+        "patience",
+        "seed",
+        "others",
+    ),
+    "Many runs": ("experiments_file", "seeds", "folds"),
+    "Where it runs": ("device", "precision", "compile", "residency"),
     "The run": ("name", "output", "resume", "overwrite", "allow_unsealed", "as_json"),
 }
 
@@ -71,6 +88,11 @@ class _GroupedCommand(click.Command):
     help="Read levels as they are stored in this precision. [default: the most exact]",
 )
 @click.option(
+    "--loss",
+    help="dice-bce, dice-ce, focal, dice-focal, cldice or boundary (docs/heads.md). [default: "
+    "dice-bce for masks of yes and no, dice-ce for class numbers]",
+)
+@click.option(
     "--loss-size",
     "loss_size_px",
     default=1008,
@@ -83,18 +105,79 @@ class _GroupedCommand(click.Command):
     show_default=True,
     help="Share of cross-entropy in the loss; the rest is Dice (0: Dice alone).",
 )
+@click.option(
+    "--augment",
+    metavar="NAMES",
+    default="",
+    callback=lambda ctx, parameter, text: tuple(filter(None, text.split(","))),
+    help="Change batches at random: some of crop,photometric,noise,channel-dropout.",
+)
+@click.option(
+    "--variants",
+    default="all",
+    show_default=True,
+    help="Stored variants of training images to draw from: all, none, or names as hflip,rot10.",
+)
 @click.option("--epochs", default=30, show_default=True, help="Passes over the training split.")
 @click.option("--batch-size", default=16, show_default=True, help="Samples a step.")
+@click.option(
+    "--micro-batch",
+    default="auto",
+    show_default=True,
+    callback=lambda ctx, parameter, text: _parse_micro_batch(text),
+    help="Samples that go through the head at once; the step stays that of the whole batch. auto "
+    "is what fits in the device's memory.",
+)
 @click.option(
     "--lr",
     "learning_rate",
     type=float,
     help="Of AdamW at the first step; a cosine takes it to 0. [default: the head's own]",
 )
+@click.option(
+    "--ema",
+    default=0.0,
+    metavar="DECAY",
+    help="Validate and keep a moving average of the weights, such as 0.99. [default: 0, none]",
+)
+@click.option(
+    "--patience",
+    type=int,
+    metavar="EPOCHS",
+    help="End after so many epochs without a better validation Dice. [default: never]",
+)
 @click.option("--seed", default=0, show_default=True, help="Of weights, order and dropout.")
 @click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, or a CUDA device as cuda:1."
+    "--set",
+    "others",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Any other setting of TrainConfig, such as weight_decay=0.05, warmup_epochs=1, "
+    "lr_scaling=sqrt, class_weights=[1,2], order_seed=0, save_minutes=1; may be repeated.",
 )
+@click.option(
+    "--experiments",
+    "experiments_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Train all [[experiment]] tables of a file (docs/experiments.md); what they leave out is "
+    "as said here.",
+)
+@click.option("--seeds", default=1, show_default=True, help="Runs of each, a seed apart.")
+@click.option(
+    "--folds",
+    default=0,
+    help="Cross-validate over so many parts of train and val, by group; test is left alone.",
+)
+@click.option(
+    "--device",
+    "--devices",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, or a CUDA device as cuda:1; for many runs also all, cpu:2 or cuda:0,cuda:1, "
+    "a process each.",
+)
+@click.option("--compile", is_flag=True, help="Let torch compile the head, where it can.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
@@ -119,13 +202,17 @@ class _GroupedCommand(click.Command):
     show_default=True,
     help="Folder of all runs.",
 )
-@click.option("--resume", is_flag=True, help="Go on after the run's last finished epoch.")
+@click.option("--resume", is_flag=True, help="Go on where the run was last saved.")
 @click.option("--overwrite", is_flag=True, help="Replace a run of this name.")
 @click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished extraction.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def train(
     store: Path | None,
     head_options: tuple[str, ...],
+    others: tuple[str, ...],
+    experiments_file: Path | None,
+    seeds: int,
+    folds: int,
     name: str | None,
     output: Path,
     as_json: bool,
@@ -138,28 +225,124 @@ def train(
     to metrics.jsonl and, for TensorBoard, to tensorboard/ beside them. An interrupted run goes on
     with --resume.
 
+    With --experiments, --seeds or --folds there are many runs, each in checkpoints/NAME/RUN and
+    just as if it were alone; their table is also in checkpoints/NAME/summary.json. A run that
+    fails is set aside, and the command ends with exit code 3.
+
     \b
     Examples:
       sam3cache train features/angio.zarr --name first
-      sam3cache train features/angio.zarr --head linear --name floor
       sam3cache train features/angio.zarr --name first --resume    (same options as before)
+      sam3cache train features/angio.zarr --experiments heads.toml --seeds 3 --devices all
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
-    from sam3cache.training import TrainConfig
+    from sam3cache.training import TrainConfig, read_experiments
     from sam3cache.training import train as run
+    from sam3cache.training.stopping import stop_on_signals
 
+    if name is None:
+        name = settings["head"].replace(":", ".")
+        name = name if experiments_file is None else experiments_file.stem
+    settings |= _parse_others(others, settings)
     config = TrainConfig(
         store=str(store or only_store()),
-        name=settings["head"].replace(":", ".") if name is None else name,
-        head_options=dict(_parse_option(option) for option in head_options),
+        name=name,
+        head_options=dict(_parse_option("--head-option", option) for option in head_options),
         output=str(output),
         **settings,
     )
-    with ExitStack() as stack:
-        result = run(config, partial(_show, Stages(stack)))
+    if experiments_file is not None or seeds != 1 or folds:
+        inside = replace(config, output=str(output / name))
+        experiments = [inside]
+        if experiments_file is not None:
+            experiments = read_experiments(experiments_file, inside)
+        _train_many(experiments, seeds, folds, as_json)
+        return
+    with stop_on_signals() as stop, ExitStack() as stack:
+        result = run(config, partial(_show, Stages(stack)), stop)
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
     else:
         _print_summary(result, config)
+
+
+def _train_many(experiments: list[TrainConfig], seeds: int, folds: int, as_json: bool) -> None:
+    """Train every run of some experiments, and say how they compare."""
+    from sam3cache.runtime import parse_devices
+    from sam3cache.training import plan_runs, run_experiments
+    from sam3cache.training.experiments import as_json as to_json
+    from sam3cache.training.stopping import stop_on_signals
+
+    device = experiments[0].device
+    devices = parse_devices("all" if device == "auto" else device)
+    runs = plan_runs(experiments, seeds=seeds, folds=folds)
+    with stop_on_signals() as stop, ExitStack() as stack:
+        outcomes = run_experiments(runs, devices, partial(_show_many, Stages(stack)), stop)
+    if as_json:
+        click.echo(json.dumps(to_json(outcomes), indent=2))
+    else:
+        _print_many(outcomes, Path(experiments[0].output))
+    if any(outcome.status != "done" for outcome in outcomes):
+        raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
+
+
+def _show_many(stages: Stages, state: PoolProgress) -> None:
+    note = f"{state.num_ended}/{state.num_runs} runs done"
+    bar = stages.show("Training", state.num_images, state.num_total, note)
+    bar.rows(state.devices.items())
+
+
+def _print_many(outcomes: list[RunOutcome], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sam3cache.training.experiments import summarize
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Experiment")
+    for heading in ("Runs", "Val Dice", "Best epoch", "Parameters", "Time a run"):
+        table.add_column(heading, justify="right")
+    for summary in summarize(outcomes):
+        spread = "" if summary.dice_std is None else f" ± {summary.dice_std:.4f}"
+        table.add_row(
+            summary.name,
+            f"{summary.num_done}/{summary.num_runs}",
+            "-" if summary.dice_mean is None else f"{summary.dice_mean:.4f}{spread}",
+            "-" if summary.best_epoch_mean is None else f"{summary.best_epoch_mean:.1f}",
+            "-" if summary.parameters is None else f"{summary.parameters:,}",
+            "-" if summary.elapsed_s_mean is None else format_duration(summary.elapsed_s_mean),
+        )
+    console = Console(width=100)
+    console.print(table)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        click.echo(f"Set aside, {len(failed)} of {len(outcomes)} runs:")
+    for outcome in failed:
+        click.echo(f"  {outcome.name}: {outcome.error}")
+    click.echo(f"Runs: {folder.as_posix()}/NAME; summary: {(folder / 'summary.json').as_posix()}")
+
+
+def _parse_micro_batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise ConfigError(f"--micro-batch {text!r}: expected auto or a number, such as 4")
+    return int(text)
+
+
+def _parse_others(texts: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
+    """Read what --set gives: settings that have no option of their own."""
+    from sam3cache.training import TrainConfig
+
+    own = {*settings, "store", "name", "head_options", "output", "folds", "fold"}
+    known = [field.name for field in fields(TrainConfig) if field.name not in own]
+    given = dict(_parse_option("--set", text) for text in texts)
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"--set {name}: no such setting; expected one of {', '.join(known)}, or an option "
+                "of its own (--help)"
+            )
+    return given
 
 
 def _show(stages: Stages, state: Progress) -> None:
@@ -173,11 +356,12 @@ def _show(stages: Stages, state: Progress) -> None:
     stages.show(title, state.num_done, state.num_total, note)
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
+def _parse_option(option: str, text: str) -> tuple[str, Any]:
     """Read NAME=VALUE, where the value is JSON, or else text."""
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise ConfigError(f"--head-option {text!r}: expected NAME=VALUE, such as embedding_dim=128")
+        example = "embedding_dim=128" if option == "--head-option" else "weight_decay=0.05"
+        raise ConfigError(f"{option} {text!r}: expected NAME=VALUE, such as {example}")
     if value in ("True", "False"):  # as Python writes them
         value = value.lower()
     try:
@@ -191,11 +375,12 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
     from sam3cache.features import open_store
     from sam3cache.heads.checkpoint import read_record
 
+    early = " (ended early)" if result.stopped_early else ""
     speed = "" if result.images_per_s is None else f", {result.images_per_s:.1f} images/s"
     click.echo(
         f"Best validation Dice {result.best_dice:.4f} in epoch {result.best_epoch} of "
-        f"{result.epochs}, over {result.num_val} images; trained on {result.num_train} samples "
-        f"in {format_duration(result.elapsed_s)}{speed}."
+        f"{result.epochs}{early}, over {result.num_val} images; trained on {result.num_train} "
+        f"samples in {format_duration(result.elapsed_s)}{speed}."
     )
     click.echo(
         f"Samples: {result.placement} ({result.resident_bytes / 1e9:.2f} GB held, ready after "

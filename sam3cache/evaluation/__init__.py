@@ -1,6 +1,15 @@
-"""Measuring trained heads on stored features, and whether they use the view angle."""
+"""Measuring trained heads on stored features, and what they make of angles and features."""
 
-from sam3cache.evaluation.angle_use import AngleUse, Difference, format_view
+from sam3cache.evaluation.angle_use import AngleUse, format_view, view_region
+from sam3cache.evaluation.compare import (
+    CompareConfig,
+    Compared,
+    Comparison,
+    PairComparison,
+    compare,
+)
+from sam3cache.evaluation.compare_page import measure_rows
+from sam3cache.evaluation.compare_statistics import PairedDifference
 from sam3cache.evaluation.evaluate import (
     EvalConfig,
     checkpoint_folder,
@@ -8,8 +17,11 @@ from sam3cache.evaluation.evaluate import (
     fingerprints_of,
     serve_as_trained,
 )
+from sam3cache.evaluation.feature_use import FeatureUse, PartUse
 from sam3cache.evaluation.notices import notices_of_features
-from sam3cache.evaluation.report import METRICS, EvalResult, ImageScore
+from sam3cache.evaluation.report import EvalResult
+from sam3cache.evaluation.scores import DISTANCES, METRICS, ImageScore
+from sam3cache.evaluation.shuffling import Difference
 from sam3cache.evaluation.statistics import (
     Interval,
     Summary,
@@ -18,24 +30,39 @@ from sam3cache.evaluation.statistics import (
     number_text,
     summarise,
 )
+from sam3cache.evaluation.strata import Stratum
+from sam3cache.evaluation.threshold import ThresholdChoice
 
 __all__ = [
+    "DISTANCES",
     "METRICS",
     "AngleUse",
+    "CompareConfig",
+    "Compared",
+    "Comparison",
     "Difference",
     "EvalConfig",
     "EvalResult",
+    "FeatureUse",
     "ImageScore",
     "Interval",
+    "PairComparison",
+    "PairedDifference",
+    "PartUse",
+    "Stratum",
     "Summary",
+    "ThresholdChoice",
     "bootstrap_interval",
     "checkpoint_folder",
+    "compare",
     "evaluate",
     "fingerprints_of",
     "format_view",
     "interval_text",
+    "measure_rows",
     "notices_of_features",
     "number_text",
     "serve_as_trained",
     "summarise",
+    "view_region",
 ]

@@ -1,49 +1,35 @@
 """Does a head use the view angle? Dice with true, shuffled and constant angles, and a verdict.
 
-A head can be given angles and learn to ignore them, and nothing in its losses or in its Dice
-tells. So each image is predicted again with the angles of others: what changes is what the head
-takes from the angles.
-
-Shape legend: N images, K mask planes, S shuffles.
+Shape legend: B batch, C classes, N images, S shuffles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from sam3cache.evaluation.statistics import Interval, bootstrap_interval
+from sam3cache.evaluation.predicting import Prediction, Rule, logits_of, predict
+from sam3cache.evaluation.shuffling import (
+    NEGLIGIBLE_DICE,
+    Difference,
+    Verdict,
+    Wording,
+    derangement,
+    difference,
+    verdict,
+)
+from sam3cache.features import StoredSample
+from sam3cache.heads import Head
+from sam3cache.loading import CachedSamples
+from sam3cache.records import Batch
 
 NUM_SHUFFLES = 5
 
-SAME_OUTPUT = 1e-6
-"""Change of a probability that is float32 rounding rather than a use of the angles."""
-
-NEGLIGIBLE_DICE = 0.005
-"""Change of mean Dice too small to matter; an interval within it shows that angles do not."""
-
-MIN_GROUPS = 6
-"""Fewest groups for a verdict from an interval: by chance alone all differences of five groups
-have one sign in 2 of 2⁵ = 32 cases, more than 5 %; of six groups in 2 of 64."""
-
-Verdict = Literal["used", "harmful", "negligible", "unused", "undecided"]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A mean of paired differences, image by image.
-
-    Attributes:
-        mean: of the differences.
-        interval: see ``statistics.bootstrap_interval``; None for fewer than two groups.
-    """
-
-    mean: float
-    interval: Interval | None
+_WORDING = Wording("the view angle", "angles", "views")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +37,7 @@ class AngleUse:
     """What a head makes of the view angles.
 
     Attributes:
-        verdict: "used"; "harmful": used, and Dice is lower for it; "negligible": used, but Dice is
-            the same within ``NEGLIGIBLE_DICE``; "unused": no output changes; or "undecided".
+        verdict: see ``shuffling.Verdict``.
         sentence: the verdict and its reason in plain words.
         num_images: images compared: both angles known, and a mask that is not empty.
         num_groups: groups that these belong to.
@@ -124,34 +109,6 @@ def plan_trial(angles_N2: NDArray[np.float64], seed: int) -> AngleTrial | AngleU
     return AngleTrial(shuffled_SN2, mean_angles_deg(known_M2))
 
 
-def derangement(view_N: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
-    """Exchange views at random so that no image keeps its own.
-
-    The images stand in random order but view by view, and each takes from the one as many places
-    on as the commonest view has images. Where that view has more than half of all images, not
-    all of them can be given another one: the surplus, drawn at random, is left out.
-
-    Args:
-        view_N: number of each image's view, from 0; at least two views.
-        rng: source of the order.
-
-    Returns:
-        By image, which one to take the angles from, each at most once; -1 where left out.
-    """
-    order = rng.permutation(len(view_N))
-    commonest = int(np.bincount(view_N).argmax())
-    is_commonest = view_N[order] == commonest
-    others, same = order[~is_commonest], order[is_commonest]
-    order = np.concatenate((others, same[: len(others)]))
-    # Views in random order, too: else each shuffle would exchange the same pairs of views.
-    rank = rng.permutation(view_N.max() + 1)
-    order = order[np.argsort(rank[view_N[order]], kind="stable")]
-    largest = int(np.bincount(view_N[order]).max())
-    donor_N = np.full(len(view_N), -1, dtype=np.intp)
-    donor_N[order] = np.roll(order, -largest)
-    return donor_N
-
-
 def mean_angles_deg(angles_N2: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean of each angle on the circle, on which -180° and 180° are one."""
     radians_N2 = np.deg2rad(angles_N2)
@@ -161,9 +118,9 @@ def mean_angles_deg(angles_N2: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def judge(
     trial: AngleTrial,
-    true_NK: NDArray[np.float64],
-    shuffled_SNK: NDArray[np.float64],
-    constant_NK: NDArray[np.float64],
+    true_NC: NDArray[np.float64],
+    shuffled_SNC: NDArray[np.float64],
+    constant_NC: NDArray[np.float64],
     groups: Sequence[str],
     max_probability_change: float,
     seed: int,
@@ -172,37 +129,38 @@ def judge(
 
     Args:
         trial: the angles that were used.
-        true_NK: Dice with the true angles; NaN where there is nothing to compare.
-        shuffled_SNK: Dice with shuffled angles; NaN where there is nothing to compare.
-        constant_NK: Dice with the constant angles; NaN where there is nothing to compare.
+        true_NC: Dice with the true angles; NaN where there is nothing to compare.
+        shuffled_SNC: Dice with shuffled angles; NaN where there is nothing to compare.
+        constant_NC: Dice with the constant angles; NaN where there is nothing to compare.
         groups: by image, its group.
         max_probability_change: largest change of any probability under shuffling.
         seed: of the bootstrap.
     """
-    counted_SNK = np.isfinite(shuffled_SNK)
-    num_NK = counted_SNK.sum(axis=0)
-    compared_NK = np.isfinite(true_NK) & np.isfinite(constant_NK) & (num_NK > 0)
-    if not compared_NK.any():
+    counted_SNC = np.isfinite(shuffled_SNC)
+    num_NC = counted_SNC.sum(axis=0)
+    compared_NC = np.isfinite(true_NC) & np.isfinite(constant_NC) & (num_NC > 0)
+    if not compared_NC.any():
         return AngleUse(
             "undecided",
             "Whether the head uses the view angle cannot be told: no image here has both known "
             "angles and a mask that is not empty.",
         )
-    sum_NK = np.where(counted_SNK, shuffled_SNK, 0.0).sum(axis=0)
-    shuffled = sum_NK[compared_NK] / num_NK[compared_NK]
-    true, constant = true_NK[compared_NK], constant_NK[compared_NK]
-    image_indices = np.nonzero(compared_NK)[0]
+    sum_NC = np.where(counted_SNC, shuffled_SNC, 0.0).sum(axis=0)
+    shuffled = sum_NC[compared_NC] / num_NC[compared_NC]
+    true, constant = true_NC[compared_NC], constant_NC[compared_NC]
+    image_indices = np.nonzero(compared_NC)[0]
     groups_here = [groups[i] for i in image_indices]
-    against_shuffled = _difference(true - shuffled, groups_here, seed)
+    against_shuffled = difference(true - shuffled, groups_here, seed)
     num_groups = len(set(groups_here))
-    verdict, sentence = _verdict(
+    judged, sentence = verdict(
+        _WORDING,
         against_shuffled,
         num_groups,
         max_probability_change,
         finds_nothing=max(true.mean(), shuffled.mean()) <= NEGLIGIBLE_DICE,
     )
     return AngleUse(
-        verdict,
+        judged,
         sentence,
         num_images=len(set(image_indices.tolist())),
         num_groups=num_groups,
@@ -211,59 +169,8 @@ def judge(
         dice_shuffled=float(shuffled.mean()),
         dice_constant=float(constant.mean()),
         true_minus_shuffled=against_shuffled,
-        true_minus_constant=_difference(true - constant, groups_here, seed),
+        true_minus_constant=difference(true - constant, groups_here, seed),
         max_probability_change=max_probability_change,
-    )
-
-
-def _difference(values: NDArray[np.float64], groups: Sequence[str], seed: int) -> Difference:
-    return Difference(float(values.mean()), bootstrap_interval(values, groups, seed))
-
-
-def _verdict(
-    difference: Difference,
-    num_groups: int,
-    max_probability_change: float,
-    *,
-    finds_nothing: bool,
-) -> tuple[Verdict, str]:
-    mean, interval = difference.mean, difference.interval
-    if max_probability_change <= SAME_OUTPUT:
-        return "unused", (
-            "The head does not use the view angle: with the angles of other views all its outputs "
-            "stay the same."
-        )
-    changes = f"probabilities change by up to {max_probability_change:.2g}"
-    if finds_nothing:
-        return "undecided", (
-            "Whether the head gains from the view angle cannot be told: it finds next to nothing "
-            f"with any angles, although {changes}."
-        )
-    if interval is None or num_groups < MIN_GROUPS:
-        return "undecided", (
-            f"Whether the head gains from the view angle cannot be told from {num_groups} "
-            f"{'group' if num_groups == 1 else 'groups'} of images, at least {MIN_GROUPS} are "
-            f"needed: shuffling the angles changes Dice by {-mean:+.4f}, and {changes}."
-        )
-    bounds = f"95% interval {interval.low:.4f} to {interval.high:.4f}"
-    if max(-interval.low, interval.high) <= NEGLIGIBLE_DICE:
-        return "negligible", (
-            f"The head hardly uses the view angle: true angles change Dice by {mean:+.4f} against "
-            f"shuffled ones ({bounds}, within ±{NEGLIGIBLE_DICE}), although {changes}."
-        )
-    if interval.low > 0:
-        return "used", (
-            f"The head uses the view angle: true angles give {mean:.4f} higher Dice than shuffled "
-            f"ones ({bounds})."
-        )
-    if interval.high < 0:
-        return "harmful", (
-            f"The head uses the view angle, to its harm: true angles give {-mean:.4f} lower Dice "
-            f"than shuffled ones (95% interval {-interval.high:.4f} to {-interval.low:.4f})."
-        )
-    return "undecided", (
-        f"Whether the head gains from the view angle cannot be told: true angles change Dice by "
-        f"{mean:+.4f} against shuffled ones ({bounds}), and {changes}."
     )
 
 
@@ -272,3 +179,94 @@ def format_view(primary_angle_deg: float, secondary_angle_deg: float) -> str:
     primary = f"{'LAO' if primary_angle_deg >= 0 else 'RAO'} {abs(primary_angle_deg):.1f}"
     secondary = f"{'CRA' if secondary_angle_deg >= 0 else 'CAU'} {abs(secondary_angle_deg):.1f}"
     return f"{primary} {secondary}"
+
+
+def view_region(primary_angle_deg: float | None, secondary_angle_deg: float | None) -> str:
+    """Return the quarter that a view is of, "LAO cranial" or the like; "" where it is unknown.
+
+    An angle of 0 counts as LAO and as cranial.
+    """
+    if primary_angle_deg is None or secondary_angle_deg is None:
+        return ""
+    side = "LAO" if primary_angle_deg >= 0 else "RAO"
+    return f"{side} {'cranial' if secondary_angle_deg >= 0 else 'caudal'}"
+
+
+class AngleCheck:
+    """Dice of every image with its own angles, with those of others, and with constant ones.
+
+    An image takes part if both its angles are known and its mask is there and not empty.
+
+    Args:
+        samples: the images.
+        has_mask: by image.
+        num_classes: C.
+        seed: of the shuffles.
+    """
+
+    def __init__(
+        self, samples: Sequence[StoredSample], has_mask: Sequence[bool], num_classes: int, seed: int
+    ) -> None:
+        angles_N2 = np.array([(s.primary_angle_deg, s.secondary_angle_deg) for s in samples])
+        angles_N2[~np.array(has_mask)] = np.nan
+        self._takes_part_N = np.isfinite(angles_N2).all(axis=1)
+        self._trial = plan_trial(angles_N2, seed)
+        self._true_NC = np.full((len(samples), num_classes), np.nan)
+        self._constant_NC = self._true_NC.copy()
+        self._shuffled_SNC = np.stack([self._true_NC] * NUM_SHUFFLES)
+        self._max_change = 0.0
+
+    def compare(
+        self,
+        head: Head,
+        batch: Batch,
+        true: Mapping[int, Prediction],
+        cached: CachedSamples,
+        rule: Rule,
+    ) -> None:
+        """Predict a batch again with other angles.
+
+        Args:
+            head: the head.
+            batch: with the true angles.
+            true: by index of the image, what the head made of it, in the batch's order.
+            cached: where the images' geometry is known.
+            rule: how logits become masks.
+        """
+        here = [i for i in true if self._takes_part_N[i]]
+        if isinstance(self._trial, AngleUse) or not here:
+            return
+
+        def with_angles(angles_N2: NDArray[np.float64]) -> dict[int, Prediction]:
+            angles_B2 = torch.from_numpy(angles_N2[list(true)]).to(batch.angles_B2)
+            logits_BKSS = logits_of(head, replace(batch, angles_B2=angles_B2))
+            return {
+                i: predict(logits_KSS, cached.letterbox(i), true[i].mask_CHW, rule)
+                for i, logits_KSS in zip(true, logits_BKSS, strict=True)
+                if i in here and np.isfinite(angles_N2[i]).all()
+            }
+
+        for i in here:
+            self._true_NC[i] = true[i].dice()
+        constant_N2 = np.broadcast_to(self._trial.constant_2, (len(self._true_NC), 2))
+        for i, prediction in with_angles(constant_N2).items():
+            self._constant_NC[i] = prediction.dice()
+        for shuffled_N2, dice_NC in zip(self._trial.shuffled_SN2, self._shuffled_SNC, strict=True):
+            for i, prediction in with_angles(shuffled_N2).items():
+                dice_NC[i] = prediction.dice()
+                change = (prediction.probability_CHW - true[i].probability_CHW).abs().max()
+                self._max_change = max(self._max_change, float(change))
+
+    def result(self, groups: Sequence[str], seed: int) -> AngleUse:
+        """Judge, once all batches have been compared."""
+        if isinstance(self._trial, AngleUse):
+            return self._trial
+        return judge(
+            self._trial,
+            self._true_NC,
+            self._shuffled_SNC,
+            self._constant_NC,
+            groups,
+            self._max_change,
+            seed,
+        )

@@ -1,18 +1,17 @@
 """The images that stand for a split on the page: the best, the median and the worst by Dice.
 
-Shape legend: C channels, H height, W width, K mask planes.
+Shape legend: C classes or channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.evaluation.report import ImageScore
+from sam3cache.evaluation.scores import ImageScore, class_mean
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import INPUT_SIZE_PX, Letterbox
 
@@ -27,35 +26,24 @@ class Case:
         title: "Best", "Median" or "Worst"; "Only image" where no other has a Dice.
         sample: the image.
         letterbox: how it lies on the padded square.
-        scores: by plane.
-        mask_KHW: uint8, on the mask's own grid; 255 does not count.
-        predicted_KHW: bool, on the same grid.
+        scores: by class.
+        mask_CHW: uint8, on the mask's own grid; 255 does not count.
+        predicted_CHW: bool, on the same grid.
     """
 
     title: str
     sample: StoredSample
     letterbox: Letterbox
     scores: tuple[ImageScore, ...]
-    mask_KHW: NDArray[np.uint8]
-    predicted_KHW: NDArray[np.bool_]
+    mask_CHW: NDArray[np.uint8]
+    predicted_CHW: NDArray[np.bool_]
 
     @property
     def dice(self) -> float:
-        """Mean over the planes that have one."""
-        mean = mean_dice(self.scores)
+        """Mean over the classes that have one."""
+        mean = class_mean(self.scores)
         assert mean is not None
         return mean
-
-
-def mean_dice(scores: Sequence[ImageScore]) -> float | None:
-    """Return the mean Dice of one image's planes; None where none of them has one."""
-    dice = [score.dice for score in scores if score.dice is not None]
-    return math.fsum(dice) / len(dice) if dice else None
-
-
-def by_image(scores: Sequence[ImageScore], num_planes: int) -> list[tuple[ImageScore, ...]]:
-    """Group scores, which come plane by plane, by image."""
-    return [tuple(scores[at : at + num_planes]) for at in range(0, len(scores), num_planes)]
 
 
 def choose_cases(dice: Sequence[float | None]) -> list[tuple[str, int]]:

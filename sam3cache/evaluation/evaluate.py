@@ -1,6 +1,6 @@
 """A trained head measured on the images of one split.
 
-Shape legend: B batch, K mask planes, N images, S shuffles, H height, W width of a mask's own grid.
+Shape legend: B batch, C classes, N images, S shuffles, H height, W width of a mask's own grid.
 """
 
 from __future__ import annotations
@@ -8,33 +8,40 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sam3cache.errors import CheckpointError, ConfigError
-from sam3cache.evaluation.angle_use import NUM_SHUFFLES, AngleUse, judge, plan_trial
-from sam3cache.evaluation.cases import Case, by_image, choose_cases, mean_dice
+from sam3cache.evaluation.angle_use import AngleCheck, view_region
+from sam3cache.evaluation.cases import Case, choose_cases
+from sam3cache.evaluation.feature_use import FeatureCheck
 from sam3cache.evaluation.notices import notices_of
 from sam3cache.evaluation.page import PAGE_FILE, page_html
-from sam3cache.evaluation.report import (
-    METRICS,
-    EvalResult,
-    ImageScore,
-    known_or_none,
-    prepare_output,
-    write_result,
+from sam3cache.evaluation.predicting import (
+    Prediction,
+    Rule,
+    confusion_of,
+    logits_of,
+    planes,
+    predict,
 )
-from sam3cache.evaluation.statistics import Summary, summarise
+from sam3cache.evaluation.report import EvalResult, known_or_none, prepare_output, write_result
+from sam3cache.evaluation.scores import ImageScore, by_image, class_mean
+from sam3cache.evaluation.spacing import spacing_of, spacing_of_mask
+from sam3cache.evaluation.strata import annotations_of, check_columns, strata, summaries
+from sam3cache.evaluation.threshold import (
+    AUTO_SPLIT,
+    THRESHOLDS,
+    DiceByThreshold,
+    ThresholdChoice,
+)
 from sam3cache.features import FeatureStore, StoredSample, open_store, record_data
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import (
@@ -46,9 +53,11 @@ from sam3cache.heads import (
 )
 from sam3cache.heads.checkpoint import MODEL_FILE, short_hash
 from sam3cache.loading import CachedSamples
-from sam3cache.metrics import MaskScores, dice_iou_precision_recall
-from sam3cache.records import IGNORE_LABEL, SPLITS, Batch
+from sam3cache.loading.folds import fold_of_groups
+from sam3cache.metrics import MaskScores, ShapeScores, shape_scores
+from sam3cache.records import SPLITS
 from sam3cache.runtime import environment_fields, write_atomic
+from sam3cache.tasks import num_outputs
 
 Report = Callable[[int, int], None]
 """Called with images done and images in all."""
@@ -61,16 +70,19 @@ class EvalConfig:
     Attributes:
         store: the feature store.
         checkpoint: a run's folder, whose best checkpoint is taken, or a checkpoint's own.
-        split: "train", "val", "test" or "all".
-        threshold: probability from which a pixel counts as mask; None: the checkpoint's own.
+        split: "train", "val", "test" or "all"; "val" of a fold is what was held out of it.
+        threshold: probability from which a pixel counts as mask; "auto": that of the highest mean
+            Dice on the store's validation split; None: the checkpoint's own.
         batch_size: images a forward pass.
         device: torch device name.
-        seed: of the bootstrap and of the shuffled angles.
+        seed: of the bootstrap and of the shuffles.
         label_set: masks to compare with; None: those the head was trained on.
         output: folder of the results; None: eval-SPLIT in the checkpoint's folder.
         head: the user's own head, as "package.module:Class", if the checkpoint is of one.
         allow_unsealed: evaluate on what an unfinished extraction has written so far.
         check_angles: also predict with shuffled and constant angles.
+        check_features: also predict with the features of other images.
+        by: annotations to give results by, beside the view region.
         page: also write report.html, the evaluation as a page to look at.
         overlay: folder of labels and annotations beside the store, or None.
     """
@@ -78,7 +90,7 @@ class EvalConfig:
     store: Path
     checkpoint: Path
     split: Literal["train", "val", "test", "all"] = "test"
-    threshold: float | None = None
+    threshold: float | Literal["auto"] | None = None
     batch_size: int = 16
     device: str = "cpu"
     seed: int = 0
@@ -87,6 +99,8 @@ class EvalConfig:
     head: str | None = None
     allow_unsealed: bool = False
     check_angles: bool = True
+    check_features: bool = True
+    by: tuple[str, ...] = ()
     page: bool = True
     overlay: Path | None = None
 
@@ -98,7 +112,9 @@ class EvalConfig:
         """
         if self.split not in (*SPLITS, "all"):
             raise ConfigError(f"split {self.split!r}: expected one of {', '.join(SPLITS)}, all")
-        if self.threshold is not None and not 0 < self.threshold < 1:
+        if isinstance(self.threshold, str) and self.threshold != "auto":
+            raise ConfigError(f"threshold {self.threshold!r}: expected a probability, or auto")
+        if isinstance(self.threshold, float | int) and not 0 < self.threshold < 1:
             raise ConfigError(
                 f"threshold {self.threshold}: expected a probability above 0, below 1"
             )
@@ -119,48 +135,55 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         StoreError: the store is none, is unfinished or damaged, or lacks the label set.
         FingerprintError: its features were made differently from those the head was trained on.
         CheckpointError: there is no such checkpoint, or it does not fit.
-        ConfigError: the split has no images, a mask holds class numbers, or the output cannot be
-            written.
+        ConfigError: the split has no images, a mask holds what is no class, results are asked by
+            what is no annotation, a threshold cannot be chosen, or the output cannot be written.
     """
     start_s = time.monotonic()
     store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     folder = checkpoint_folder(config.checkpoint)
     head, info = load_checkpoint(folder, head=config.head, device=config.device)
     serve_as_trained(store, info)
-    samples = _select(store, config.split)
+    samples = _select(store, config.split, info)
+    check_columns(samples, config.by)
     label_set = config.label_set or info.label_set
     has_mask = [store.has_mask(sample.row, label_set) for sample in samples]
-    classes = store.label_sets[label_set].classes
-    if len(classes) != info.num_classes:
-        raise CheckpointError(
-            f"the head of {folder} predicts {info.num_classes} planes, label set {label_set} of "
-            f"{store.path} has {len(classes)} ({', '.join(classes)}); name another by --label-set"
-        )
+    classes = _classes(store, label_set, info, folder)
     output = prepare_output(config.output or config.checkpoint / f"eval-{config.split}", store.path)
 
-    threshold = info.threshold if config.threshold is None else config.threshold
-    cached = CachedSamples(
-        store,
-        [sample.row for sample in samples],
-        tuple(info.levels),
-        device=config.device,
-        residency="stream",
-        label_set=label_set,
-    )
-    check = _AngleCheck(samples, has_mask, len(classes), config.seed)
+    chosen = _choose_threshold(config, store, label_set, head, info, report, len(samples))
+    rule, num_before = chosen.rule, chosen.num_images_read
+    cached = _cached(store, samples, info, label_set, config.device)
+    angles = AngleCheck(samples, has_mask, len(classes), config.seed)
+    features = None
+    if config.check_features:
+        features = FeatureCheck(
+            *(store, cached, tuple(info.levels), has_mask, len(classes)),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=config.device,
+        )
     images: list[ImageScore] = []
-    report(0, len(samples))
+    confusion = np.zeros((len(classes) + 1,) * 2, dtype=np.int64)
+    num_total = num_before + len(samples)
+    report(num_before, num_total)
     for batch in cached.iterate(config.batch_size):
         first = len(images) // len(classes)
-        true: dict[int, _Prediction] = {}
-        for i, logits_KSS in enumerate(_logits(head, batch), start=first):
-            true[i] = _predict(logits_KSS, cached.letterbox(i), _mask(cached, i), threshold)
-            images += _image_scores(samples[i], classes, true[i])
+        true: dict[int, Prediction] = {}
+        for i, logits_KSS in enumerate(logits_of(head, batch), start=first):
+            mask_CHW = planes(cached, i, rule)
+            true[i] = predict(logits_KSS, cached.letterbox(i), mask_CHW, rule)
+            images += _image_scores(samples[i], classes, true[i], config.by)
+            if rule.task == "multiclass" and mask_CHW is not None:
+                confusion += confusion_of(true[i])
         if config.check_angles:
-            check.compare(head, batch, true, cached, threshold)
-        report(first + len(true), len(samples))
+            angles.compare(head, batch, true, cached, rule)
+        if features is not None:
+            features.compare(head, batch, true, rule)
+        report(num_before + first + len(true), num_total)
 
     groups = [sample.group for sample in samples]
+    overall, by_class = summaries(images, classes, config.seed)
+    is_multiclass = rule.task == "multiclass"
     result = EvalResult(
         store=store.path.as_posix(),
         sealed=store.sealed,
@@ -173,16 +196,26 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         data=dataclasses.asdict(record_data(store, label_set)),
         split=config.split,
         label_set=label_set,
-        threshold=threshold,
+        task=rule.task,
+        threshold=None if is_multiclass else rule.threshold,
+        threshold_choice=chosen.choice,
         seed=config.seed,
         num_images=len(samples),
         num_groups=len(set(groups)),
         num_without_mask=has_mask.count(False),
         num_empty_against_empty=sum(i.true_px is not None and i.dice is None for i in images),
+        num_one_empty=sum(
+            i.true_px is not None and (i.true_px > 0) != (i.predicted_px > 0) for i in images
+        ),
+        num_with_spacing=sum(spacing_of(sample) is not None for sample in samples),
         num_seen_in_training=_num_known(info, "images", [s.pixel_sha256 for s in samples]),
         num_in_training_groups=_num_known(info, "groups", groups),
-        classes={name: _summaries(images, name, config.seed) for name in classes},
-        angle_use=check.result(groups, config.seed) if config.check_angles else None,
+        overall=overall,
+        classes=by_class,
+        strata=strata(images, classes, config.by, config.seed),
+        confusion=tuple(map(tuple, confusion.tolist())) if is_multiclass else None,
+        angle_use=angles.result(groups, config.seed) if config.check_angles else None,
+        feature_use=None if features is None else features.result(groups, config.seed),
         notices=(),
         images=tuple(images),
         page=output / PAGE_FILE if config.page else None,
@@ -195,7 +228,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     # Whatever else is in the folder, no page of earlier figures stands beside these.
     (output / PAGE_FILE).unlink(missing_ok=True)
     if result.page is not None:
-        cases = _cases(head, cached, by_image(images, len(classes)), threshold)
+        cases = _cases(head, cached, by_image(images, len(classes)), rule)
         html = page_html(
             result,
             store,
@@ -236,146 +269,121 @@ def fingerprints_of(store: FeatureStore) -> dict[str, dict[str, Any]]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Prediction:
-    """What a head says of one image, on the grid of its mask; without one, on the picture's.
+def _classes(
+    store: FeatureStore, label_set: str, info: CheckpointInfo, folder: Path
+) -> tuple[str, ...]:
+    """Return the names of the classes, if the head answers what the masks ask.
 
-    Attributes:
-        probability_KHW: float32.
-        mask_KHW: uint8, or None.
-        predicted_px: by plane, pixels predicted where the mask does not say ignore.
-        true_px: by plane, pixels of the mask; None without a mask.
-        scores: by plane; None without a mask.
+    Raises:
+        CheckpointError: it was asked something else.
     """
-
-    probability_KHW: Tensor
-    mask_KHW: Tensor | None
-    predicted_px: list[int]
-    true_px: list[int] | None
-    scores: list[MaskScores] | None
-
-    def dice(self) -> list[float]:
-        """Return the Dice of each plane; NaN where the mask is empty."""
-        assert self.scores is not None
-        assert self.true_px is not None
-        return [
-            s.dice if s.dice is not None and num_px else math.nan
-            for s, num_px in zip(self.scores, self.true_px, strict=True)
-        ]
+    spec = store.label_sets[label_set]
+    if spec.task != info.task:
+        raise CheckpointError(
+            f"the head of {folder} was trained for task {info.task}, label set {label_set} of "
+            f"{store.path} is {spec.task}; name another by --label-set"
+        )
+    if num_outputs(spec.task, len(spec.classes)) != info.num_classes:
+        raise CheckpointError(
+            f"the head of {folder} predicts {info.num_classes} planes, label set {label_set} of "
+            f"{store.path} asks for {num_outputs(spec.task, len(spec.classes))} ({spec.task}: "
+            f"{', '.join(spec.classes)}); name another by --label-set"
+        )
+    return spec.classes
 
 
-def _logits(head: Head, batch: Batch) -> Tensor:
-    """Return float32 (B, K, S, S) on the padded square."""
-    with torch.inference_mode():
-        logits_BKSS: Tensor = head(batch)
-    return logits_BKSS.float()
-
-
-def _predict(
-    logits_KSS: Tensor, letterbox: Letterbox, mask_KHW: Tensor | None, threshold: float
-) -> _Prediction:
-    if mask_KHW is None:
-        height_px, width_px = letterbox.source_height_px, letterbox.source_width_px
-    else:
-        mask_KHW = mask_KHW.to(logits_KSS.device)
-        height_px, width_px = mask_KHW.shape[-2:]
-    probability_KHW = letterbox.logits_to_grid(logits_KSS, height_px, width_px).sigmoid()
-    predicted_KHW = probability_KHW >= threshold
-    if mask_KHW is None:
-        return _Prediction(probability_KHW, None, _counts(predicted_KHW), None, None)
-    return _Prediction(
-        probability_KHW,
-        mask_KHW,
-        _counts(predicted_KHW & (mask_KHW != IGNORE_LABEL)),
-        _counts(mask_KHW == 1),
-        [
-            dice_iou_precision_recall(predicted_HW, mask_HW)
-            for predicted_HW, mask_HW in zip(predicted_KHW, mask_KHW, strict=True)
-        ],
+def _cached(
+    store: FeatureStore,
+    samples: Sequence[StoredSample],
+    info: CheckpointInfo,
+    label_set: str,
+    device: str,
+) -> CachedSamples:
+    return CachedSamples(
+        store,
+        [sample.row for sample in samples],
+        tuple(info.levels),
+        device=device,
+        residency="stream",
+        label_set=label_set,
     )
 
 
-def _counts(planes_KHW: Tensor) -> list[int]:
-    counts: list[int] = planes_KHW.sum(dim=(-2, -1)).tolist()
-    return counts
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """How logits become masks, where that is from, and how many images it took to find out."""
+
+    rule: Rule
+    choice: ThresholdChoice
+    num_images_read: int = 0
 
 
-class _AngleCheck:
-    """Dice of every image with its own angles, with those of others, and with constant ones.
-
-    An image takes part if both its angles are known and its mask is there and not empty.
-    """
-
-    def __init__(
-        self, samples: Sequence[StoredSample], has_mask: Sequence[bool], num_planes: int, seed: int
-    ) -> None:
-        angles_N2 = np.array([(s.primary_angle_deg, s.secondary_angle_deg) for s in samples])
-        angles_N2[~np.array(has_mask)] = np.nan
-        self._takes_part_N = np.isfinite(angles_N2).all(axis=1)
-        self._trial = plan_trial(angles_N2, seed)
-        self._true_NK = np.full((len(samples), num_planes), np.nan)
-        self._constant_NK = self._true_NK.copy()
-        self._shuffled_SNK = np.stack([self._true_NK] * NUM_SHUFFLES)
-        self._max_change = 0.0
-
-    def compare(
-        self,
-        head: Head,
-        batch: Batch,
-        true: Mapping[int, _Prediction],
-        cached: CachedSamples,
-        threshold: float,
-    ) -> None:
-        """Predict a batch again with other angles.
-
-        Args:
-            head: the head.
-            batch: with the true angles.
-            true: by index of the image, what the head made of it, in the batch's order.
-            cached: where the images' geometry is known.
-            threshold: of the probability.
-        """
-        here = [i for i in true if self._takes_part_N[i]]
-        if isinstance(self._trial, AngleUse) or not here:
-            return
-
-        def predict(angles_N2: NDArray[np.float64]) -> dict[int, _Prediction]:
-            angles_B2 = torch.from_numpy(angles_N2[list(true)]).to(batch.angles_B2)
-            logits_BKSS = _logits(head, replace(batch, angles_B2=angles_B2))
-            return {
-                i: _predict(logits_KSS, cached.letterbox(i), true[i].mask_KHW, threshold)
-                for i, logits_KSS in zip(true, logits_BKSS, strict=True)
-                if i in here and np.isfinite(angles_N2[i]).all()
-            }
-
-        for i in here:
-            self._true_NK[i] = true[i].dice()
-        constant_N2 = np.broadcast_to(self._trial.constant_2, (len(self._true_NK), 2))
-        for i, prediction in predict(constant_N2).items():
-            self._constant_NK[i] = prediction.dice()
-        for shuffled_N2, dice_NK in zip(self._trial.shuffled_SN2, self._shuffled_SNK, strict=True):
-            for i, prediction in predict(shuffled_N2).items():
-                dice_NK[i] = prediction.dice()
-                change_KHW = (prediction.probability_KHW - true[i].probability_KHW).abs()
-                self._max_change = max(self._max_change, float(change_KHW.max()))
-
-    def result(self, groups: Sequence[str], seed: int) -> AngleUse:
-        """Judge, once all batches have been compared."""
-        if isinstance(self._trial, AngleUse):
-            return self._trial
-        return judge(
-            self._trial,
-            self._true_NK,
-            self._shuffled_SNK,
-            self._constant_NK,
-            groups,
-            self._max_change,
-            seed,
+def _choose_threshold(
+    config: EvalConfig,
+    store: FeatureStore,
+    label_set: str,
+    head: Head,
+    info: CheckpointInfo,
+    report: Report,
+    num_to_evaluate: int,
+) -> _Chosen:
+    """Settle the threshold; for "auto", by a pass over the validation split."""
+    num_classes = len(store.label_sets[label_set].classes)
+    if info.task == "multiclass":
+        if config.threshold is not None:
+            raise ConfigError(
+                f"threshold {config.threshold}: a head of task multiclass gives each pixel the "
+                "class with the highest logit, or none; leave --threshold out"
+            )
+        sentence = "No threshold: each pixel is of the class with the highest logit, or of none."
+        return _Chosen(
+            Rule(info.task, num_classes, info.threshold), ThresholdChoice("none", sentence)
         )
+    if config.threshold is None:
+        sentence = f"Threshold {info.threshold:g}: the checkpoint's own."
+        choice = ThresholdChoice("checkpoint", sentence)
+        return _Chosen(Rule(info.task, num_classes, info.threshold), choice)
+    if config.threshold != "auto":
+        sentence = f"Threshold {config.threshold:g}: as given."
+        choice = ThresholdChoice("given", sentence)
+        return _Chosen(Rule(info.task, num_classes, config.threshold), choice)
+
+    rule = Rule(info.task, num_classes, info.threshold)
+    samples = [
+        sample
+        for sample in _select(store, AUTO_SPLIT, info)
+        if store.has_mask(sample.row, label_set)
+    ]
+    dice = DiceByThreshold()
+    if samples:
+        cached = _cached(store, samples, info, label_set, config.device)
+        for batch in cached.iterate(config.batch_size):
+            for i, logits_KSS in enumerate(logits_of(head, batch), start=len(dice)):
+                mask_CHW = planes(cached, i, rule)
+                dice.add(predict(logits_KSS, cached.letterbox(i), mask_CHW, rule))
+            report(len(dice), len(samples) + num_to_evaluate)
+    threshold, mean_dice = dice.best()
+    on_evaluated = config.split in (AUTO_SPLIT, "all")
+    sentence = (
+        f"Threshold {threshold:g}: of {len(THRESHOLDS)} from {THRESHOLDS[0]:g} to "
+        f"{THRESHOLDS[-1]:g} that of the highest mean Dice, {mean_dice:.3f}, on the {len(samples)} "
+        f"images with a mask of split {AUTO_SPLIT}"
+    )
+    sentence += ", which are evaluated here." if on_evaluated else "; none is evaluated here."
+    choice = ThresholdChoice("auto", sentence, AUTO_SPLIT, len(samples), mean_dice, on_evaluated)
+    return _Chosen(replace(rule, threshold=threshold), choice, len(samples))
 
 
-def _select(store: FeatureStore, split: str) -> list[StoredSample]:
+def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[StoredSample]:
     samples = [sample for sample in store.samples if split in ("all", sample.split)]
+    num_folds, fold = info.settings.get("folds"), info.settings.get("fold")
+    if split == "val" and num_folds:
+        # Of cross-validation, which divides both splits anew, the part that was held out.
+        pool = [sample for sample in store.samples if sample.split in ("train", "val")]
+        fold_of = fold_of_groups(
+            pool, num_folds, info.settings["fold_seed"], info.settings["stratify"]
+        )
+        samples = [sample for sample in pool if fold_of[sample.group] == fold]
     if not samples:
         present = Counter(sample.split for sample in store.samples)
         counts = ", ".join(f"{num} {name}" for name, num in present.items()) or "none"
@@ -387,25 +395,23 @@ def _select(store: FeatureStore, split: str) -> list[StoredSample]:
 
 
 def _cases(
-    head: Head,
-    cached: CachedSamples,
-    images: Sequence[tuple[ImageScore, ...]],
-    threshold: float,
+    head: Head, cached: CachedSamples, images: Sequence[tuple[ImageScore, ...]], rule: Rule
 ) -> list[Case]:
     """Predict the images to show again: to keep what was predicted of all takes too much memory."""
     cases = []
-    for title, i in choose_cases([mean_dice(scores) for scores in images]):
-        (logits_KSS,) = _logits(head, cached.batch([i]))
-        prediction = _predict(logits_KSS, cached.letterbox(i), _mask(cached, i), threshold)
-        assert prediction.mask_KHW is not None
+    for title, i in choose_cases([class_mean(scores) for scores in images]):
+        (logits_KSS,) = logits_of(head, cached.batch([i]))
+        mask_CHW = planes(cached, i, rule)
+        assert mask_CHW is not None
+        prediction = predict(logits_KSS, cached.letterbox(i), mask_CHW, rule)
         cases.append(
             Case(
                 title,
                 cached.samples[i],
                 cached.letterbox(i),
                 images[i],
-                prediction.mask_KHW.cpu().numpy(),
-                (prediction.probability_KHW >= threshold).cpu().numpy(),
+                mask_CHW.numpy(),
+                prediction.predicted_CHW.cpu().numpy(),
             )
         )
     return cases
@@ -427,20 +433,12 @@ def _num_known(info: CheckpointInfo, kind: str, names: Sequence[str]) -> int | N
     return sum(short_hash(name) in known for name in names)
 
 
-def _mask(cached: CachedSamples, index: int) -> Tensor | None:
-    mask_KHW = cached.mask(index)
-    if mask_KHW is not None and ((mask_KHW > 1) & (mask_KHW != IGNORE_LABEL)).any():
-        raise ConfigError(
-            f"the mask of {cached.samples[index].id} holds class numbers; heads are measured on "
-            "planes of 0 and 1: store a plane a class, or name another set by --label-set"
-        )
-    return mask_KHW
-
-
 def _image_scores(
-    sample: StoredSample, classes: Sequence[str], prediction: _Prediction
+    sample: StoredSample, classes: Sequence[str], prediction: Prediction, by: Sequence[str]
 ) -> list[ImageScore]:
-    nothing = MaskScores(None, None, None, None)
+    areas = prediction.scores or [MaskScores(None, None, None, None)] * len(classes)
+    shapes = _shapes(sample, prediction)
+    primary, secondary = map(known_or_none, (sample.primary_angle_deg, sample.secondary_angle_deg))
     return [
         ImageScore(
             id=sample.id,
@@ -448,24 +446,29 @@ def _image_scores(
             split=sample.split,
             source=sample.source,
             frame=sample.frame,
-            primary_angle_deg=known_or_none(sample.primary_angle_deg),
-            secondary_angle_deg=known_or_none(sample.secondary_angle_deg),
+            primary_angle_deg=primary,
+            secondary_angle_deg=secondary,
+            view=view_region(primary, secondary),
             class_name=name,
-            **dataclasses.asdict(prediction.scores[k] if prediction.scores else nothing),
+            **dataclasses.asdict(areas[k]),
+            **dataclasses.asdict(shapes[k]),
             predicted_px=prediction.predicted_px[k],
             true_px=prediction.true_px[k] if prediction.true_px else None,
+            annotations=annotations_of(sample, by),
         )
         for k, name in enumerate(classes)
     ]
 
 
-def _summaries(images: Iterable[ImageScore], class_name: str, seed: int) -> dict[str, Summary]:
-    of_class = [image for image in images if image.class_name == class_name]
-    groups = [image.group for image in of_class]
-    return {
-        metric: summarise([getattr(image, metric) for image in of_class], groups, seed)
-        for metric in METRICS
-    }
+def _shapes(sample: StoredSample, prediction: Prediction) -> list[ShapeScores]:
+    if prediction.mask_CHW is None:
+        return [ShapeScores()] * len(prediction.predicted_px)
+    height_px, width_px = prediction.mask_CHW.shape[-2:]
+    spacing_mm = spacing_of_mask(sample, (height_px, width_px))
+    pairs: Iterable[tuple[NDArray[np.bool_], NDArray[np.uint8]]] = zip(
+        prediction.predicted_CHW.cpu().numpy(), prediction.mask_CHW.cpu().numpy(), strict=True
+    )
+    return [shape_scores(predicted_HW, mask_HW, spacing_mm) for predicted_HW, mask_HW in pairs]
 
 
 def _data_sha256(samples: Iterable[StoredSample]) -> str:

@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from sam3cache.records import IGNORE_LABEL
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from sam3cache.evaluation.compare_statistics import Differences
 
 TRUE_COLOUR = "#4cc3ff"
 PREDICTED_COLOUR = "#ff6d00"
@@ -39,6 +41,7 @@ _JPEG_QUALITIES = (88, 80, 70, 60, 45, 30, 15)
 _HALO_COLOUR = "#10161d"
 _GROUND = 236
 _IGNORED_GREY = 150
+_ROW_PX = 96
 _DPI = 64  # A power of two: a figure of n / 64 inches has n pixels, without rounding.
 
 _INK, _MUTED, _LINE, _ACCENT = "#1b2530", "#5c6875", "#d5dbe1", "#0b6aa8"
@@ -304,6 +307,73 @@ def _swarm(
     return ordered, steps * min(0.34, 0.86 / max(1, int(np.abs(steps).max(initial=0))))
 
 
+def view_map_svg(
+    name: str,
+    angles_deg: Sequence[tuple[float, float]],
+    dice: Sequence[float],
+    regions: Mapping[str, str],
+    width_px: int,
+) -> str:
+    """Plot a dot an image at its view, coloured by its Dice, in the four view regions.
+
+    Args:
+        name: begins the ids in the SVG.
+        angles_deg: by image, primary (LAO positive) and secondary angle (cranial positive).
+        dice: by image.
+        regions: by region that has a mean ("LAO cranial"), what to write of it.
+        width_px: ``WIDE_PX`` or ``NARROW_PX``.
+    """
+    is_wide = width_px == WIDE_PX
+    height_px = 420 if is_wide else 380
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes(_frame(width_px, height_px, left=52, right=96, bottom=46, top=12))
+        primary, secondary = np.asarray(angles_deg, dtype=np.float64).T
+        x_limit, y_limit = (
+            max(least, float(np.abs(values).max()) * 1.2)
+            for least, values in ((60.0, primary), (45.0, secondary))
+        )
+        axes.set_xlim(-x_limit, x_limit)
+        axes.set_ylim(-y_limit, y_limit)
+        axes.axhline(0, color=_MUTED, linewidth=1)
+        axes.axvline(0, color=_MUTED, linewidth=1)
+        axes.set_xlabel("RAO − primary angle, degrees + LAO")
+        axes.set_ylabel("caudal − secondary + cranial")
+        dots = axes.scatter(
+            primary,
+            secondary,
+            c=np.asarray(dice),
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+            s=64,
+            linewidths=0.6,
+            edgecolors="white",
+            rasterized=len(dice) > _MANY_DOTS,
+        )
+        for region, text in regions.items():
+            x = 0.985 if region.startswith("LAO") else 0.015
+            y = 0.97 if region.endswith("cranial") else 0.03
+            axes.text(
+                *(x, y, f"{region}\n{text}"),
+                transform=axes.transAxes,
+                ha="right" if x > 0.5 else "left",
+                va="top" if y > 0.5 else "bottom",
+                color=_ACCENT,
+                fontweight="bold",
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2},
+            )
+        left, bottom, width, height = _frame(
+            *(width_px, height_px), left=width_px - 80, right=66, bottom=46, top=12
+        )
+        bar = figure.colorbar(dots, cax=figure.add_axes((left, bottom, width, height)))
+        bar.outline.set_visible(False)
+        bar.ax.grid(visible=False)
+        bar.set_label("Dice", color=_MUTED)
+
+    return _svg(name, (width_px, height_px), draw)
+
+
 def curves_svg(
     name: str,
     epochs: Sequence[int],
@@ -374,6 +444,74 @@ def curves_svg(
                 )
 
     return _svg(name, (width_px, panel_px[1] * num_rows), draw)
+
+
+def differences_svg(name: str, rows: Sequence[Differences], width_px: int = WIDE_PX) -> str:
+    """Plot the differences of each run to the baseline, all on one axis.
+
+    Args:
+        name: begins the ids in the SVG, so that those of several do not meet on one page.
+        rows: a run each, from above.
+        width_px: ``WIDE_PX`` or ``NARROW_PX``.
+    """
+    known = [row.values_N[np.isfinite(row.values_N)] for row in rows]
+    largest = max((float(np.abs(values_N).max(initial=0)) for values_N in known), default=0.0)
+    # Zero in the middle, so that gains and losses are seen for what they are.
+    reach = 1.04 * largest if largest > 0 else 0.01
+    height_px = 8 + len(rows) * _ROW_PX + 48
+
+    def draw(figure: Figure) -> None:
+        for k, (row, values_N) in enumerate(zip(rows, known, strict=True)):
+            above_px = 34 + k * _ROW_PX
+            below_px = 48 + (len(rows) - 1 - k) * _ROW_PX
+            axes = figure.add_axes(
+                _frame(*(width_px, height_px), left=14, right=14, bottom=below_px, top=above_px)
+            )
+            axes.grid(axis="y", visible=False)
+            axes.spines["left"].set_visible(False)
+            axes.set_yticks([])
+            axes.set_xlim(-reach, reach)
+            axes.set_ylim(-1, 1)
+            axes.locator_params(axis="x", nbins=9 if width_px == WIDE_PX else 5)
+            axes.axvline(0, color=_MUTED, linewidth=1)
+            interval, mean = row.summary.interval, row.summary.mean
+            if interval is not None:
+                axes.axvspan(interval.low, interval.high, color=_ACCENT, alpha=0.18)
+            dots, offsets = _swarm((values_N / (2 * reach)).tolist(), 9 / width_px)
+            axes.scatter(
+                dots * 2 * reach,
+                offsets,
+                s=40,
+                color=_INK,
+                alpha=0.5,
+                linewidths=0,
+                clip_on=False,
+                rasterized=len(dots) > _MANY_DOTS,
+            )
+            if mean is not None:
+                axes.axvline(mean, color=_ACCENT, linewidth=2)
+            told = "nothing to compare" if mean is None else f"mean {mean:+.3f}"
+            # The plot's font has no other letters, and no text here is a formula.
+            title = row.name.encode("ascii", "replace").decode()
+            for text, at, side, colour in (
+                (title, 0.0, "left", _INK),
+                (told, 1.0, "right", _ACCENT),
+            ):
+                axes.text(
+                    *(at, 1.04, text),
+                    transform=axes.transAxes,
+                    ha=side,
+                    va="bottom",
+                    color=colour,
+                    fontweight="bold",
+                    parse_math=False,
+                )
+            if k < len(rows) - 1:
+                axes.tick_params(labelbottom=False)
+            else:
+                axes.set_xlabel("difference of Dice to the baseline, better to the right")
+
+    return _svg(name, (width_px, height_px), draw)
 
 
 def _frame(

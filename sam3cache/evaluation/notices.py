@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sam3cache.evaluation.angle_use import MIN_GROUPS
+from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import EvalResult
+from sam3cache.evaluation.shuffling import MIN_GROUPS
+from sam3cache.evaluation.spacing import num_unreadable
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.heads import CheckpointInfo
-
-IMAGE_LEVEL_PREFIX = "image_"
-"""Begins the names of levels that hold pictures; all others come from a backbone."""
 
 MINIATURE = "sam3-mini"
 OWN_WEIGHTS = "default"
@@ -53,6 +52,17 @@ def notices_of(
             "The store is not sealed: its extraction has not finished, so that images may be "
             "missing here."
         )
+    if result.threshold_choice.on_evaluated:
+        sentences.append(
+            f"The threshold was chosen on split {result.threshold_choice.split}, which is measured "
+            "here: scores are a little too high."
+        )
+    num_unknown = num_unreadable(samples)
+    if num_unknown:
+        sentences.append(
+            f"{num_unknown} of {len(samples)} images have a pixel spacing that is not one or two "
+            "positive numbers: they have no distances in millimetres."
+        )
     if result.num_without_mask:
         sentences.append(
             f"{result.num_without_mask} of {len(samples)} images without a mask: they have no "
@@ -62,6 +72,12 @@ def notices_of(
         sentences.append(
             f"{result.num_empty_against_empty} empty against empty: a prediction without a pixel, "
             "of a mask without one, has no Dice and is left out of the means."
+        )
+    if result.num_one_empty:
+        sentences.append(
+            f"{result.num_one_empty} with a prediction or a mask, but not both: there is no "
+            "distance between borders then, so that the means of HD95 and ASSD leave such "
+            "failures out."
         )
     return tuple(sentences)
 

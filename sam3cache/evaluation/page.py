@@ -19,23 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.evaluation import figures
+from sam3cache.evaluation import page_parts as parts
 from sam3cache.evaluation.angle_use import AngleUse, format_view
-from sam3cache.evaluation.cases import (
-    Case,
-    by_image,
-    mean_dice,
-    shown_size_px,
-    stored_picture,
-)
-from sam3cache.evaluation.notices import IMAGE_LEVEL_PREFIX
-from sam3cache.evaluation.report import METRICS, EvalResult
+from sam3cache.evaluation.cases import Case, shown_size_px, stored_picture
+from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
+from sam3cache.evaluation.report import EvalResult
+from sam3cache.evaluation.scores import METRICS, by_image
 from sam3cache.evaluation.statistics import (
     LEVEL,
     NUM_RESAMPLES,
     Summary,
     interval_text,
     number_text,
-    summarise,
 )
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox
@@ -53,7 +48,6 @@ PREFERRED_LEVEL = "fpn_72"
 """Shown in colours where there are several levels: SAM 3's own stride, and small."""
 
 _RUN_FOLDERS = ("best", "last")
-_METRIC_NAMES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
 
 # Of the training's settings, what the page tells elsewhere.
 _TOLD_ELSEWHERE = frozenset({"head"})
@@ -114,7 +108,12 @@ def page_html(
         colours={"true": figures.TRUE_COLOUR, "predicted": figures.PREDICTED_COLOUR},
         **_numbers(result),
         **_cases(result, store, cases),
+        class_table=parts.class_table(result, f"{LEVEL:.0%}"),
+        strata=parts.strata_tables(result, f"{LEVEL:.0%}"),
+        view_map=parts.view_map(result),
+        confusion=parts.confusion_table(result),
         angle_use=_angle_use(result.angle_use),
+        feature_use=parts.feature_use(result.feature_use),
         curves=_curves(Path(result.checkpoint), result.epoch),
         given=_given(store, info, *given),
         **_settings(result, store, info, parameters),
@@ -160,16 +159,13 @@ def _finite(value: object) -> float | None:
 def _numbers(result: EvalResult) -> dict[str, Any]:
     """Return the headline, the table of each class, and the spread of its Dice."""
     images = by_image(result.images, len(result.classes))
-    overall = summarise(
-        [mean_dice(scores) for scores in images],
-        [scores[0].group for scores in images],
-        result.seed,
-    )
-    tables, spreads = [], []
+    overall = result.overall["dice"]
+    several = len(result.classes) > 1
+    tables: list[dict[str, Any]] = [{"name": "", "rows": _summary_rows(result.overall)}]
+    spreads = []
     for k, (name, summaries) in enumerate(result.classes.items()):
-        tables.append(
-            {"name": name, "rows": [_summary_row(metric, summaries[metric]) for metric in METRICS]}
-        )
+        if several:
+            tables.append({"name": name, "rows": _summary_rows(summaries)})
         dice = [scores[k].dice for scores in images]
         known = [value for value in dice if value is not None]
         if known:
@@ -190,17 +186,27 @@ def _numbers(result: EvalResult) -> dict[str, Any]:
         "num_images": result.num_images,
         "num_groups": result.num_groups,
         "num_scored": overall.num_values,
-        "threshold": f"{result.threshold:g}",
-        "several_classes": len(result.classes) > 1,
+        "threshold": result.threshold_choice.sentence,
+        "several_classes": several,
+        "in_mm": result.num_with_spacing > 0,
         "tables": tables,
         "spreads": spreads,
         "level_percent": f"{LEVEL:.0%}",
     }
 
 
+def _summary_rows(summaries: Mapping[str, Summary]) -> list[dict[str, str]]:
+    """Return the measures of a class; millimetres only where any are known."""
+    return [
+        _summary_row(metric, summary)
+        for metric, summary in summaries.items()
+        if summary.num_values or not metric.endswith("_mm")
+    ]
+
+
 def _summary_row(metric: str, summary: Summary) -> dict[str, str]:
     return {
-        "metric": _METRIC_NAMES[metric],
+        "metric": METRICS[metric],
         "images": str(summary.num_values),
         "mean": number_text(summary.mean),
         "interval": interval_text(summary.interval),
@@ -218,7 +224,7 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
         picture = _picture(store, case.sample, case.letterbox)
         if picture is not None:
             size_px = (picture.shape[0], picture.shape[1])
-        drawn = figures.draw_contours(picture, size_px, case.mask_KHW, case.predicted_KHW)
+        drawn = figures.draw_contours(picture, size_px, case.mask_CHW, case.predicted_CHW)
         shown.append(
             {
                 "title": case.title,
@@ -233,7 +239,7 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
                 "contours": figures.png_uri(drawn) if picture is None else figures.jpeg_uri(drawn),
                 "width": size_px[1],
                 "height": size_px[0],
-                "is_empty": not (case.mask_KHW == 1).any(),
+                "is_empty": not (case.mask_CHW == 1).any(),
             }
         )
     return {
@@ -243,7 +249,7 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
         ),
         "class_names": list(result.classes),
         "has_pictures": all(case["picture"] is not None for case in shown),
-        "has_ignored": any((case.mask_KHW == IGNORE_LABEL).all(axis=0).any() for case in cases),
+        "has_ignored": any((case.mask_CHW == IGNORE_LABEL).all(axis=0).any() for case in cases),
     }
 
 
@@ -368,11 +374,12 @@ def _settings(
             ),
             ("Images measured, SHA-256", result.data_sha256),
             ("Label set", f"{result.label_set} ({', '.join(result.classes)})"),
-            ("Threshold", f"{result.threshold:g}"),
+            ("Threshold", "–" if result.threshold is None else f"{result.threshold:g}"),
             ("Seed", str(result.seed)),
             (
                 "Intervals",
-                f"{LEVEL:.0%}, bootstrap by percentiles: {NUM_RESAMPLES} draws of whole groups",
+                f"{LEVEL:.0%}, bootstrap by expanded percentiles: {NUM_RESAMPLES} draws of whole "
+                "groups",
             ),
         ],
         "parameters": [

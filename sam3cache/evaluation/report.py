@@ -15,50 +15,23 @@ from typing import Any
 
 from sam3cache.errors import ConfigError
 from sam3cache.evaluation.angle_use import AngleUse
+from sam3cache.evaluation.feature_use import FeatureUse
+from sam3cache.evaluation.scores import ImageScore
 from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Summary
+from sam3cache.evaluation.strata import Stratum
+from sam3cache.evaluation.threshold import ThresholdChoice
 from sam3cache.runtime import write_atomic
+from sam3cache.tasks import Task
 
-METRICS = ("dice", "iou", "precision", "recall")
 IMAGES_FILE = "per_image.csv"
 SUMMARY_FILE = "summary.json"
+CONFUSION_FILE = "confusion.csv"
 
+BY_PREFIX = "by_"
+"""Begins the columns of per_image.csv that hold annotations of the user's."""
 
-@dataclass(frozen=True, slots=True)
-class ImageScore:
-    """One image, one plane of its mask: a line of per_image.csv.
-
-    Attributes:
-        id: of the sample.
-        group: samples of one group (a patient) are drawn together by the bootstrap.
-        split: "train", "val" or "test".
-        source: path of the image relative to the manifest's folder.
-        frame: index into a cine, or None for a still.
-        primary_angle_deg: LAO positive; None when unknown.
-        secondary_angle_deg: cranial positive; None when unknown.
-        class_name: of the plane.
-        dice: see ``metrics.MaskScores``; None without a mask, too. So are the other three.
-        iou: intersection over union.
-        precision: share of the predicted pixels that are true.
-        recall: share of the true pixels that are predicted.
-        predicted_px: predicted pixels, on the mask's grid and not where it says ignore; without a
-            mask, on the picture's own grid.
-        true_px: the mask's pixels; None without a mask.
-    """
-
-    id: str
-    group: str
-    split: str
-    source: str
-    frame: int | None
-    primary_angle_deg: float | None
-    secondary_angle_deg: float | None
-    class_name: str
-    dice: float | None
-    iou: float | None
-    precision: float | None
-    recall: float | None
-    predicted_px: int
-    true_px: int | None
+NONE_NAME = "(none)"
+"""What pixels of no class are called in the confusion of classes."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +51,27 @@ class EvalResult:
             ``features.DataRecord``.
         split: "train", "val", "test" or "all".
         label_set: the masks compared with.
-        threshold: probability from which a pixel counts as mask.
+        task: what the head was asked; see ``sam3cache.tasks``.
+        threshold: probability from which a pixel counts as mask; None in the task "multiclass".
+        threshold_choice: where the threshold is from.
         seed: of the bootstrap and the shuffles.
         num_images: images of the split.
         num_groups: groups they belong to.
         num_without_mask: images that have no mask, and so no scores.
         num_empty_against_empty: empty predictions of empty masks; they have no Dice.
+        num_one_empty: of prediction and mask just one is empty; they have no distances.
+        num_with_spacing: images whose pixels' size is known, so that distances are in millimetres.
         num_seen_in_training: images whose pixels the head was trained on; None if its checkpoint
             does not tell.
         num_in_training_groups: images of groups that have the name of one it was trained on; None
             likewise. On another store a name may be another's.
+        overall: by metric, the summary over images, of each its mean over the classes.
         classes: by class, by metric, the summary over images.
+        strata: by view region and by the annotations asked for: by column, by value.
+        confusion: pixels of each true class (rows) by the class predicted for them (columns), the
+            first of both no class; also in confusion.csv. None but for the task "multiclass".
         angle_use: what the head makes of the view angle; None when that was not asked.
+        feature_use: what it makes of the features; None when that was not asked.
         notices: what a reader has to know before the figures, in whole sentences.
         images: the scores, image by image and class by class; in per_image.csv.
         page: the evaluation as a page to look at; None when that was not asked.
@@ -109,16 +91,24 @@ class EvalResult:
     data: Mapping[str, Any]
     split: str
     label_set: str
-    threshold: float
+    task: Task
+    threshold: float | None
+    threshold_choice: ThresholdChoice
     seed: int
     num_images: int
     num_groups: int
     num_without_mask: int
     num_empty_against_empty: int
+    num_one_empty: int
+    num_with_spacing: int
     num_seen_in_training: int | None
     num_in_training_groups: int | None
+    overall: Mapping[str, Summary]
     classes: Mapping[str, Mapping[str, Summary]]
+    strata: Mapping[str, Mapping[str, Stratum]]
+    confusion: tuple[tuple[int, ...], ...] | None
     angle_use: AngleUse | None
+    feature_use: FeatureUse | None
     notices: tuple[str, ...]
     images: tuple[ImageScore, ...]
     page: Path | None
@@ -136,7 +126,7 @@ class EvalResult:
             "unit": "group",
             "num_resamples": NUM_RESAMPLES,
             "level": LEVEL,
-            "method": "percentile",
+            "method": "expanded percentile",
         }
         return record
 
@@ -173,15 +163,34 @@ def prepare_output(folder: Path, store: Path) -> Path:
 
 
 def write_result(result: EvalResult) -> None:
-    """Write per_image.csv, a line an image and class, then summary.json."""
-    names = [field.name for field in dataclasses.fields(ImageScore)]
+    """Write per_image.csv, a line an image and class, confusion.csv, and last summary.json."""
+    lines = []
+    for image in result.images:
+        line = {name: getattr(image, name) for name in _COLUMNS}
+        lines.append(line | {f"{BY_PREFIX}{k}": v for k, v in image.annotations.items()})
+    _write_csv(result.output / IMAGES_FILE, list(lines[0]), lines)
+    # Whatever else is in the folder, no matrix of earlier figures stands beside these.
+    (result.output / CONFUSION_FILE).unlink(missing_ok=True)
+    if result.confusion is not None:
+        names = [NONE_NAME, *result.classes]
+        rows = [
+            {"true": true} | {f"predicted {name}": n for name, n in zip(names, row, strict=True)}
+            for true, row in zip(names, result.confusion, strict=True)
+        ]
+        _write_csv(result.output / CONFUSION_FILE, list(rows[0]), rows)
+    text = json.dumps(result.record(), indent=2, allow_nan=False) + "\n"
+    write_atomic(result.output / SUMMARY_FILE, text.encode())
+
+
+_COLUMNS = [f.name for f in dataclasses.fields(ImageScore) if f.name != "annotations"]
+
+
+def _write_csv(path: Path, names: list[str], rows: list[dict[str, Any]]) -> None:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, names)
     writer.writeheader()
-    writer.writerows(dataclasses.asdict(image) for image in result.images)
-    write_atomic(result.output / IMAGES_FILE, table.getvalue().encode())
-    text = json.dumps(result.record(), indent=2, allow_nan=False) + "\n"
-    write_atomic(result.output / SUMMARY_FILE, text.encode())
+    writer.writerows(rows)
+    write_atomic(path, table.getvalue().encode())
 
 
 def known_or_none(angle_deg: float) -> float | None:

@@ -1,15 +1,18 @@
 """Means over images, and how far they can be trusted.
 
-Shape legend: N values, G groups.
+Shape legend: N values, G groups, R resamples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -74,12 +77,17 @@ def summarise(values: Sequence[float | None], groups: Sequence[str], seed: int) 
 def bootstrap_interval(
     values_N: NDArray[np.float64], groups: Sequence[str], seed: int
 ) -> Interval | None:
-    """Return the percentile bootstrap interval of a mean, drawing whole groups.
+    """Return the bootstrap interval of a mean at confidence ``LEVEL``, drawing whole groups.
 
     Images of one patient resemble each other, so that drawing images singly would make the
     interval too narrow: groups are drawn with replacement, and all values of a drawn group count
-    (the cluster bootstrap; Efron and Tibshirani 1993, §13.3 for the percentiles, Davison and
-    Hinkley 1997, §3.8 for the groups).
+    (the cluster bootstrap; Davison and Hinkley 1997, §3.8).
+
+    The 2.5th and 97.5th percentiles of such means lie too near together where groups are few: the
+    spread of G groups is sqrt((G - 1) / G) too small, and that it is estimated counts, too. Of 8
+    groups they miss the true mean in 13 % of cases, not in 5. So percentiles further out are
+    taken, those that make the normal law's interval Student's (Hesterberg 2015, "What Teachers
+    Should Know About the Bootstrap", on expanded percentile intervals).
 
     Args:
         values_N: finite values.
@@ -89,20 +97,72 @@ def bootstrap_interval(
     Returns:
         The interval, or None for fewer than two groups, of which nothing can be drawn.
     """
-    names, group_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    num_groups = len(names)
+    means_R, num_groups = resampled_means(values_N, groups, seed)
     if num_groups < 2:
         return None
+    freedom = num_groups - 1
+    stretch = math.sqrt(num_groups / freedom)
+    tail = special.ndtr(-stretch * special.stdtrit(freedom, (1 + LEVEL) / 2))
+    low, high = np.quantile(means_R, (tail, 1 - tail))
+    return Interval(float(low), float(high))
+
+
+def p_value_of_zero(
+    values_N: NDArray[np.float64], groups: Sequence[str], seed: int
+) -> float | None:
+    """Return the two-sided p-value of a mean of 0, from the same draws as the interval.
+
+    It is 1 - the confidence at which ``bootstrap_interval`` would end at 0, so that it is below
+    0.05 just where the 95% interval leaves 0 out.
+
+    Args:
+        values_N: finite values.
+        groups: by value, its group.
+        seed: of the draws.
+
+    Returns:
+        The p-value, or None for fewer than two groups.
+    """
+    means_R, num_groups = resampled_means(values_N, groups, seed)
+    if num_groups < 2:
+        return None
+    freedom = num_groups - 1
+    stretch = math.sqrt(num_groups / freedom)
+    # One more than was drawn, on either side: no p-value is 0 for want of draws. Of those at 0
+    # half count on each side, so that identical values are not called different.
+    at_zero = float((means_R == 0).sum()) / 2
+    below, above = (float(side.sum()) + at_zero for side in (means_R < 0, means_R > 0))
+    share = min(0.5, (min(below, above) + 1) / (NUM_RESAMPLES + 2))
+    return float(2 * special.stdtr(freedom, special.ndtri(share) / stretch))
+
+
+def resampled_means(
+    values_N: NDArray[np.float64], groups: Sequence[str], seed: int
+) -> tuple[NDArray[np.float64], int]:
+    """Return the means (R,) of draws of whole groups, and how many groups there are."""
+    names, group_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    num_groups = len(names)
     sum_G = np.bincount(group_N, weights=values_N, minlength=num_groups)
     count_G = np.bincount(group_N, minlength=num_groups)
+    means_R = np.concatenate(
+        [
+            # A part at a time: all of them as floats would be large where groups are many.
+            (part @ sum_G) / (part @ count_G)
+            for part in np.array_split(_draws(num_groups, seed), 20)
+        ]
+    )
+    return means_R, num_groups
+
+
+# The cells of a table have mostly the same groups.
+@lru_cache(maxsize=2)
+def _draws(num_groups: int, seed: int) -> NDArray[np.uint16]:
+    """Return how often each resample draws each group, (R, G)."""
     rng = np.random.default_rng(seed)
-    means = np.empty(NUM_RESAMPLES)
-    for i in range(NUM_RESAMPLES):
-        drawn_G = rng.integers(num_groups, size=num_groups)
-        means[i] = sum_G[drawn_G].sum() / count_G[drawn_G].sum()
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(low), float(high))
+    times_RG = np.empty((NUM_RESAMPLES, num_groups), dtype=np.uint16)
+    for times_G in times_RG:
+        times_G[:] = np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)
+    return times_RG
 
 
 def number_text(value: float | None, num_digits: int = 3) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from sam3cache.errors import ConfigError
 from sam3cache.features import BLOCK_ROWS
 from sam3cache.records import SetAside
+from sam3cache.variants import parse_variants
 
 IMAGE_LEVEL = "image_1008"
 DEFAULT_LEVELS = ("fpn_72", IMAGE_LEVEL)
@@ -33,6 +34,8 @@ class ExtractConfig:
         resize_mode: "letterbox" or "squash".
         numeric_path: "fp32", "bf16", or "auto": the store's, else bf16 where every device is CUDA.
         seed: of the split, where the manifest has none; None: the store's, else 0.
+        variants: names of changed views that training samples are stored in as well; None: the
+            store's, else none.
     """
 
     manifest: Path
@@ -46,6 +49,7 @@ class ExtractConfig:
     resize_mode: Literal["letterbox", "squash"] = "letterbox"
     numeric_path: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int | None = None
+    variants: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a file.
@@ -62,6 +66,8 @@ class ExtractConfig:
                 f"batch size {self.batch_size} is outside 1 to {BLOCK_ROWS}: a batch never crosses "
                 f"a block of {BLOCK_ROWS} samples"
             )
+        if self.variants is not None:
+            object.__setattr__(self, "variants", parse_variants(self.variants))
         if not self.devices:
             raise ConfigError("no devices given; expected some, such as cpu or cuda:0")
 
@@ -111,16 +117,17 @@ class ExtractResult:
     Attributes:
         store: the store's folder.
         sealed: whether the store is complete; not so while another process works on it.
-        num_samples: samples that can be used.
-        num_computed: images whose features this run computed.
+        num_samples: samples that can be used; their variants are counted apart.
+        num_computed: images whose features this run computed, variants too.
         num_relabelled: images that this run gave a new mask, their features being as they were.
         num_reannotated: samples that this run gave another split, group, angle or other column.
-        num_kept: images that were there before.
+        num_kept: images that were there before, variants too.
         num_renamed: of these, images that were found in another file than before.
         num_removed: rows that this run turned into tombstones.
         num_moved: samples that this run took out of the training split.
         num_with_mask: samples that can be used and have a mask.
         num_with_angles: samples that can be used and whose view angles are both known.
+        num_variants: changed views of training samples that can be used.
         set_aside: samples that could not be used, and why.
         leaks: groups that the manifest puts into more than one split.
         split_rule: where the splits come from, in words.
@@ -139,6 +146,7 @@ class ExtractResult:
     num_moved: int
     num_with_mask: int
     num_with_angles: int
+    num_variants: int
     set_aside: tuple[SetAside, ...]
     leaks: tuple[str, ...]
     split_rule: str

@@ -92,6 +92,23 @@ class TimeForecast:
     total_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class VariantForecast:
+    """What the variants of training samples take, of all that an extraction does.
+
+    Attributes:
+        names: of the variants.
+        num_samples: rows of variants that the store shall have.
+        num_to_compute: of them, those that lack a level.
+        size_bytes: that are to be written for them.
+    """
+
+    names: tuple[str, ...]
+    num_samples: int
+    num_to_compute: int
+    size_bytes: int
+
+
 @dataclass(frozen=True)
 class Packed:
     """Bytes a sample of what compresses, by its name, where some samples were encoded.
@@ -128,6 +145,8 @@ class Forecast:
         num_to_compute: those that lack a level, kept ones too.
         num_set_aside: samples that cannot be used.
         num_removed: rows that become tombstones.
+        variants: changed views of training samples, which are counted nowhere else but in
+            ``num_to_compute``, ``num_removed`` and ``items``; None without any.
         items: what is to be written.
         free_bytes: at the target.
         num_looked_at: of how many samples the figures come, if not of all.
@@ -151,6 +170,7 @@ class Forecast:
     num_looked_at: int | None = None
     packed: Packed = Packed()
     choices: Mapping[str, int] = field(default_factory=dict)
+    variants: VariantForecast | None = None
     time: TimeForecast | None = None
     why_no_time: str = ""
 
@@ -366,21 +386,44 @@ def forecast_job(job: Job, packed: Packed | None = None) -> Forecast:
         num_items = 1 + len(job.levels) + len(job.label_sets)
         items.append(forecast_tables(len(plan.rows), len(job.tasks), num_items))
     stored = {} if job.state.description is None else job.state.description["levels"]
+    of_variants = plan.variants
+    num_live = plan.num_live - of_variants.num_live
+    num_kept = plan.num_kept - of_variants.num_kept
+    num_changed = plan.num_changed - of_variants.num_changed
     return Forecast(
         store=job.state.root,
-        num_samples=plan.num_live,
-        num_new=plan.num_live - plan.num_kept - plan.num_changed,
-        num_changed=plan.num_changed,
-        num_kept=plan.num_kept,
+        num_samples=num_live,
+        num_new=num_live - num_kept - num_changed,
+        num_changed=num_changed,
+        num_kept=num_kept,
         num_renamed=plan.num_renamed,
         num_to_compute=job.tasks.num_to_compute(),
         num_set_aside=plan.num_aside,
         num_removed=plan.num_removed,
         items=tuple(items),
         free_bytes=free_bytes_at(job.state.root),
+        variants=_forecast_variants(job, rows_of, items),
         packed=packed,
         choices=choices(job.config, stored, job.levels, items, packed),
     )
+
+
+def _forecast_variants(
+    job: Job, rows_of: Mapping[str, Sequence[int]], items: Sequence[ItemForecast]
+) -> VariantForecast | None:
+    """Return what of a job is for variants; levels by their share of the rows."""
+    names = tuple(job.settings.get("variants", ()))
+    if not names:
+        return None
+    to_compute: set[int] = set()
+    size_bytes = 0.0
+    for item in items:
+        if item.name in job.levels:
+            rows = rows_of[job.levels[item.name][0].item]
+            of_variants = [row for row in rows if job.plan.is_variant(row)]
+            to_compute.update(of_variants)
+            size_bytes += item.size_bytes * len(of_variants) / len(rows)
+    return VariantForecast(names, job.plan.variants.num_live, len(to_compute), round(size_bytes))
 
 
 def choices(

@@ -10,7 +10,14 @@ from typing import Any, Literal
 from sam3cache import runtime
 from sam3cache.errors import ManifestError, StoreError
 from sam3cache.extract.config import IMAGE_LEVEL, LABEL_SET, ExtractConfig, ExtractProgress
-from sam3cache.extract.levels import Levels, find_digest, is_of_tower, make_settings, plan_levels
+from sam3cache.extract.levels import (
+    Levels,
+    find_digest,
+    find_variants,
+    is_of_tower,
+    make_settings,
+    plan_levels,
+)
 from sam3cache.extract.rows import (
     AnnotationChanges,
     PixelHashes,
@@ -84,7 +91,11 @@ def read_request(
     seed = find_seed(config, state.description)
     manifest = read_manifest(config.manifest, config.columns, seed=seed)
     wanted = probe_all(
-        manifest.samples, manifest.set_aside, _stage(report, "checking"), state.stored
+        manifest.samples,
+        manifest.set_aside,
+        _stage(report, "checking"),
+        state.stored,
+        find_variants(config, state.description),
     )
     require_some(config, wanted)
     if digest is None:
@@ -214,7 +225,7 @@ def plan_job(request: Request, state: StoreState) -> Job:
     }
     if label_set is not None:
         label_sets[label_set.name] = label_set
-    changes = compare_annotations(state.annotations(), plan.annotations)
+    changes = compare_annotations(state.annotations(), plan.annotations, plan.is_variant)
     none = Tasks({}, plan, state)
     job = Job(config, settings, plan, levels, label_set, label_sets, state, changes, none)
     return replace(job.at(state), num_relabelled=_num_relabelled(state, plan))

@@ -95,8 +95,12 @@ def make_settings(
     config: ExtractConfig, seed: int, description: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return the store's provenance: what its tower levels were begun with, else this run's."""
+    variants = find_variants(config, description)
+    # Of a store without any nothing is said: it is as it was before there were variants.
+    more = {"variants": list(variants)} if variants else {}
     if description is not None and any(map(is_of_tower, description["levels"])):
-        settings = {**description["settings"], "seed": seed}
+        before = {k: v for k, v in description["settings"].items() if k != "variants"}
+        settings = {**before, "seed": seed, **more}
         if config.batch_size is not None:
             settings["batch_size"] = config.batch_size
         return settings
@@ -113,7 +117,15 @@ def make_settings(
         "seed": seed,
         "device": runtime.device_memory(config.devices[0]).name,
         "environment": runtime.environment_fields(),
+        **more,
     }
+
+
+def find_variants(config: ExtractConfig, description: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the variants of training samples: those that are asked for, else the store's."""
+    if config.variants is not None:
+        return config.variants
+    return () if description is None else tuple(description["settings"].get("variants", ()))
 
 
 def _without_folders(weights: str | None) -> str:

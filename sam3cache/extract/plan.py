@@ -22,6 +22,7 @@ from sam3cache.extract.forecast import (
     Forecast,
     Packed,
     TimeForecast,
+    VariantForecast,
     choices,
     encode_some,
     forecast_job,
@@ -40,7 +41,7 @@ from sam3cache.extract.job import (
     require_folder,
     require_some,
 )
-from sam3cache.extract.levels import find_digest, make_settings, plan_levels
+from sam3cache.extract.levels import find_digest, find_variants, make_settings, plan_levels
 from sam3cache.extract.pilot import Pilot, run_pilot
 from sam3cache.extract.rows import Wanted, probe_all
 from sam3cache.extract.state import StoreState
@@ -201,21 +202,37 @@ def _plan_by_sample(
         num_stored = min(sampled.num_usable, description["num_blocks"] * BLOCK_ROWS)
     packed = encode_some([item.sample for item in sampled.usable], levels, config.resize_mode)
 
+    variants = find_variants(config, description)
+    share_of_training = np.mean([item.sample.split == "train" for item in sampled.usable])
+    num_variants = round(sampled.num_usable * float(share_of_training)) * len(variants)
+
     def forecast(packed: Packed) -> Forecast:
         stored = {} if description is None else description["levels"]
         num_new = sampled.num_usable - num_stored
+        # Variants of stored samples may be stored, too; all of them are planned anew.
         items = [
-            forecast_level(spec, range(num_new if name in stored else sampled.num_usable), packed)
+            forecast_level(
+                spec,
+                range((num_new if name in stored else sampled.num_usable) + num_variants),
+                packed,
+            )
             for name, (spec, _) in levels.items()
         ]
+        of_variants = None
+        if variants:
+            size_bytes = sum(
+                round(item.size_bytes * num_variants / max(1, item.num_samples)) for item in items
+            )
+            of_variants = VariantForecast(variants, num_variants, num_variants, size_bytes)
         if label_set is not None:
             share = np.mean([item.mask is not None for item in sampled.usable])
             items.append(
                 forecast_masks(label_set, range(num_new), round(num_new * float(share)), packed)
             )
-        num_blocks = -(-num_new // BLOCK_ROWS)
+        num_blocks = -(-(num_new + num_variants) // BLOCK_ROWS)
         num_items = 1 + len(levels) + (label_set is not None)
-        items.append(forecast_tables(sampled.num_samples, num_blocks, num_items))
+        num_rows = sampled.num_samples + num_variants
+        items.append(forecast_tables(num_rows, num_blocks, num_items))
         return Forecast(
             store=root,
             num_samples=sampled.num_usable,
@@ -230,6 +247,7 @@ def _plan_by_sample(
             free_bytes=free_bytes_at(root),
             num_looked_at=sampled.num_looked_at,
             choices=choices(config, stored, levels, items, packed),
+            variants=of_variants,
             packed=packed,
         )
 

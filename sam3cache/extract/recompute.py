@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,8 +178,9 @@ def recompute(
     store = open_store(config.store, allow_unsealed=True)
     if not store.samples or not store.levels:
         raise ConfigError(f"{config.store} holds no features that could be computed again")
+    stored_samples = (*store.samples, *store.variants)
     chosen = random.Random(config.seed).sample(
-        store.samples, min(config.num_samples, len(store.samples))
+        stored_samples, min(config.num_samples, len(stored_samples))
     )
     manifest = read_manifest(config.manifest, config.columns, seed=0)
     images = {(sample.source, sample.frame): sample for sample in manifest.samples}
@@ -187,6 +188,8 @@ def recompute(
     comparisons = []
     for num_done, stored in enumerate(sorted(chosen, key=lambda sample: sample.row), 1):
         image = images.get((stored.source, stored.frame))
+        if image is not None and stored.variant:
+            image = replace(image, variant=stored.variant)
         comparisons.append(_compare_sample(store, stored, image, tower, config))
         report(num_done, len(chosen))
     return RecomputeResult(

@@ -1,6 +1,6 @@
 """Labels and annotations of a store, set anew from a manifest; features stay as they are.
 
-Shape legend: K planes, H height, W width of a mask.
+Shape legend: M planes, H height, W width of a mask.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import ConfigError, ImageError, ManifestError, StoreError
+from sam3cache.extract.config import LABEL_SET
 from sam3cache.extract.matching import match_samples
 from sam3cache.features import (
     AnnotationRow,
@@ -27,6 +30,7 @@ from sam3cache.features import (
     LabelSetSpec,
     StoredSample,
     block_of,
+    count_classes,
     make_overlay,
     open_store,
     open_to_change,
@@ -41,12 +45,15 @@ from sam3cache.features import (
 )
 from sam3cache.features.files import sha256_of_json
 from sam3cache.features.summary import groups_in_several_splits
-from sam3cache.images import Manifest, read_manifest, read_mask
+from sam3cache.images import FOREGROUND, ClassTable, Manifest, read_labels, read_manifest
 from sam3cache.records import Sample, SetAside
 from sam3cache.runtime import write_atomic
 
 Report = Callable[[int, int], None]
 """Called with samples done and samples in all."""
+
+MaskFiles = tuple[Sample | None, ...]
+"""A sample with each of its masks in turn; None for one that it lacks."""
 
 ANNOTATIONS = ("split", "group", "primary_angle", "secondary_angle")
 """What a manifest may say of a sample, beside columns of its own."""
@@ -65,7 +72,9 @@ class LabelsConfig:
         name: of the label set; one that is there is replaced.
         manifest: a CSV or folder, as for an extraction; a CSV may have ids and masks alone.
         columns: TOML file that maps the CSV's columns to fields, or None.
-        classes: names by plane. Masks are read as foreground and background, so it is one.
+        classes: what the masks are of; :func:`sam3cache.images.parse_classes` reads them from text.
+        mask_columns: columns of the CSV with the masks, in place of the field ``mask``, or folders
+            in place of ``masks/``; several are the planes of as many classes.
         overlay: folder to keep the labels in, beside the store; None: the store itself.
     """
 
@@ -73,7 +82,8 @@ class LabelsConfig:
     name: str
     manifest: Path
     columns: Path | None = None
-    classes: tuple[str, ...] = ("foreground",)
+    classes: ClassTable = FOREGROUND
+    mask_columns: tuple[str, ...] = ()
     overlay: Path | None = None
 
     def __post_init__(self) -> None:
@@ -83,10 +93,20 @@ class LabelsConfig:
             ConfigError: when a value cannot be used.
         """
         require_label_set_name(self.name)
-        if len(self.classes) != 1 or not self.classes[0]:
+        names, num_columns = self.classes.names, len(self.mask_columns)
+        if self.name == LABEL_SET and len(names) > 1:
             raise ConfigError(
-                f"classes {','.join(self.classes) or '(none)'}: masks are read as foreground and "
-                "background, which is one class; set a label set a class instead"
+                f"label set {self.name} is of foreground and background, as `sam3cache extract` "
+                f"writes it; choose another name for masks of {', '.join(names)}"
+            )
+        if not all(self.mask_columns) or num_columns != len(set(self.mask_columns)):
+            raise ConfigError(
+                f"columns of masks {','.join(self.mask_columns)}: expected names, each once"
+            )
+        if num_columns > 1 and (self.classes.numbers is not None or num_columns != len(names)):
+            raise ConfigError(
+                f"{num_columns} columns of masks for the classes {', '.join(names)}; expected one "
+                "column with class numbers or planes, or a class without a number for each column"
             )
 
 
@@ -101,6 +121,7 @@ class LabelsResult:
         num_matched: of them, those that the manifest speaks of.
         num_with_mask: of them, those that have a mask now.
         num_unmatched_rows: rows of the manifest that no sample of the store belongs to.
+        absent_classes: where there are several, those that no mask shows.
         set_aside: rows and masks that could not be used, and why.
     """
 
@@ -110,6 +131,7 @@ class LabelsResult:
     num_matched: int
     num_with_mask: int
     num_unmatched_rows: int
+    absent_classes: tuple[str, ...]
     set_aside: tuple[SetAside, ...]
 
 
@@ -132,18 +154,22 @@ def set_labels(
     with _writable(config.overlay or config.store):
         store, root = _open(config.store, config.overlay)
         seal = store.seal if config.overlay is None else open_to_change(root).seal
-        manifest = read_manifest(config.manifest, config.columns, by_id=True)
+        manifest = read_manifest(
+            config.manifest, config.columns, by_id=True, mask_columns=config.mask_columns
+        )
         matched = match_samples(
             store.samples, manifest.samples, manifest=config.manifest, store=config.store
         )
-        if not any(sample.mask_path for sample in matched.values()):
+        given = {row: sample.each_mask() for row, sample in matched.items()}
+        if not any(any(files) for files in given.values()):
+            column = ", ".join(config.mask_columns) or "mask"
             raise ManifestError(
                 f"{config.manifest}: none of the {len(matched)} rows that match a sample has a "
-                "mask; fill the column 'mask', or say which column it is with --columns"
+                f"mask; fill the column {column!r}, or name another with --masks"
             )
         staging = staging_of(root, config.name)
         with store_lock(staging.parent, timeout_s=0):
-            asides = _stage(config, store, matched, staging, report)
+            asides = _stage(config, store, given, staging, report)
             num_with_mask = sum(
                 fact["present"] for r in read_receipts(staging).values() for fact in r.facts
             )
@@ -153,7 +179,8 @@ def set_labels(
                     f"{config.manifest}: none of its masks can be used, the first because: "
                     f"{asides[0].reason}; correct the masks. The labels are as they were"
                 )
-            put_label_set(root, config.name, config.classes, seal)
+            classes = config.classes
+            put_label_set(root, config.name, classes.names, seal, task=classes.task)
     return LabelsResult(
         store=root,
         label_set=config.name,
@@ -161,8 +188,17 @@ def set_labels(
         num_matched=len(matched),
         num_with_mask=num_with_mask,
         num_unmatched_rows=len(manifest.samples) - len(matched),
+        absent_classes=_absent_classes(config),
         set_aside=(*manifest.set_aside, *asides),
     )
+
+
+def _absent_classes(config: LabelsConfig) -> tuple[str, ...]:
+    """Return classes that no mask shows: mostly, their numbers are not those of the files."""
+    if len(config.classes.names) == 1:
+        return ()
+    counts = count_classes(open_store(config.store, overlay=config.overlay), config.name)
+    return tuple(count.name for count in counts if not any(count.num_samples.values()))
 
 
 def remove_labels(store: Path, name: str, overlay: Path | None = None) -> None:
@@ -204,43 +240,49 @@ def _writable(root: Path) -> Iterator[None]:
 def _stage(
     config: LabelsConfig,
     store: FeatureStore,
-    matched: Mapping[int, Sample],
+    given: Mapping[int, MaskFiles],
     staging: Path,
     report: Report,
 ) -> list[SetAside]:
     """Decode every mask into the staging folder, a block at a time; return those that cannot be."""
     # Of the array's size, a block's files do not depend.
-    spec = LabelSetSpec(config.name, config.classes, 1, 1)
+    spec = LabelSetSpec(config.name, config.classes.names, 1, 1, config.classes.task)
     blocks: dict[int, list[StoredSample]] = defaultdict(list)
     for sample in store.samples:
         blocks[block_of(sample.row)].append(sample)
-    sources = {s.row: _mask_file(s.row, matched.get(s.row)) for s in store.samples}
-    _begin(staging, _request(config, store, matched, sources))
+    # Variants have lines, too, and no masks: theirs are made of their samples'.
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row in store.every_row:
+        rows[block_of(row)].append(row)
+    lines = {row: _mask_line(row, given.get(row, ())) for row in store.every_row}
+    _begin(staging, _request(config, store, given))
     done = read_receipts(staging)
     asides: list[SetAside] = []
     num_done = 0
     report(num_done, len(store.samples))
     with ThreadPoolExecutor(_NUM_THREADS, "sam3cache-masks") as pool:
-        for block, members in sorted(blocks.items()):
+        for block, numbers in sorted(rows.items()):
+            members = blocks[block]
             receipt = done.get((spec.item, block))
             if not (
                 receipt is not None
                 # One without rows was taken back.
-                and len(receipt.rows) == len(members)
+                and len(receipt.rows) == len(numbers)
                 and receipt.is_done(staging)
                 # A mask that was bad is tried again, to be listed again.
-                and all(f["present"] == bool(sources[f["row"]].source) for f in receipt.facts)
+                and all(f["present"] == bool(lines[f["row"]].source) for f in receipt.facts)
             ):
-                decoded = pool.map(_decode, members, [matched.get(s.row) for s in members])
-                masks: dict[int, NDArray[np.uint8] | None] = {}
+                files = [given.get(s.row, ()) for s in members]
+                decoded = pool.map(_decode, members, files, repeat(config.classes))
+                masks: dict[int, NDArray[np.uint8] | None] = dict.fromkeys(numbers)
                 for sample, mask in zip(members, decoded, strict=True):
                     if isinstance(mask, ImageError):
-                        asides.append(SetAside(sample.id, sources[sample.row].source, str(mask)))
+                        asides.append(SetAside(sample.id, lines[sample.row].source, str(mask)))
                     masks[sample.row] = None if isinstance(mask, ImageError) else mask
                 # Without names: who hides paths from a store would not want them here. And a file
                 # that gave no mask is not where one came from.
                 origins = {
-                    row: LabelRow(row) if mask is None else replace(sources[row], source="")
+                    row: LabelRow(row) if mask is None else replace(lines[row], source="")
                     for row, mask in masks.items()
                 }
                 write_label_block(staging, spec, block, masks, origins)
@@ -249,42 +291,52 @@ def _stage(
     return asides
 
 
-def _decode(stored: StoredSample, given: Sample | None) -> NDArray[np.uint8] | ImageError | None:
-    """Return a mask (K, H, W), None where there is none, or why it cannot be used."""
-    if given is None:
-        return None
+def _decode(
+    stored: StoredSample, files: MaskFiles, classes: ClassTable
+) -> NDArray[np.uint8] | ImageError | None:
+    """Return a mask (M, H, W), None where there is none, or why it cannot be used."""
     # The store's frame: a manifest by ids need not name it.
-    given = replace(given, frame=stored.frame)
+    files = tuple(None if file is None else replace(file, frame=stored.frame) for file in files)
     try:
-        return read_mask(given, (stored.height_px, stored.width_px))
+        return read_labels(files, classes, (stored.height_px, stored.width_px))
     except ImageError as error:
         return error
 
 
-def _mask_file(row: int, given: Sample | None) -> LabelRow:
-    if given is None or given.mask is None or given.mask_path is None:
-        return LabelRow(row)
+def _mask_line(row: int, files: MaskFiles) -> LabelRow:
+    """Return where a row's mask comes from; of several files, all their names and bytes."""
+    given = [file for file in files if file is not None]
+    stats = [stat for file in given if (stat := _stat(file)) is not None]
+    return LabelRow(
+        row,
+        source=", ".join(str(file.mask) for file in given),
+        size_bytes=sum(stat.st_size for stat in stats),
+        mtime_ns=max((stat.st_mtime_ns for stat in stats), default=0),
+    )
+
+
+def _stat(file: Sample) -> os.stat_result | None:
+    assert file.mask_path is not None
     try:
-        stat = given.mask_path.stat()
+        return file.mask_path.stat()
     except OSError:
-        return LabelRow(row, source=given.mask)
-    return LabelRow(row, source=given.mask, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        return None
 
 
-def _request(
-    config: LabelsConfig,
-    store: FeatureStore,
-    matched: Mapping[int, Sample],
-    sources: Mapping[int, LabelRow],
-) -> str:
+def _request(config: LabelsConfig, store: FeatureStore, given: Mapping[int, MaskFiles]) -> str:
     """Return a hash of all that the staged masks depend on."""
     lines = []
     for sample in store.samples:
-        given, file = matched.get(sample.row), sources[sample.row]
-        path = None if given is None else given.mask_path
-        where = "" if path is None else os.fspath(path.absolute())
-        lines.append([sample.row, sample.pixel_sha256, where, file.size_bytes, file.mtime_ns])
-    return sha256_of_json([config.name, list(config.classes), lines])
+        files: list[Any] = []
+        for file in given.get(sample.row, ()):
+            if file is None or file.mask_path is None:
+                files.append(None)
+                continue
+            stat = _stat(file)
+            state = None if stat is None else [stat.st_size, stat.st_mtime_ns]
+            files.append([os.fspath(file.mask_path.absolute()), state])
+        lines.append([sample.row, sample.pixel_sha256, files])
+    return sha256_of_json([config.name, config.classes.identity, lines])
 
 
 def _begin(staging: Path, request: str) -> None:

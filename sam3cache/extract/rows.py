@@ -17,10 +17,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from sam3cache.errors import ImageError
+from sam3cache.errors import ImageError, ManifestError
 from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, LazySequence, SampleRow
 from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
 from sam3cache.records import Sample, SetAside
+from sam3cache.variants import variant_id
 
 _NUM_PROBE_THREADS = 8
 _CHUNK = 128
@@ -68,6 +69,50 @@ class WantedSamples(LazySequence[Wanted]):
         # Where in which table a sample was recalled from, or -1.
         self._places = array("i", [_NOBODY]) * num
         self._places_in: Sequence[SampleRow] = ()
+        self.num_originals = num
+        """Variants come behind so many samples."""
+
+    def with_variants(self, names: Sequence[str]) -> WantedSamples:
+        """Return this with variants behind it, of the usable training samples; not yet looked at.
+
+        Raises:
+            ManifestError: when a sample has the id that a variant would get.
+        """
+        variants = [
+            replace(
+                sample,
+                id=variant_id(sample.id, name),
+                mask=None,
+                mask_location=None,
+                masks=(),
+                variant=name,
+                base_id=sample.id,
+            )
+            for index, sample in enumerate(self.samples)
+            if sample.split == "train" and self.is_usable(index)
+            for name in names
+        ]
+        taken = {sample.id for sample in self.samples} if variants else set()
+        if clash := next((variant for variant in variants if variant.id in taken), None):
+            raise ManifestError(
+                f"sample id {clash.id!r} is that of variant {clash.variant} of {clash.base_id!r}; "
+                "give the sample another id, or leave the variant out"
+            )
+        extended = copy(self)
+        extended.samples = [*self.samples, *variants]
+        zeros = _zeros("q", len(variants))
+        for column in ("_height_px", "_width_px", "_num_channels", "_mask_width_px"):
+            setattr(extended, column, getattr(self, column) + array("i", zeros))
+        for column in ("_size_bytes", "_mtime_ns", "_mask_bytes", "_mask_mtime_ns"):
+            setattr(extended, column, getattr(self, column) + zeros)
+        nothing = array("i", [_NOBODY]) * len(variants)
+        extended._mask_height_px = self._mask_height_px + nothing
+        extended._places = self._places + nothing
+        return extended
+
+    def is_variant(self, index: int) -> bool:
+        """Return whether a sample is a variant of another."""
+        return index >= self.num_originals
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -153,8 +198,9 @@ class WantedSamples(LazySequence[Wanted]):
 
     @property
     def num_usable(self) -> int:
-        """Samples that can be used."""
-        return len(self) - len(self._reasons)
+        """Samples that can be used, without their variants."""
+        num_aside = sum(not self.is_variant(index) for index in self._reasons)
+        return self.num_originals - num_aside
 
     @property
     def num_channels(self) -> int:
@@ -212,19 +258,23 @@ class StoredRows:
         keys = np.empty(len(rows), np.int64)
         for position, row in enumerate(rows):
             self.numbers[position] = row.row
-            keys[position] = _key(row.source, row.frame)
+            keys[position] = _key(row.source, row.frame, row.variant)
         self._positions = np.argsort(keys, kind="stable").astype(np.int32)
         self._keys = keys[self._positions]
 
     def positions(self, sample: Sample) -> Sequence[int]:
-        """Return where in the table the rows of a sample's file, and frame, are."""
-        key = _key(sample.source, sample.frame)
+        """Return where in the table the rows of a sample's file, frame and variant are."""
+        key = _key_of(sample)
         begin = int(np.searchsorted(self._keys, key))
         found = []
         while begin < len(self._keys) and self._keys[begin] == key:
             position = int(self._positions[begin])
             row = self.rows[position]
-            if (row.source, row.frame) == (sample.source, sample.frame):
+            if (row.source, row.frame, row.variant or "") == (
+                sample.source,
+                sample.frame,
+                sample.variant,
+            ):
                 found.append(position)
             begin += 1
         return found
@@ -236,7 +286,7 @@ class StoredRows:
         """
         if not len(self._keys):
             return range(len(samples))
-        keys = np.fromiter((_key(s.source, s.frame) for s in samples), np.int64, len(samples))
+        keys = np.fromiter(map(_key_of, samples), np.int64, len(samples))
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         first = np.where(self._keys[at] == keys, self._positions[at], len(self.rows))
         return array("i", np.argsort(first, kind="stable").astype(np.intc).tobytes())
@@ -277,8 +327,14 @@ class StoredRows:
         return None
 
 
-def _key(source: str, frame: int | None) -> int:
+def _key(source: str, frame: int | None, variant: str | None) -> int:
+    if variant:
+        return hash((source, frame, variant))
     return hash(source if frame is None else (source, frame))
+
+
+def _key_of(sample: Sample) -> int:
+    return _key(sample.source, sample.frame, sample.variant)
 
 
 def _is_unchanged(path: Path, size_bytes: int, mtime_ns: int) -> bool:
@@ -309,6 +365,7 @@ def probe_all(
     set_aside: Sequence[SetAside],
     report: Report,
     stored: StoredRows | None = None,
+    variants: Sequence[str] = (),
 ) -> WantedSamples:
     """Look at every file's header; what cannot be read is set aside.
 
@@ -317,9 +374,26 @@ def probe_all(
         set_aside: what the manifest itself had to set aside.
         report: called with samples done and in all.
         stored: rows whose files need no look while their size and time are as recorded.
+        variants: names of changed views that are wanted of usable training samples as well.
+
+    Raises:
+        ManifestError: when a sample has the id that a variant would get.
     """
     stored = stored or StoredRows(())
     wanted = WantedSamples(samples, set_aside)
+    _look_at(wanted, samples, 0, report, stored)
+    if not variants:
+        return wanted
+    wanted = wanted.with_variants(variants)
+    first = wanted.num_originals
+    _look_at(wanted, wanted.samples[first:], first, report, stored)
+    return wanted
+
+
+def _look_at(
+    wanted: WantedSamples, samples: Sequence[Sample], first: int, report: Report, stored: StoredRows
+) -> None:
+    """Look at the files of samples that are those of ``wanted`` from an index on."""
     order = stored.order(samples)
     # Few samples are shared out singly, so that every thread has some.
     size = min(_CHUNK, max(1, len(samples) // (4 * _NUM_PROBE_THREADS)))
@@ -327,7 +401,7 @@ def probe_all(
     def look(start: int) -> int:
         chunk = order[start : start + size]
         for index in chunk:
-            _probe_one(wanted, index, stored)
+            _probe_one(wanted, first + index, stored)
         return len(chunk)
 
     num_done = 0
@@ -335,7 +409,6 @@ def probe_all(
         for num_looked_at in pool.map(look, range(0, len(samples), size)):
             num_done += num_looked_at
             report(num_done, len(samples))
-    return wanted
 
 
 def _probe_one(wanted: WantedSamples, index: int, stored: StoredRows) -> None:
@@ -418,6 +491,7 @@ class _Matching:
         changed: by position, rows that stay otherwise than they are.
         fresh: indices of samples without a row.
         num_renamed: rows whose picture was found in another file than before.
+        num_kept_variants: of the rows that are kept, those of variants.
     """
 
     owner: array[int]
@@ -426,12 +500,14 @@ class _Matching:
     changed: dict[int, SampleRow] = field(default_factory=dict)
     num_kept: int = 0
     num_renamed: int = 0
+    num_kept_variants: int = 0
 
     def keep(self, position: int, row: SampleRow, index: int) -> None:
         """Give a row, as it shall stand, to a sample."""
         self.owner[position] = index
         self.is_live[position] = row.status in ("pending", "ok")
         self.num_kept += row.status == "ok"
+        self.num_kept_variants += row.status == "ok" and row.variant is not None
 
 
 class PlannedRows(LazySequence[SampleRow]):
@@ -484,6 +560,25 @@ class PlannedRows(LazySequence[SampleRow]):
         return (self[position] for position in positions)
 
 
+@dataclass(frozen=True, slots=True)
+class VariantCounts:
+    """How many rows of variants a plan has.
+
+    Attributes:
+        num_live: that are pending or ok.
+        num_kept: that hold features already.
+        num_changed: that are new although the store knows their sample's file.
+        num_removed: that became tombstones.
+        num_aside: that cannot be used.
+    """
+
+    num_live: int
+    num_kept: int
+    num_changed: int
+    num_removed: int
+    num_aside: int
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """The tables that the store shall have, and the samples behind the rows to compute.
@@ -498,6 +593,7 @@ class RowPlan:
         num_changed: samples that got a new row although the store knows their file.
         num_removed: rows that became tombstones.
         num_renamed: rows whose picture was found in another file than before.
+        variants: of the rows counted so, those of variants.
         is_changed: whether any row is to be other than it is.
     """
 
@@ -510,6 +606,7 @@ class RowPlan:
     num_changed: int
     num_removed: int
     num_renamed: int
+    variants: VariantCounts
     is_changed: bool
 
     def __iter__(self) -> Iterator[tuple[SampleRow, Wanted]]:
@@ -529,10 +626,16 @@ class RowPlan:
             raise KeyError(row)
         return self.owner[position]
 
+    def is_variant(self, row: int) -> bool:
+        """Return whether a row belongs to a variant of a sample."""
+        index = self.owner[self.rows.position(row)]
+        return index != _NOBODY and self.wanted.is_variant(index)
+
     @property
     def num_aside(self) -> int:
-        """Samples that cannot be used."""
-        return len(self.owner) - self.owner.count(_NOBODY) - self.num_live
+        """Samples that cannot be used, without their variants."""
+        num_aside = len(self.owner) - self.owner.count(_NOBODY) - self.num_live
+        return num_aside - self.variants.num_aside
 
     @property
     def annotations(self) -> Iterable[AnnotationRow]:
@@ -619,18 +722,45 @@ def plan_rows(
             pixel_sha256=old.pixel_sha256 if old.status == "ok" else "",
         )
     usable = [index for index in matching.fresh if wanted.is_usable(index)]
+    changed = [index for index in usable if len(stored.positions(wanted.samples[index])) > 0]
     is_live = matching.is_live + bytes(map(wanted.is_usable, matching.fresh))
+    owner = matching.owner + array("i", matching.fresh)
     return RowPlan(
         rows=PlannedRows(stored, matching, wanted),
         wanted=wanted,
-        owner=matching.owner + array("i", matching.fresh),
+        owner=owner,
         is_live=is_live,
         num_live=sum(is_live),
         num_kept=matching.num_kept,
-        num_changed=sum(len(stored.positions(wanted.samples[index])) > 0 for index in usable),
+        num_changed=len(changed),
         num_removed=num_removed,
         num_renamed=matching.num_renamed,
+        variants=_count_variants(stored, matching, wanted, owner, is_live, changed),
         is_changed=bool(matching.changed or matching.fresh),
+    )
+
+
+def _count_variants(
+    stored: StoredRows,
+    matching: _Matching,
+    wanted: WantedSamples,
+    owner: array[int],
+    is_live: bytearray,
+    changed: Sequence[int],
+) -> VariantCounts:
+    of_variants = [i for i, index in enumerate(owner) if wanted.is_variant(index)]
+    num_live = sum(is_live[i] for i in of_variants)
+    removed = (
+        row
+        for i, row in matching.changed.items()
+        if owner[i] == _NOBODY and row.variant is not None
+    )
+    return VariantCounts(
+        num_live=num_live,
+        num_kept=matching.num_kept_variants,
+        num_changed=sum(map(wanted.is_variant, changed)),
+        num_removed=sum(1 for _ in removed),
+        num_aside=len(of_variants) - num_live,
     )
 
 
@@ -641,6 +771,8 @@ def _match_files(stored: StoredRows, wanted: WantedSamples, hashes: PixelHashes)
     owner = matching.owner
     fresh = array("i")
     for index in stored.order(wanted.samples):
+        if wanted.is_variant(index) and not wanted.is_usable(index):
+            continue  # Its sample is set aside: that is told once.
         place = wanted.place(index, rows)
         if place != _NOBODY and owner[place] == _NOBODY:
             row = rows[place]
@@ -668,10 +800,10 @@ def _match_pixels(
     orphans = _orphans(stored, matching) if matching.fresh else {}
     if not orphans:
         return
-    by_pixels: dict[str, list[int]] = {}
+    by_pixels: dict[tuple[str, str], list[int]] = {}
     for positions in orphans.values():
         for position in positions:
-            by_pixels.setdefault(stored.rows[position].pixel_sha256, []).append(position)
+            by_pixels.setdefault(_pixels_of(stored.rows[position]), []).append(position)
     for positions in by_pixels.values():
         positions.sort(key=lambda i: (stored.rows[i].status != "ok", i))
     # A sample of a row's own id goes first, whichever copy of the picture it names.
@@ -681,18 +813,23 @@ def _match_pixels(
             item = wanted[index]
             found: int | None = None
             if item.info is not None and _shape(item.info) in orphans:
-                free = by_pixels.get(hashes.of(item.sample) or "", [])
+                free = by_pixels.get((hashes.of(item.sample) or "", item.sample.variant), [])
                 own = [i for i in free if stored.rows[i].id == item.sample.id]
                 found = next(iter(own if only_own_id else free), None)
             if item.info is None or found is None:
                 fresh.append(index)
                 continue
-            by_pixels[stored.rows[found].pixel_sha256].remove(found)
+            by_pixels[_pixels_of(stored.rows[found])].remove(found)
             row = _taken_over(stored.rows[found], item, item.info)
             matching.keep(found, row, index)
             matching.changed[found] = row
             matching.num_renamed += 1
         matching.fresh = fresh
+
+
+def _pixels_of(row: SampleRow) -> tuple[str, str]:
+    """Return what of two rows has to be the same: a symmetric picture is no variant of itself."""
+    return row.pixel_sha256, row.variant or ""
 
 
 _Shape = tuple[int, int, int]
@@ -762,6 +899,7 @@ def _taken_over(row: SampleRow, item: Wanted, info: ImageInfo) -> SampleRow:
         reason="",
         size_bytes=info.size_bytes,
         mtime_ns=info.mtime_ns,
+        base_id=item.sample.base_id or None,
     )
 
 
@@ -781,6 +919,8 @@ def _new_row(number: int, item: Wanted) -> SampleRow:
         num_channels=item.info.num_channels,
         size_bytes=item.info.size_bytes,
         mtime_ns=item.info.mtime_ns,
+        base_id=sample.base_id or None,
+        variant=sample.variant or None,
     )
 
 
@@ -813,9 +953,17 @@ class AnnotationChanges:
 
 
 def compare_annotations(
-    old: Iterable[AnnotationRow], new: Iterable[AnnotationRow]
+    old: Iterable[AnnotationRow],
+    new: Iterable[AnnotationRow],
+    is_variant: Callable[[int], bool] = lambda row: False,
 ) -> AnnotationChanges:
-    """Compare two tables of annotations; both are in row order, and gone through once."""
+    """Compare two tables of annotations; both are in row order, and gone through once.
+
+    Args:
+        old: the store's.
+        new: what it shall be.
+        is_variant: whether a row is a variant's, whose line repeats its sample's.
+    """
     before = iter(old)
     note = next(before, None)
     num_changed = num_moved = 0
@@ -829,6 +977,9 @@ def compare_annotations(
             continue
         if note != now:
             are_any = True
+            if is_variant(now.row):
+                note = next(before, None)
+                continue
             num_changed += replace(note, id=now.id) != now
             num_moved += note.split == "train" != now.split
         note = next(before, None)

@@ -114,6 +114,7 @@ def extract(
         num_moved=job.annotation_changes.num_moved,
         num_with_mask=found.num_with_mask,
         num_with_angles=found.num_with_angles,
+        num_variants=found.num_variants,
         set_aside=found.set_aside,
         leaks=tuple(manifest.leaks),
         split_rule=manifest.split_rule,
@@ -132,15 +133,19 @@ class _Count:
     num_usable: int
     num_with_mask: int
     num_with_angles: int
+    num_variants: int
     set_aside: tuple[SetAside, ...]
 
 
 def _count(job: Job) -> _Count:
     """Count what the store holds now; rows of others, who work on it as well, count too."""
     set_aside = []
-    count = _Count(0, 0, 0, ())
+    count = _Count(0, 0, 0, 0, ())
     wanted = job.plan.wanted
     for row in job.state.rows:
+        if row.variant is not None:
+            count.num_variants += row.status == "ok"
+            continue
         if row.status == "aside":
             set_aside.append(SetAside(row.id, row.source, row.reason))
         if row.status != "ok":
@@ -163,7 +168,8 @@ def _seal(job: Job) -> bool:
         if state.sealed:
             finish_seal(root)
             return True
-        if any(row.status == "pending" for row in state.rows) or job.at(state).tasks:
+        tasks = job.tasks if state is job.state else job.at(state).tasks
+        if tasks or any(row.status == "pending" for row in state.rows):
             return False
         # Another launch has added a level: it knows what is missing of that one.
         if state.description is not None and set(state.description["levels"]) - set(job.levels):
@@ -175,5 +181,5 @@ def _seal(job: Job) -> bool:
                 f"every feature is in {root}, and yet it is not sealed: {change} was interrupted; "
                 "run that command again, which seals it"
             )
-        seal_store(root)
+        seal_store(root, state.receipts, state.rows)
         return True

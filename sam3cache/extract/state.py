@@ -14,8 +14,7 @@ from sam3cache.features import (
     AnnotationRow,
     FeatureStore,
     LabelRow,
-    Receipt,
-    ReceiptKey,
+    ReceiptsOnDemand,
     RowsWithFacts,
     SampleRow,
     is_sealed,
@@ -54,7 +53,7 @@ class StoreState:
     root: Path
     description: dict[str, Any] | None
     opened: FeatureStore | None
-    receipts: Mapping[ReceiptKey, Receipt]
+    receipts: ReceiptsOnDemand
     rows: Sequence[SampleRow]
     label_set: str
     stamp: frozenset[tuple[object, ...]]
@@ -82,7 +81,7 @@ class StoreState:
     @classmethod
     def _read(cls, root: Path, label_set: str, stamp: frozenset[tuple[object, ...]]) -> StoreState:
         if not (root / "zarr.json").exists():
-            return cls(root, None, None, {}, (), label_set, stamp)
+            return cls(root, None, None, ReceiptsOnDemand.none(), (), label_set, stamp)
         description = read_description(root)
         if is_sealed(root):
             # Refuses a store whose metadata or tables were changed behind our back.

@@ -4,6 +4,7 @@ Reading needs :func:`open_store` alone. Writing is :func:`describe_store`, then 
 then :func:`seal_store`; ``sam3cache.extract`` does it.
 """
 
+from sam3cache.features.class_counts import ClassCount, count_classes
 from sam3cache.features.contents import DataRecord, record_data
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.lazy import LazySequence
@@ -24,6 +25,7 @@ from sam3cache.features.receipts import (
     LABEL_CHANGE,
     Receipt,
     ReceiptKey,
+    ReceiptsOnDemand,
     is_sealed,
     read_receipts,
     read_receipts_of_block,
@@ -81,6 +83,7 @@ __all__ = [
     "LABEL_CHANGE",
     "AnnotationRow",
     "BlockClaims",
+    "ClassCount",
     "DataRecord",
     "Encoded",
     "FeatureStore",
@@ -94,12 +97,14 @@ __all__ = [
     "Precision",
     "Receipt",
     "ReceiptKey",
+    "ReceiptsOnDemand",
     "RepairResult",
     "RowsWithFacts",
     "SampleRow",
     "StoredSample",
     "VerifyResult",
     "block_of",
+    "count_classes",
     "decode",
     "describe_store",
     "encode",

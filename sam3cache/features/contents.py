@@ -74,4 +74,6 @@ def _labels_sha256(store: FeatureStore, label_set: str) -> str:
         if item == spec.item
         for shard in receipt.shards
     )
-    return sha256_of_json([list(spec.classes), lines, shards])
+    # Left out where it is the rule, as in hashes of before there were tasks.
+    task = [] if spec.task == "multilabel" else [spec.task]
+    return sha256_of_json([list(spec.classes), lines, shards, *task])

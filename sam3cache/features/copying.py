@@ -41,6 +41,7 @@ from sam3cache.features.writer import (
     GROUP_FILE,
     block_of,
     describe_store,
+    finish_seal,
     foreign_files,
     is_described,
     missing_items,
@@ -114,11 +115,13 @@ class CopyResult:
     Attributes:
         store: the new store.
         num_samples: in it.
-        num_copied: of them, by this call; an earlier one that was stopped copied the others.
+        num_copied: of them and their variants, by this call; an earlier one that was stopped
+            copied the others.
         levels: names.
         label_sets: names.
         size_bytes: of the files of its levels and labels.
         num_left_behind: samples that the sources had set aside: there is nothing of them to copy.
+        num_variants: changed views of the samples, which are not counted among them.
         warnings: a line each.
         elapsed_s: of the call.
     """
@@ -130,6 +133,7 @@ class CopyResult:
     label_sets: tuple[str, ...]
     size_bytes: int
     num_left_behind: int = 0
+    num_variants: int = 0
     warnings: tuple[str, ...] = ()
     elapsed_s: float = 0.0
 
@@ -146,7 +150,7 @@ def subset(
     overlay: Path | None = None,
     report: Report = lambda num_done, num_total: None,
 ) -> CopyResult:
-    """Copy some samples of a store into a new one.
+    """Copy some samples of a store into a new one, and the variants that training has of them.
 
     Args:
         source: a sealed store; it is only read.
@@ -282,6 +286,7 @@ def copy_into(output: Path, plan: CopyPlan, report: Report) -> int:
             table, read_receipts(output), output, levels=plan.levels, label_sources=sources
         )
         if sealed and not missing:
+            finish_seal(output)
             report(len(plan.rows), len(plan.rows))
             return 0
         _describe(output, plan, table)
@@ -426,9 +431,11 @@ def _description(plan: CopyPlan) -> dict[str, Any]:
 
 def _result(output: Path, plan: CopyPlan, num_copied: int) -> CopyResult:
     receipts = read_receipts(output).values()
+    num_variants = sum(row.sample.variant is not None for row in plan.rows)
     return CopyResult(
         store=output,
-        num_samples=len(plan.rows),
+        num_samples=len(plan.rows) - num_variants,
+        num_variants=num_variants,
         num_copied=num_copied,
         levels=tuple(plan.levels),
         label_sets=tuple(plan.label_sets),
@@ -473,7 +480,15 @@ def _copied(store: FeatureStore, row: SampleRow, number: int, prefix: str = "") 
 
 
 def _usable(store: FeatureStore) -> list[SampleRow]:
-    return [row for row in store.sample_rows if row.status == "ok"]
+    """Return the samples that can be used, in row order; variants are not among them."""
+    return [row for row in store.sample_rows if row.status == "ok" and row.variant is None]
+
+
+def _with_variants(store: FeatureStore, rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """Return samples and the variants that training has of them, in row order."""
+    chosen = {row.row for row in rows}
+    chosen |= {variant.row for variant in store.variants if variant.base_row in chosen}
+    return [row for row in store.sample_rows if row.row in chosen]
 
 
 def _select(
@@ -482,7 +497,7 @@ def _select(
     ids: Sequence[str] | None,
     where: Sequence[tuple[str, str]],
 ) -> list[SampleRow]:
-    """Return the samples that are asked for, in row order."""
+    """Return the samples that are asked for and their variants, in row order."""
     rows = _usable(store)
     values_of = {row.row: _values(row, store.annotations[row.row]) for row in rows}
     known = [*_FIELDS, *sorted({name for values in values_of.values() for name in values})]
@@ -518,7 +533,7 @@ def _select(
             f"no sample of {store.path} is all that is asked for; ask for less, and see "
             f"`sam3cache store info {store.path}` for what is there"
         )
-    return rows
+    return _with_variants(store, rows)
 
 
 def _require_ids(store: FeatureStore, ids: Sequence[str]) -> None:
@@ -638,7 +653,13 @@ def _label_sets(
         holders = [store for store in stores if name in store.label_sets]
         first = holders[0].label_sets[name]
         for store in holders:
-            classes = store.label_sets[name].classes
+            classes, task = store.label_sets[name].classes, store.label_sets[name].task
+            if task != first.task:
+                raise StoreError(
+                    f"label set {name} is {first.task} in {holders[0].path} and {task} in "
+                    f"{store.path}; make them the same with `sam3cache store labels`, or name the "
+                    "sets to keep with --label-sets ('none' for no masks)"
+                )
             if classes != first.classes:
                 raise StoreError(
                     f"label set {name} has the classes {', '.join(first.classes)} in "
@@ -677,7 +698,7 @@ def _merged_rows(stores: Sequence[FeatureStore], prefix: bool) -> tuple[CopiedRo
     rows: list[CopiedRow] = []
     owners: dict[str, FeatureStore] = {}
     for store, name in zip(stores, names, strict=True):
-        for sample in _usable(store):
+        for sample in _with_variants(store, _usable(store)):
             row = _copied(store, sample, len(rows), name)
             owner = owners.setdefault(row.sample.id, store)
             if owner is not store:
@@ -696,7 +717,7 @@ def _twins(rows: Sequence[CopiedRow]) -> list[str]:
     """Tell of pictures that are in more than one store: they count twice, or leak."""
     by_picture: dict[str, list[CopiedRow]] = defaultdict(list)
     for row in rows:
-        if row.sample.pixel_sha256:
+        if row.sample.pixel_sha256 and row.sample.variant is None:
             by_picture[row.sample.pixel_sha256].append(row)
     twins = [same for same in by_picture.values() if len({id(row.reader) for row in same}) > 1]
     if not twins:

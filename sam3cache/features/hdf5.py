@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import h5py
 import numpy as np
@@ -37,6 +37,7 @@ from sam3cache.features.store import FeatureStore
 from sam3cache.features.tables import AnnotationRow, LabelRow, SampleRow
 from sam3cache.records import SPLITS
 from sam3cache.runtime import TEMPORARY_SUFFIX, replace_file
+from sam3cache.tasks import Task
 
 HDF5_VERSION = 1
 """Of the layout; docs/hdf5.md says what changed."""
@@ -58,7 +59,7 @@ class ExportResult:
 
     Attributes:
         file: the HDF5 file.
-        num_samples: in it.
+        num_samples: in it, variants among them.
         levels: names.
         label_sets: names.
         size_bytes: of the file.
@@ -147,9 +148,11 @@ def import_hdf5(
         plan = reader.plan()
         num_copied = copy_into(root, plan, report)
     shards = (shard for receipt in read_receipts(root).values() for shard in receipt.shards)
+    num_variants = sum(row.sample.variant is not None for row in plan.rows)
     return CopyResult(
         store=root,
-        num_samples=len(plan.rows),
+        num_samples=len(plan.rows) - num_variants,
+        num_variants=num_variants,
         num_copied=num_copied,
         levels=tuple(plan.levels),
         label_sets=tuple(plan.label_sets),
@@ -290,6 +293,7 @@ def _write_arrays(
     for name, label_set in store.label_sets.items():
         group = labels.create_group(name)
         group.attrs["classes"] = _json(list(label_set.classes))
+        group.attrs["task"] = np.bytes_(label_set.task)
         _write_label_table(group, store, name, rows)
         _create_array(group, "masks", "uint8", (len(rows), *label_set.shape), None)
     output.check()
@@ -498,7 +502,11 @@ class Hdf5Samples:
         masks = self._dataset(f"{where}/masks", num_axes=4)
         with self._reading(where):
             classes = tuple(str(c) for c in json.loads(self._file[where].attrs["classes"]))
-            spec = LabelSetSpec(name, classes, int(masks.shape[2]), int(masks.shape[3]))
+            # Files of before there were class numbers do not say.
+            task = self._file[where].attrs.get("task", np.bytes_("multilabel")).decode("ascii")
+            spec = LabelSetSpec(name, classes, int(masks.shape[2]), int(masks.shape[3]), task)
+        known = " or ".join(get_args(Task))
+        self._require(task in get_args(Task), where, f"its task is {task!r}, not {known}")
         fits = masks.dtype == np.uint8 and masks.shape[1] == spec.num_planes
         self._require(fits, f"{where}/masks", f"not uint8 (samples, {spec.num_planes}, …)")
         return spec

@@ -392,7 +392,7 @@ def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:
     _delete_single_receipts(root)
 
 
-def check_seal(root: Path) -> tuple[str, Mapping[ReceiptKey, Receipt]]:
+def check_seal(root: Path) -> tuple[str, ReceiptsOnDemand]:
     """Check the seal and all that it hashes; return the hash it states, and its receipts.
 
     Raises:
@@ -569,6 +569,11 @@ class ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
         # Whoever reads samples asks for the same few over and over.
         self._unpack = lru_cache(_NUM_UNPACKED)(self._unpack_now)
         self._group = lru_cache(_NUM_GROUPS)(self._decompressed)
+
+    @classmethod
+    def none(cls) -> ReceiptsOnDemand:
+        """Return no receipts."""
+        return cls(_Packed(Path()))
 
     def __getitem__(self, key: ReceiptKey) -> Receipt:
         if not self._packed.has(*key):

@@ -44,6 +44,7 @@ from sam3cache.features.store import (
 from sam3cache.features.tables import AnnotationRow, LabelRow, write_annotations
 from sam3cache.features.writer import GROUP_FILE, missing_items, seal_store
 from sam3cache.runtime import write_atomic
+from sam3cache.tasks import Task
 
 STAGING_FOLDER = "claims/labels"
 """Where masks are written before they are put in place, below the store."""
@@ -152,7 +153,14 @@ def staging_of(root: Path, name: str) -> Path:
     return root / STAGING_FOLDER / name
 
 
-def put_label_set(root: Path, name: str, classes: tuple[str, ...], seal: str | None = None) -> None:
+def put_label_set(
+    root: Path,
+    name: str,
+    classes: tuple[str, ...],
+    seal: str | None = None,
+    *,
+    task: Task = "multilabel",
+) -> None:
     """Make what was written below :func:`staging_of` the store's label set of a name.
 
     The description loses the old set first and gains the new one last. Between the two the store
@@ -161,8 +169,9 @@ def put_label_set(root: Path, name: str, classes: tuple[str, ...], seal: str | N
     Args:
         root: the store, or an overlay.
         name: of the set; an old one is replaced.
-        classes: names by plane.
+        classes: names by plane, or of the class numbers from 1 on.
         seal: of the store whose rows were labelled.
+        task: what the set is of.
 
     Raises:
         UnsealedStoreError: when extraction has not finished.
@@ -177,6 +186,7 @@ def put_label_set(root: Path, name: str, classes: tuple[str, ...], seal: str | N
         classes,
         max((line.height_px for line in lines), default=1) or 1,
         max((line.width_px for line in lines), default=1) or 1,
+        task,
     )
     with changing(root, f"{LABEL_CHANGE} set {name}`", seal):
         _forget(root, name)
@@ -189,8 +199,7 @@ def put_label_set(root: Path, name: str, classes: tuple[str, ...], seal: str | N
         num_rows = description["num_blocks"] * BLOCK_ROWS
         content = spec.grid.metadata(num_rows, spec.shape)
         write_atomic(masks / GROUP_FILE, content)
-        content = group_metadata({"classes": list(classes)})
-        write_atomic(masks.parent / GROUP_FILE, content)
+        write_atomic(masks.parent / GROUP_FILE, group_metadata(spec.attributes))
         description["label_sets"] = sorted([*description["label_sets"], name])
         _describe(root, description)
     shutil.rmtree(staging)
@@ -242,13 +251,14 @@ class LabelSetSummary:
 
     Attributes:
         name: of the set.
-        classes: names by plane.
+        classes: names by plane, or of the class numbers from 1 on.
         num_with_mask: samples of the store that have a mask in it, an empty one too.
         num_without_mask: samples of the store that have none.
         height_px: of the highest mask.
         width_px: of the widest.
         size_bytes: of its files.
         in_overlay: whether it lies in the overlay rather than in the store.
+        task: whether masks are planes of 0 and 1, or class numbers.
     """
 
     name: str
@@ -259,6 +269,7 @@ class LabelSetSummary:
     width_px: int
     size_bytes: int
     in_overlay: bool
+    task: Task
 
 
 def summarise_label_sets(store: FeatureStore) -> tuple[LabelSetSummary, ...]:
@@ -282,6 +293,7 @@ def summarise_label_sets(store: FeatureStore) -> tuple[LabelSetSummary, ...]:
                     for shard in receipt.shards
                 ),
                 holder is not store,
+                spec.task,
             )
         )
     return tuple(summaries)

@@ -42,6 +42,7 @@ from sam3cache.features.tables import (
 from sam3cache.features.verify import Report, VerifyResult, inspect_store
 from sam3cache.features.writer import GROUP_FILE
 from sam3cache.runtime import write_atomic
+from sam3cache.variants import split_variant_id
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ def _samples_from(survey: Survey, kept: Mapping[ReceiptKey, Receipt]) -> list[Sa
     """
     facts = _facts(kept)
     ids = {note.row: note.id for note in survey.annotations or ()}
+    known = set(ids.values())
     numbers = {row for receipt in survey.receipts.values() for row in receipt.rows}
     rows = []
     for number in sorted(numbers | set(facts) | set(ids)):
@@ -262,6 +264,8 @@ def _samples_from(survey: Survey, kept: Mapping[ReceiptKey, Receipt]) -> list[Sa
             row = replace(row, status="removed", reason="its line was lost")
         elif survey.annotations is None:
             row = replace(row, id=f"row-{number}")
+        elif (found := split_variant_id(row.id)) is not None and found[0] in known:
+            row = replace(row, base_id=found[0], variant=found[1])
         rows.append(row)
     return rows
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ from sam3cache.features.receipts import (
     SAMPLES_ITEM,
     Receipt,
     ReceiptKey,
+    ReceiptsOnDemand,
     check_seal,
     is_sealed,
     scan_receipts,
@@ -53,6 +54,7 @@ from sam3cache.features.receipts import (
 from sam3cache.features.shards import ShardReader
 from sam3cache.features.tables import (
     ANNOTATIONS_FILE,
+    VARIANT_COLUMN,
     AnnotationRow,
     LabelRow,
     Rows,
@@ -62,6 +64,8 @@ from sam3cache.features.tables import (
     scan_samples,
 )
 from sam3cache.records import SetAside
+from sam3cache.tasks import Task
+from sam3cache.variants import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class StoredSample:
         split: "train", "val" or "test".
         group: samples of one group are never in two splits.
         extra: the manifest's other columns.
+        variant: of a changed view of a sample, its name, such as "hflip"; else empty.
+        base_row: of such a view, the row of the sample, whose labels it has.
     """
 
     row: int
@@ -95,6 +101,8 @@ class StoredSample:
     split: str
     group: str
     extra: Mapping[str, str] = field(default_factory=dict)
+    variant: str = ""
+    base_row: int | None = None
 
 
 def open_store(
@@ -150,9 +158,7 @@ def open_overlay(root: Path, *, allow_unsealed: bool = False) -> FeatureStore:
     return FeatureStore(root, description, receipts, seal=seal)
 
 
-def _seal_and_receipts(
-    root: Path, allow_unsealed: bool
-) -> tuple[str, Mapping[ReceiptKey, Receipt]]:
+def _seal_and_receipts(root: Path, allow_unsealed: bool) -> tuple[str, ReceiptsOnDemand]:
     """Return the hash that the seal states, empty without a seal, and the receipts."""
     if is_sealed(root):
         return check_seal(root)
@@ -267,7 +273,7 @@ class FeatureStore:
         self,
         path: Path,
         description: Mapping[str, Any],
-        receipts: Mapping[ReceiptKey, Receipt],
+        receipts: ReceiptsOnDemand,
         *,
         seal: str,
         overlay: FeatureStore | None = None,
@@ -327,7 +333,7 @@ class FeatureStore:
                     self._served[name] = stored
 
     @property
-    def receipts(self) -> Mapping[ReceiptKey, Receipt]:
+    def receipts(self) -> ReceiptsOnDemand:
         """What is done, by item and block."""
         return self._receipts
 
@@ -352,12 +358,44 @@ class FeatureStore:
 
     @cached_property
     def samples(self) -> tuple[StoredSample, ...]:
-        """Samples that can be used, in row order."""
+        """Samples that can be used, in row order; their variants are not among them."""
         # Groups and splits are few; equal texts share their memory.
         shared: dict[str, str] = {}
         return tuple(
-            _stored(row, note, shared) for row, note in self._annotated() if row.status == "ok"
+            _stored(row, note, shared)
+            for row, note in self._annotated()
+            if row.status == "ok" and row.variant is None
         )
+
+    @cached_property
+    def variants(self) -> tuple[StoredSample, ...]:
+        """Changed views of training samples, in row order, for training alone.
+
+        Each has its sample's split, group and other columns, and its view angles as the view
+        changes them. Views of samples that cannot be used, or are not in the training split, are
+        left out, whatever is stored of them.
+        """
+        lines = self._variant_rows()
+        if not lines:
+            return ()
+        bases = {sample.id: sample for sample in self.samples if sample.split == "train"}
+        return tuple(_variant_of(bases[row.base_id], row) for row in lines if row.base_id in bases)
+
+    @property
+    def every_row(self) -> tuple[int, ...]:
+        """Rows that hold something, ascending: samples that can be used, and all variants."""
+        rows = [sample.row for sample in self.samples]
+        return tuple(sorted([*rows, *(row.row for row in self._variant_rows())]))
+
+    def _variant_rows(self) -> list[SampleRow]:
+        # Of a store without variants no line has to be made.
+        if not scan_samples(self.path).num_known(VARIANT_COLUMN):
+            return []
+        return [row for row in self._scan_rows() if row.status == "ok" and row.variant is not None]
+
+    @cached_property
+    def _variant_by_row(self) -> Mapping[int, StoredSample]:
+        return {variant.row: variant for variant in self.variants}
 
     def _annotated(self) -> Iterator[tuple[SampleRow, AnnotationRow]]:
         """Go through rows that have annotations, without keeping either table as objects."""
@@ -380,7 +418,9 @@ class FeatureStore:
     def set_aside(self) -> tuple[SetAside, ...]:
         """Samples that could not be used, and why."""
         return tuple(
-            SetAside(r.id, r.source, r.reason) for r in self.sample_rows if r.status == "aside"
+            SetAside(r.id, r.source, r.reason)
+            for r in self.sample_rows
+            if r.status == "aside" and r.variant is None
         )
 
     def fingerprint(self, level: str) -> Fingerprint:
@@ -469,7 +509,8 @@ class FeatureStore:
     def read_mask(self, row: int, label_set: str = "mask") -> NDArray[np.uint8] | None:
         """Return a sample's mask on its own grid, or None when it has none.
 
-        A sample that came into the store after the label set has none in it.
+        A sample that came into the store after the label set has none in it. A variant's is its
+        sample's, changed as its picture is.
 
         Returns:
             (K, H, W) uint8; 255 is to be ignored.
@@ -479,6 +520,14 @@ class FeatureStore:
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
         spec = self._require_label_set(label_set)
+        variant = self._variant_by_row.get(row)
+        if variant is not None:
+            assert variant.base_row is not None
+            mask_KHW = self.read_mask(variant.base_row, label_set)
+            if mask_KHW is None:
+                return None
+            size_px = (variant.height_px, variant.width_px)
+            return Variant.parse(variant.variant).mask(mask_KHW, *size_px)
         line = self.label_rows(label_set).get(row)
         if line is None and not (0 <= row < len(self._is_usable) and self._is_usable[row]):
             raise MissingSampleError(
@@ -510,6 +559,9 @@ class FeatureStore:
             MissingSampleError: when the store has no such label set.
         """
         self._require_label_set(label_set)
+        variant = self._variant_by_row.get(row)
+        if variant is not None and variant.base_row is not None:
+            row = variant.base_row
         line = self.label_rows(label_set).get(row)
         return line is not None and line.present
 
@@ -627,6 +679,7 @@ class RowsWithFacts(LazySequence[SampleRow]):
 
     def __init__(self, rows: Sequence[SampleRow], receipts: Mapping[ReceiptKey, Receipt]) -> None:
         self._rows, self._receipts = rows, receipts
+        self._latest: tuple[int, dict[str, list[Any]]] = -1, {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -646,12 +699,15 @@ class RowsWithFacts(LazySequence[SampleRow]):
     def _merged(self, row: SampleRow) -> SampleRow:
         if row.status not in ("pending", "ok"):
             return row
-        receipt = self._receipts.get((SAMPLES_ITEM, row.row // BLOCK_ROWS))
+        block = row.row // BLOCK_ROWS
+        known, facts = self._latest
+        # Rows come block by block. In one piece: several threads may ask.
+        if known != block:
+            receipt = self._receipts.get((SAMPLES_ITEM, block))
+            facts = receipt.facts.columns if receipt is not None else {}
+            self._latest = block, facts
         # Of most stores no row is touched: what is looked at for each is little.
-        if receipt is None or not len(receipt.facts):
-            return row
-        facts = receipt.facts.columns
-        if row.status == "ok" and "aside" not in facts["status"]:
+        if not facts or (row.status == "ok" and "aside" not in facts["status"]):
             return row
         return _with_facts(row, facts)
 
@@ -667,9 +723,46 @@ def _with_facts(row: SampleRow, facts: Mapping[str, Sequence[Any]]) -> SampleRow
     return row
 
 
-def label_rows_of(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> dict[int, LabelRow]:
+def label_rows_of(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> Mapping[int, LabelRow]:
     """Return, by row and in row order, what the receipts know of a label set's masks."""
-    return {line.row: line for line in scan_label_facts(label_set, receipts)}
+    return _LabelFacts(label_set, receipts)
+
+
+class _LabelFacts(Mapping[int, LabelRow]):
+    """What :func:`label_rows_of` returns, each line made when it is asked for."""
+
+    def __init__(self, label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> None:
+        self._item, self._label_set, self._receipts = f"labels.{label_set}", label_set, receipts
+
+    def __getitem__(self, row: int) -> LabelRow:
+        receipt = self._receipts[self._item, row // BLOCK_ROWS]
+        rows = receipt.facts.columns.get("row", [])
+        if row not in rows:
+            raise KeyError(row)
+        return LabelRow(**receipt.facts.item(rows.index(row)))
+
+    def __iter__(self) -> Iterator[int]:
+        return (line.row for line in scan_label_facts(self._label_set, self._receipts))
+
+    def __len__(self) -> int:
+        return sum(
+            len(self._receipts[item, block].facts)
+            for item, block in self._receipts
+            if item == self._item
+        )
+
+    def values(self) -> ValuesView[LabelRow]:
+        """Return the lines in row order; faster than asking for one after the other."""
+        return _LinesOfFacts(self)
+
+
+class _LinesOfFacts(ValuesView[LabelRow]):
+    def __init__(self, mapping: _LabelFacts) -> None:
+        super().__init__(mapping)
+        self._of = mapping._label_set, mapping._receipts
+
+    def __iter__(self) -> Iterator[LabelRow]:
+        return scan_label_facts(*self._of)
 
 
 def scan_label_facts(label_set: str, receipts: Mapping[ReceiptKey, Receipt]) -> Iterator[LabelRow]:
@@ -725,6 +818,8 @@ def read_label_set_spec(root: Path, name: str) -> LabelSetSpec:
     try:
         attributes = group["attributes"]["sam3cache"]
         classes, task = tuple(attributes["classes"]), attributes.get("task", "multilabel")
+        if task not in get_args(Task):
+            raise ValueError(task)
         return LabelSetSpec(name, classes, int(array["shape"][2]), int(array["shape"][3]), task)
     except (LookupError, TypeError, ValueError):
         raise CorruptStoreError(
@@ -773,6 +868,24 @@ def _stored(row: SampleRow, note: AnnotationRow, shared: dict[str, str]) -> Stor
         split=shared.setdefault(note.split, note.split),
         group=shared.setdefault(note.group, note.group),
         extra=note.extra,
+    )
+
+
+def _variant_of(base: StoredSample, row: SampleRow) -> StoredSample:
+    """Return a variant with what its sample says of it."""
+    assert row.variant is not None
+    primary_deg, secondary_deg = Variant.parse(row.variant).angles(
+        base.primary_angle_deg, base.secondary_angle_deg
+    )
+    return replace(
+        base,
+        row=row.row,
+        id=row.id,
+        pixel_sha256=row.pixel_sha256,
+        primary_angle_deg=primary_deg,
+        secondary_angle_deg=secondary_deg,
+        variant=row.variant,
+        base_row=base.row,
     )
 
 

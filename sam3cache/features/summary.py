@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sam3cache.features.receipts import SEAL_FILE, Receipt
+from sam3cache.features.receipts import SEAL_COPY, SEAL_FILE, Receipt
 from sam3cache.features.repacking import dead_space
 from sam3cache.features.store import (
     FeatureStore,
@@ -54,6 +54,7 @@ def summarise(root: Path, *, overlay: Path | None = None) -> dict[str, Any]:
         "seal": store.seal,
         "num_rows": description["num_blocks"] * description["block_rows"],
         "num_samples": _by_status(store),
+        "variants": _variants(store),
         "splits": _splits(samples),
         "num_groups": len({sample.group for sample in samples}),
         "groups_in_several_splits": groups_in_several_splits(samples),
@@ -74,8 +75,13 @@ def summarise(root: Path, *, overlay: Path | None = None) -> dict[str, Any]:
 
 
 def _by_status(store: FeatureStore) -> dict[str, int]:
-    found = Counter(row.status for row in store.sample_rows)
+    found = Counter(row.status for row in store.sample_rows if row.variant is None)
     return {status: found[status] for status in ("ok", "pending", "aside", "removed")}
+
+
+def _variants(store: FeatureStore) -> dict[str, int]:
+    """Count, by name, the changed views that training may draw from."""
+    return dict(Counter(variant.variant for variant in store.variants))
 
 
 def _splits(samples: Iterable[StoredSample]) -> dict[str, dict[str, int]]:
@@ -124,6 +130,7 @@ def _label_set(store: FeatureStore, name: str) -> dict[str, Any]:
     receipts = _receipts_of(holder, spec.item)
     return {
         "classes": list(spec.classes),
+        "task": spec.task,
         "num_masks": sum(store.has_mask(sample.row, name) for sample in store.samples),
         "height_px": spec.height_px,
         "width_px": spec.width_px,
@@ -143,7 +150,7 @@ def _shard_bytes(receipts: Iterable[Receipt]) -> int:
 
 def _other_bytes(store: FeatureStore) -> int:
     """Return the bytes of seal, tables and metadata; an unsealed store lacks some of them."""
-    names = ["zarr.json", SEAL_FILE, SAMPLES_FILE, ANNOTATIONS_FILE]
+    names = ["zarr.json", SEAL_FILE, SEAL_COPY, SAMPLES_FILE, ANNOTATIONS_FILE]
     names += [f"{grid.folder}/zarr.json" for s in store.levels.values() for grid in s.grids]
     names += [f"labels/{name}/{LABEL_ROWS_FILE}" for name in store.label_sets]
     size_bytes = 0

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 from sam3cache.errors import ConfigError, CorruptStoreError, NotAStoreError, StoreError
 from sam3cache.features.files import canonical_json, sha256_of_file
@@ -46,6 +46,7 @@ from sam3cache.features.tables import (
     read_samples,
 )
 from sam3cache.features.writer import GROUP_FILE, block_of, metadata_files
+from sam3cache.tasks import Task
 
 Kind = Literal[
     "seal",
@@ -117,7 +118,7 @@ class ShardClaim:
         grid: layout of the array.
         rows: that have a chunk in it, ascending.
         limits_px: for labels, by row, the height and width of the mask from the tile's corner on.
-        is_binary: whether it holds planes of a mask of several.
+        max_label: for labels, the highest number that may stand there beside 255; None: any.
     """
 
     item: str
@@ -126,7 +127,7 @@ class ShardClaim:
     grid: ShardGrid
     rows: tuple[int, ...]
     limits_px: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    is_binary: bool = False
+    max_label: int | None = None
 
 
 @dataclass
@@ -445,11 +446,15 @@ def _level_in(name: str, array: Any) -> LevelSpec:
 
 
 def _label_set_in(name: str, group: Any, array: Any) -> LabelSetSpec:
-    classes = group["attributes"]["sam3cache"]["classes"]
+    attributes = group["attributes"]["sam3cache"]
+    classes, task = attributes["classes"], attributes.get("task", "multilabel")
     _, k, h, w = map(int, array["shape"])
-    if not isinstance(classes, list) or k != len(classes):
+    if not isinstance(classes, list) or task not in get_args(Task):
+        raise ValueError(attributes)
+    spec = LabelSetSpec(name, tuple(map(str, classes)), _positive(h), _positive(w), task)
+    if k != spec.num_planes:
         raise ValueError(classes)
-    return LabelSetSpec(name, tuple(map(str, classes)), _positive(h), _positive(w))
+    return spec
 
 
 def _positive(size: int) -> int:
@@ -640,7 +645,10 @@ def _claim_labels(
                     shard = wanted.setdefault(spec.grid.key(index), (spec.grid, [], {}))
                     shard[1].append(row)
                     shard[2][row] = (line.height_px - y, line.width_px - x)
-    _claim(survey, receipt, wanted, damaged, is_binary=spec.num_planes > 1)
+    max_label: int | None = len(spec.classes) if spec.task == "multiclass" else 1
+    if spec.task == "multilabel" and spec.num_planes == 1:
+        max_label = None  # Before there were tasks, one plane might hold class numbers.
+    _claim(survey, receipt, wanted, damaged, max_label=max_label)
 
 
 def _claim(
@@ -649,7 +657,7 @@ def _claim(
     wanted: Mapping[str, tuple[ShardGrid, list[int], Mapping[int, tuple[int, int]]]],
     damaged: Callable[..., None],
     *,
-    is_binary: bool = False,
+    max_label: int | None = None,
 ) -> None:
     """List a receipt's files if they are those that its rows lie in."""
     keys = [record.key for record in receipt.shards]
@@ -663,7 +671,7 @@ def _claim(
             damaged(f"it has checksums of {len(record.chunk_crc32c)} chunks for {len(rows)} rows")
             return
         survey.claims.append(
-            ShardClaim(receipt.item, receipt.block, record, grid, tuple(rows), limits_px, is_binary)
+            ShardClaim(receipt.item, receipt.block, record, grid, tuple(rows), limits_px, max_label)
         )
 
 

@@ -50,6 +50,7 @@ _SAMPLES_SCHEMA = pa.schema(
         ("variant", pa.string()),
     ]
 )
+VARIANT_COLUMN = _SAMPLES_SCHEMA.get_field_index("variant")
 _ANNOTATIONS_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -158,6 +159,10 @@ class Rows(LazySequence[Row]):
     def _make_chunk(self, number: int) -> list[Row]:
         columns = (c.slice(number * _CHUNK_ROWS, _CHUNK_ROWS).to_pylist() for c in self._columns)
         return list(map(self._make, *columns))
+
+    def num_known(self, number: int) -> int:
+        """Return how many lines have a value in a column."""
+        return len(self) - int(self._columns[number].null_count)
 
     def column(self, number: int) -> NDArray[Any]:
         """Return a column of numbers without gaps, or of texts as objects."""

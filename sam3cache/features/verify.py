@@ -27,6 +27,7 @@ from sam3cache.features.shards import ShardReader, crc32c
 from sam3cache.features.survey import Finding, Kind, ShardClaim, Survey, known_files, survey_store
 from sam3cache.features.tables import ANNOTATIONS_FILE, SAMPLES_FILE
 from sam3cache.features.writer import GROUP_FILE
+from sam3cache.records import IGNORE_LABEL
 from sam3cache.runtime import num_cpu_cores
 
 Report = Callable[[int, int], None]
@@ -39,7 +40,6 @@ _LEFT_ALONE = ("claims",)
 _STATED_IN = (GROUP_FILE, SAMPLES_FILE, ANNOTATIONS_FILE, SEAL_FILE, SEAL_COPY, FOLDED_FILE)
 _FLOAT16_EXPONENT = np.uint16(0x7C00)
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
-_IGNORED_CLASS = 255
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class VerifyResult:
         store: its folder.
         sealed: whether it has a seal, right or wrong.
         findings: all that is not as it should be, and notes.
-        num_samples: samples that can be used.
+        num_samples: samples that can be used, without their variants.
         num_files: files looked at.
         num_shards: of these, shards.
         num_shards_read: shards whose every byte was read.
@@ -146,7 +146,7 @@ def inspect_store(
         store=root,
         sealed=survey.sealed,
         findings=tuple(findings),
-        num_samples=sum(row.status == "ok" for row in survey.rows),
+        num_samples=sum(row.status == "ok" and row.variant is None for row in survey.rows),
         num_files=num_files,
         num_shards=len(survey.claims),
         num_shards_read=len(in_full),
@@ -303,8 +303,10 @@ def _problem_of_mask(claim: ShardClaim, row: int, tile: NDArray[Any]) -> str:
     height_px, width_px = claim.limits_px[row]
     if tile[:, height_px:].any() or tile[:, :, width_px:].any():
         return "has labels beyond the mask's own size"
-    if claim.is_binary and ((tile > 1) & (tile != _IGNORED_CLASS)).any():
-        return f"has values other than 0, 1 and {_IGNORED_CLASS}"
+    highest = claim.max_label
+    if highest is not None and ((tile > highest) & (tile != IGNORE_LABEL)).any():
+        expected = "0, 1" if highest == 1 else f"0 to {highest}"
+        return f"has values other than {expected} and {IGNORE_LABEL}"
     return ""
 
 

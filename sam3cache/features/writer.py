@@ -31,9 +31,11 @@ from sam3cache.features.receipts import (
     CHANGE_FILE,
     FORMAT_VERSION,
     SAMPLES_ITEM,
+    SEAL_COPY,
     Facts,
     Receipt,
     ReceiptKey,
+    ReceiptsOnDemand,
     ShardRecord,
     break_seal,
     finish_sealing,
@@ -87,8 +89,8 @@ def block_of(row: int) -> int:
 
 
 def num_blocks_of(rows: Sequence[SampleRow]) -> int:
-    """Return how many blocks a table of rows spans."""
-    return 1 + max((block_of(row.row) for row in rows), default=-1)
+    """Return how many blocks a table spans, of rows in their order."""
+    return 1 + block_of(rows[-1].row) if rows else 0
 
 
 def describe_store(
@@ -398,10 +400,19 @@ def _labels_done(
     return True
 
 
-def seal_store(root: Path) -> None:
+def seal_store(
+    root: Path,
+    receipts: ReceiptsOnDemand | None = None,
+    rows: Sequence[SampleRow] | None = None,
+) -> None:
     """Fold facts into the tables and write the seal; hold :func:`store_lock` meanwhile.
 
     The caller has made sure that nothing is missing (:func:`missing_items`).
+
+    Args:
+        root: the store's folder.
+        receipts: all of them, for a caller who has just read them.
+        rows: the table of samples, likewise, with the receipts' facts in it.
 
     Raises:
         OSError: when the disk is full or read-only; the store stays unsealed and loses nothing.
@@ -410,25 +421,27 @@ def seal_store(root: Path) -> None:
     items = {SAMPLES_ITEM, *(f"levels.{name}" for name in description["levels"])}
     items |= {f"labels.{name}" for name in description["label_sets"]}
     # What the description no longer names was being removed.
-    receipts = scan_receipts(root).only(items)
-    write_samples(root, RowsWithFacts(scan_samples(root), receipts))
+    kept = (receipts or scan_receipts(root)).only(items)
+    write_samples(root, RowsWithFacts(scan_samples(root), kept) if rows is None else rows)
     hashed = ["zarr.json", "levels/zarr.json", "labels/zarr.json", SAMPLES_FILE, ANNOTATIONS_FILE]
     for name in description["levels"]:
         hashed += [f"{grid.folder}/zarr.json" for grid in read_level_spec(root, name).grids]
     for name in description["label_sets"]:
         folder = root / "labels" / name
-        write_label_rows(folder, scan_label_facts(name, receipts))
+        write_label_rows(folder, scan_label_facts(name, kept))
         hashed += [
             f"labels/{name}/{file}" for file in ("zarr.json", "masks/zarr.json", LABEL_ROWS_FILE)
         ]
-    write_seal(root, receipts, hashed)
+    write_seal(root, kept, hashed)
     (root / CHANGE_FILE).unlink(missing_ok=True)
     _sweep(root)
 
 
 def finish_seal(root: Path) -> None:
     """Tidy up behind a seal whose writer was killed before it had; hold :func:`store_lock`."""
-    if is_sealed(root) and any((root / "claims").glob("*.lock")):
+    if not is_sealed(root):
+        return
+    if any((root / "claims").glob("*.lock")) or not (root / SEAL_COPY).exists():
         finish_sealing(root)
         _sweep(root)
 

@@ -11,7 +11,14 @@ from sam3cache.heads.checkpoint import (
     save_checkpoint,
 )
 from sam3cache.heads.head import Head, count_parameters
-from sam3cache.heads.registry import HEADS, build_head, fitting_heads, forward_gflop
+from sam3cache.heads.registry import (
+    HEADS,
+    PartSize,
+    build_head,
+    describe_head,
+    fitting_heads,
+    forward_gflop,
+)
 from sam3cache.heads.view import FiLM, ViewEncoder
 
 __all__ = [
@@ -19,10 +26,12 @@ __all__ = [
     "CheckpointInfo",
     "FiLM",
     "Head",
+    "PartSize",
     "ViewEncoder",
     "build_head",
     "check_fingerprints",
     "count_parameters",
+    "describe_head",
     "fitting_heads",
     "forward_gflop",
     "load_checkpoint",

@@ -29,6 +29,7 @@ from sam3cache.errors import CheckpointError, FingerprintError, HeadError
 from sam3cache.heads.head import Head
 from sam3cache.heads.registry import HEADS, build_head
 from sam3cache.runtime import write_atomic
+from sam3cache.tasks import Task
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -43,7 +44,7 @@ class CheckpointInfo:
     Attributes:
         head: name in ``HEADS``, or "package.module:Class".
         head_options: keyword arguments that the head was built with.
-        num_classes: K, planes of the masks.
+        num_classes: K, planes of logits; see ``tasks.num_outputs``.
         levels: by level that the head reads: ``shape`` [C, H, W], ``digest`` and ``fields`` of its
             fingerprint.
         label_set: label set of the store that was learned.
@@ -55,7 +56,9 @@ class CheckpointInfo:
         data: which samples, labels and annotations of the store were used, by their hashes; see
             ``features.DataRecord``. Empty if that was not recorded.
         seed: of weights, order and dropout.
-        threshold: probability from which a pixel counts as mask.
+        threshold: probability from which a pixel counts as mask, of the task "multilabel".
+        task: what the head was asked; see ``sam3cache.tasks``.
+        classes: names of the label set's classes in order; empty if that was not recorded.
         weights_sha256: of names and bytes of the weights; filled in by writing.
         sam3cache_version: version that wrote it.
         torch_version: version that trained it.
@@ -74,6 +77,8 @@ class CheckpointInfo:
     data: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     threshold: float = 0.5
+    task: Task = "multilabel"
+    classes: tuple[str, ...] = ()
     weights_sha256: str = ""
     sam3cache_version: str = sam3cache.__version__
     torch_version: str = str(torch.__version__)
@@ -217,7 +222,8 @@ def _parse_record(path: Path, metadata: Mapping[str, str]) -> CheckpointInfo:
         record = json.loads(metadata[_HEADER_KEY])
         version = record["format_version"]
         if version == FORMAT_VERSION:
-            return CheckpointInfo(**record)
+            # JSON has lists alone; a checkpoint written before version 0.2 names no classes.
+            return CheckpointInfo(**{**record, "classes": tuple(record.get("classes", ()))})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path / MODEL_FILE} has no record of a trained head in its header; expected one "

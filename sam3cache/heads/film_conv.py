@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam3cache.heads.head import Head, LevelShapes
-from sam3cache.heads.view import FiLM, ViewEncoder
+from sam3cache.heads.view import FiLM, ViewEncoder, modulated
 from sam3cache.records import Batch
 
 
@@ -41,7 +41,7 @@ class FilmConv(Head):
         num_channels = level_shapes["fpn_72"][0]
         self.view_encoder = ViewEncoder(embedding_dim)
         self.film = FiLM(embedding_dim, num_channels)
-        self.segmentation = nn.Sequential(
+        self.segmentation = ModulatedConvs(
             nn.Conv2d(num_channels, widths[0], 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(widths[0], widths[1], 3, padding=1),
@@ -53,14 +53,27 @@ class FilmConv(Head):
         """Return logits (B, K, H, W) at the stride of ``fpn_72``."""
         feature_BCHW = self.feature(batch, "fpn_72")
         embedding_BD = self.view_encoder(batch.angles_B2)
-        first, rest = self.segmentation[0], self.segmentation[1:]
+        scale_BC, shift_BC = self.film.coefficients(embedding_BD)
+        logits_BKHW: Tensor = self.segmentation(feature_BCHW, scale_BC, shift_BC)
+        return logits_BKHW.float()
+
+
+class ModulatedConvs(nn.Sequential):
+    """Convolutions of features that are modulated first: ``scale * feature + shift``."""
+
+    def forward(  # type: ignore[override]
+        self, feature_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor
+    ) -> Tensor:
+        """Return what the last layer makes of features (B, C, H, W)."""
+        first, *rest = self
         assert isinstance(first, nn.Conv2d)
         if feature_BCHW.device.type == "cpu":
-            hidden_BOHW = modulated_conv(first, feature_BCHW, *self.film.coefficients(embedding_BD))
+            hidden_BOHW = modulated_conv(first, feature_BCHW, scale_BC, shift_BC)
         else:
-            hidden_BOHW = first(self.film(feature_BCHW, embedding_BD))
-        logits_BKHW: Tensor = rest(hidden_BOHW)
-        return logits_BKHW.float()
+            hidden_BOHW = first(modulated(feature_BCHW, scale_BC, shift_BC))
+        for layer in rest:
+            hidden_BOHW = layer(hidden_BOHW)
+        return hidden_BOHW
 
 
 def modulated_conv(

@@ -24,6 +24,9 @@ from sam3cache.records import Batch
 CELLS = 7
 """Cells of 2 x 2 pixels along a side of a token's 14 x 14."""
 
+FIRST_LOGIT = -2.0
+"""Masks are a small part of a picture: a new head marks little of it."""
+
 
 class FilmDetail(Head):
     """Features of ``fpn_72`` modulated by the view, fused with a stem on ``image_1008``.
@@ -40,6 +43,7 @@ class FilmDetail(Head):
         stride_px: of the logits and the stem's finest layer, 4 or 8; 8 takes two thirds of the
             time and loses thin vessels.
         use_features: False leaves the frozen features out, to learn what they are worth.
+        use_image: False leaves the picture out, to learn what the features are worth alone.
     """
 
     needs: tuple[str, ...] = ("fpn_72", "image_1008")
@@ -55,45 +59,62 @@ class FilmDetail(Head):
         context_width: int = 96,
         stride_px: int = 4,
         use_features: bool = True,
+        use_image: bool = True,
     ) -> None:
         super().__init__()
         # Not only in (4, 8): 4.0 is, and no stride.
         if not (isinstance(stride_px, int) and stride_px in (4, 8)):
             raise ValueError(f"stride_px is {stride_px!r}: expected 4 or 8")
-        if not isinstance(use_features, bool):
-            raise ValueError(f"use_features is {use_features!r}: expected true or false")
+        for name, flag in (("use_features", use_features), ("use_image", use_image)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}: expected true or false")
+        if not (use_features or use_image):
+            raise ValueError("use_features and use_image are both false: expected one of them true")
         for name, value in (("width", width), ("context_width", context_width)):
             if not isinstance(value, int) or value < 8 or value % 8:
                 raise ValueError(f"{name} is {value!r}: expected a multiple of 8, at least 8")
         if not isinstance(embedding_dim, int) or embedding_dim < 1:
             raise ValueError(f"embedding_dim is {embedding_dim!r}: expected at least 1")
-        self.needs = self.levels_read({"use_features": use_features})
+        self.needs = self.levels_read({"use_features": use_features, "use_image": use_image})
         self.view_encoder = ViewEncoder(embedding_dim)
-        self.stem = Stem(level_shapes["image_1008"][0], width, stride_px)
+        self.stem = Stem(level_shapes["image_1008"][0], width, stride_px) if use_image else None
         num_features = level_shapes["fpn_72"][0] if use_features else 0
         self.context = Context(num_features, context_width, embedding_dim) if use_features else None
-        self.segmentation = Fusion(
-            width,
-            context_width if use_features else None,
-            num_features,
-            embedding_dim,
-            stride_px,
-            num_classes,
+        self.segmentation: nn.Module = (
+            Fusion(
+                width,
+                context_width if use_features else None,
+                num_features,
+                embedding_dim,
+                stride_px,
+                num_classes,
+            )
+            if use_image
+            else Draft(context_width, num_features, stride_px, num_classes)
         )
 
     @classmethod
     def levels_read(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the picture alone where ``use_features`` is False."""
-        return cls.needs if options.get("use_features", True) else ("image_1008",)
+        """Return what is left without the features, or without the picture."""
+        left_out = {
+            level
+            for level, option in (("fpn_72", "use_features"), ("image_1008", "use_image"))
+            if options.get(option) is False
+        }
+        return tuple(level for level in cls.needs if level not in left_out)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K, H, W) at stride ``stride_px``."""
         embedding_BD = self.view_encoder(batch.angles_B2)
-        detail = self.stem(self.feature(batch, "image_1008"))
         context = None
         if self.context is not None:
             context = self.context(batch.levels["fpn_72"], embedding_BD)
-        logits_BKHW: Tensor = self.segmentation(detail, context, embedding_BD)
+        logits_BKHW: Tensor
+        if self.stem is None:
+            logits_BKHW = self.segmentation(context)
+        else:
+            detail = self.stem(self.feature(batch, "image_1008"))
+            logits_BKHW = self.segmentation(detail, context, embedding_BD)
         return logits_BKHW.float()
 
 
@@ -108,11 +129,13 @@ class Stem(nn.Module):
 
     def __init__(self, num_channels: int, width: int, stride_px: int) -> None:
         super().__init__()
-        self.first = _conv(num_channels, width // 2, stride=2)
-        self.quarter = nn.Sequential(_conv(width // 2, width, stride=2))
+        self.first = conv_norm_act(num_channels, width // 2, stride=2)
+        self.quarter = nn.Sequential(conv_norm_act(width // 2, width, stride=2))
         if stride_px == 4:
-            self.quarter.append(_conv(width, width))
-        self.eighth = nn.Sequential(_conv(width, 2 * width, stride=2), _conv(2 * width, 2 * width))
+            self.quarter.append(conv_norm_act(width, width))
+        self.eighth = nn.Sequential(
+            conv_norm_act(width, 2 * width, stride=2), conv_norm_act(2 * width, 2 * width)
+        )
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return features at stride 4 and at stride 8 of pixels in [0, 255]."""
@@ -137,15 +160,17 @@ class Context(nn.Module):
         super().__init__()
         self.film = FiLM(embedding_dim, num_channels)
         self.enter = nn.Conv2d(num_channels, width, 1)
-        self.fine = _conv(width, width)
-        self.middle = nn.Sequential(_conv(width, 2 * width, stride=2), _conv(2 * width, 2 * width))
+        self.fine = conv_norm_act(width, width)
+        self.middle = nn.Sequential(
+            conv_norm_act(width, 2 * width, stride=2), conv_norm_act(2 * width, 2 * width)
+        )
         self.coarse = nn.Sequential(
-            _conv(2 * width, 4 * width, stride=2), _conv(4 * width, 4 * width)
+            conv_norm_act(2 * width, 4 * width, stride=2), conv_norm_act(4 * width, 4 * width)
         )
         self.coarse_to_middle = nn.Conv2d(4 * width, 2 * width, 1)
-        self.middle_out = _conv(2 * width, 2 * width)
+        self.middle_out = conv_norm_act(2 * width, 2 * width)
         self.middle_to_fine = nn.Conv2d(2 * width, width, 1)
-        self.fine_out = _conv(width, width)
+        self.fine_out = conv_norm_act(width, width)
 
     def forward(self, feature_BCHW: Tensor, embedding_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens (B, C, H, W), and the same in context (B, width, H, W)."""
@@ -153,8 +178,8 @@ class Context(nn.Module):
         fine = self.fine(self.enter(token_BCHW))
         middle = self.middle(fine)
         coarse = self.coarse(middle)
-        middle = self.middle_out(middle + _resize(self.coarse_to_middle(coarse), middle))
-        return token_BCHW, self.fine_out(fine + _resize(self.middle_to_fine(middle), fine))
+        middle = self.middle_out(middle + resize(self.coarse_to_middle(coarse), middle))
+        return token_BCHW, self.fine_out(fine + resize(self.middle_to_fine(middle), fine))
 
 
 class Fusion(nn.Module):
@@ -185,19 +210,18 @@ class Fusion(nn.Module):
         super().__init__()
         self.stride_px = stride_px
         self.film = FiLM(embedding_dim, 2 * width)
-        self.eighth = _conv(2 * width, 2 * width)
+        self.eighth = conv_norm_act(2 * width, 2 * width)
         last = width if stride_px == 4 else 2 * width
         if stride_px == 4:
             self.eighth_to_quarter = nn.Conv2d(2 * width, width, 1)
-            self.quarter = nn.Sequential(_conv(width, width), _conv(width, width))
+            self.quarter = nn.Sequential(conv_norm_act(width, width), conv_norm_act(width, width))
         if context_width is not None:
-            self.context_to_eighth = _zeros(nn.Conv2d(context_width, 2 * width, 1))
-            self.token_logits = _zeros(nn.Conv2d(num_features, num_classes * CELLS**2, 1))
-            self.context_logits = _zeros(nn.Conv2d(context_width, num_classes, 1))
+            self.context_to_eighth = zeros(nn.Conv2d(context_width, 2 * width, 1))
+            self.token_logits = zeros(nn.Conv2d(num_features, num_classes * CELLS**2, 1))
+            self.context_logits = zeros(nn.Conv2d(context_width, num_classes, 1))
             self.draft_to_last = nn.Conv2d(num_classes, last, 1)
         self.logits = nn.Conv2d(last, num_classes, 1)
-        # Masks are a small part of a picture: begin with little of it marked.
-        nn.init.constant_(self.logits.bias, -2.0)  # type: ignore[arg-type]
+        nn.init.constant_(self.logits.bias, FIRST_LOGIT)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -208,21 +232,50 @@ class Fusion(nn.Module):
         """Return logits (B, K, H, W) at stride ``stride_px``."""
         quarter, eighth = detail
         if context is not None:
-            eighth = eighth + _resize(self.context_to_eighth(context[1]), eighth)
+            eighth = eighth + resize(self.context_to_eighth(context[1]), eighth)
         fused = self.eighth(self.film(eighth, embedding_BD))
         if self.stride_px == 4:
-            fused = quarter + _resize(self.eighth_to_quarter(fused), quarter)
+            fused = quarter + resize(self.eighth_to_quarter(fused), quarter)
         draft_BKHW: Tensor | float = 0.0
         if context is not None:
             token_BCHW, context_BCHW = context
             cells = F.pixel_shuffle(self.token_logits(token_BCHW), CELLS)
             draft_BKHW = F.avg_pool2d(cells, self.stride_px // 2)
-            draft_BKHW = draft_BKHW + _resize(self.context_logits(context_BCHW), draft_BKHW)
+            draft_BKHW = draft_BKHW + resize(self.context_logits(context_BCHW), draft_BKHW)
             fused = fused + self.draft_to_last(draft_BKHW)
         if self.stride_px == 4:
             fused = self.quarter(fused)
         logits_BKHW: Tensor = self.logits(fused) + draft_BKHW
         return logits_BKHW
+
+
+class Draft(nn.Module):
+    """Draws the masks from the features alone, in cells of 2 x 2 pixels.
+
+    What ``Fusion`` only drafts has to be the mask here: so the surroundings, too, say something of
+    each cell by itself.
+
+    Args:
+        context_width: channels of the features in context.
+        num_features: channels of the features before that.
+        stride_px: of the logits.
+        num_classes: K.
+    """
+
+    def __init__(
+        self, context_width: int, num_features: int, stride_px: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.stride_px = stride_px
+        self.token_logits = nn.Conv2d(num_features, num_classes * CELLS**2, 1, bias=False)
+        self.context_logits = nn.Conv2d(context_width, num_classes * CELLS**2, 1)
+        nn.init.constant_(self.context_logits.bias, FIRST_LOGIT)  # type: ignore[arg-type]
+
+    def forward(self, context: tuple[Tensor, Tensor]) -> Tensor:
+        """Return logits (B, K, H, W) at stride ``stride_px``; the view is in the context."""
+        token_BCHW, context_BCHW = context
+        cells = self.token_logits(token_BCHW) + self.context_logits(context_BCHW)
+        return F.avg_pool2d(F.pixel_shuffle(cells, CELLS), self.stride_px // 2)
 
 
 def channel_norm(feature_BCHW: Tensor) -> Tensor:
@@ -238,7 +291,7 @@ def channel_norm(feature_BCHW: Tensor) -> Tensor:
         return centred_BCHW * torch.rsqrt(variance_B1HW + 1e-12)
 
 
-def _conv(num_in: int, num_out: int, *, stride: int = 1) -> nn.Module:
+def conv_norm_act(num_in: int, num_out: int, *, stride: int = 1) -> nn.Module:
     """Return a 3 x 3 convolution, normalised by groups of channels, and an activation.
 
     Not by the batch: what a picture gives must not depend on those beside it.
@@ -250,12 +303,14 @@ def _conv(num_in: int, num_out: int, *, stride: int = 1) -> nn.Module:
     )
 
 
-def _zeros(conv: nn.Conv2d) -> nn.Conv2d:
+def zeros(conv: nn.Conv2d) -> nn.Conv2d:
+    """Let a convolution begin as one that returns zeros."""
     nn.init.zeros_(conv.weight)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
 
 
-def _resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+def resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Bring features to another's grid, bilinearly."""
     return F.interpolate(x_BCHW, like_BCHW.shape[-2:], mode="bilinear", align_corners=False)

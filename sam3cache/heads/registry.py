@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -20,20 +22,22 @@ from sam3cache.errors import HeadError
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.heads.film_conv import FilmConv
 from sam3cache.heads.film_detail import FilmDetail
-from sam3cache.heads.head import Head, LevelShapes
+from sam3cache.heads.film_pyramid import FilmPyramid
+from sam3cache.heads.head import Head, LevelShapes, count_parameters
 from sam3cache.heads.linear import Linear
 from sam3cache.records import Batch
 
 HEADS: dict[str, type[Head]] = {
     "film-detail": FilmDetail,
     "film-conv": FilmConv,
+    "film-pyramid": FilmPyramid,
     "linear": Linear,
 }
 """The heads that come with the package, by the name that ``--head`` takes; the first is default."""
 
 
 # What code that somebody else wrote, or an option of the wrong kind, mostly fails by.
-_MISTAKES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
+MISTAKES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
 
 
 def build_head(
@@ -72,9 +76,9 @@ def build_head(
     _check_options(name, head_class, options)
     try:
         head = head_class(level_shapes, num_classes=num_classes, **options)
-    except _MISTAKES as error:
+    except MISTAKES as error:
         raise HeadError(
-            f"head {name} cannot be built with options {options}: {_one_line(error)}; correct the "
+            f"head {name} cannot be built with options {options}: {one_line(error)}; correct the "
             "options, or the class's __init__(level_shapes, *, num_classes, ...)"
         ) from error
     _try_on_blank(name, head, level_shapes, num_classes)
@@ -108,7 +112,7 @@ def find_head(name: str) -> Callable[..., Head]:
         head_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, SyntaxError, AttributeError) as error:
         raise HeadError(
-            f"head {name} cannot be imported: {_one_line(error)}; expected a class {class_name} "
+            f"head {name} cannot be imported: {one_line(error)}; expected a class {class_name} "
             f"in a module {module_name} on PYTHONPATH or in {here}"
         ) from error
     is_module = inspect.isclass(head_class) and issubclass(head_class, nn.Module)
@@ -147,10 +151,10 @@ def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes:
     try:
         with torch.no_grad():
             logits = head(batch)
-    except _MISTAKES as error:
+    except MISTAKES as error:
         shapes = ", ".join(f"{level} {tuple(level_shapes[level])}" for level in head.needs)
         raise HeadError(
-            f"head {name} does not fit the features {shapes}: {_one_line(error)}; build its layers "
+            f"head {name} does not fit the features {shapes}: {one_line(error)}; build its layers "
             "from level_shapes"
         ) from error
     head.train()
@@ -162,7 +166,61 @@ def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes:
         )
 
 
-def forward_gflop(head: Head, level_shapes: LevelShapes) -> float:
+class PartSize(NamedTuple):
+    """What a part of a head costs.
+
+    Attributes:
+        parameters: those that are trained.
+        gflop: of a forward pass over one image; see ``forward_gflop``.
+    """
+
+    parameters: int
+    gflop: float
+
+
+def describe_head(head: nn.Module, level_shapes: LevelShapes) -> dict[str, PartSize]:
+    """Return what each part of a head costs, a part being a direct child of it, and their total.
+
+    Args:
+        head: on any device.
+        level_shapes: (C, H, W) of every level that it needs.
+
+    Returns:
+        By part, in the order of the head's attributes; then "other", where the head has parameters
+        or does arithmetic of its own; and last "total".
+    """
+    children = dict(head.named_children())
+    running, started, spent = Counter[str](), Counter[str](), Counter[str]()
+    with FlopCounterMode(display=False) as counter, ExitStack() as stack:
+        # A head may call a part's own parts rather than the part: what runs within any of them is
+        # the part's.
+        for name, child in children.items():
+
+            def begin(*_: object, name: str = name) -> None:
+                if not running[name]:
+                    started[name] = counter.get_total_flops()
+                running[name] += 1
+
+            def end(*_: object, name: str = name) -> None:
+                running[name] -= 1
+                if not running[name]:
+                    spent[name] += counter.get_total_flops() - started[name]
+
+            for module in child.modules():
+                stack.callback(module.register_forward_pre_hook(begin).remove)
+                stack.callback(module.register_forward_hook(end).remove)
+        _run_once(head, level_shapes)
+    parameters = count_parameters(head)
+    total = PartSize(parameters.pop("total"), counter.get_total_flops() / 1e9)
+    parts = {name: PartSize(parameters[name], spent[name] / 1e9) for name in children}
+    other = PartSize(
+        total.parameters - sum(parameters.values()),
+        (counter.get_total_flops() - spent.total()) / 1e9,
+    )
+    return parts | ({"other": other} if any(other) else {}) | {"total": total}
+
+
+def forward_gflop(head: nn.Module, level_shapes: LevelShapes) -> float:
     """Count the arithmetic of a head's forward pass over one image, in 10⁹ operations.
 
     Multiplications and additions of convolutions and matrix products, as PyTorch's own counter
@@ -172,16 +230,20 @@ def forward_gflop(head: Head, level_shapes: LevelShapes) -> float:
         head: on any device.
         level_shapes: (C, H, W) of every level that it needs.
     """
-    batch = _blank(head, level_shapes, next(head.parameters()).device)
+    return describe_head(head, level_shapes)["total"].gflop
+
+
+def _run_once(head: nn.Module, level_shapes: LevelShapes) -> None:
+    parameter = next(head.parameters(), None)
+    batch = _blank(head, level_shapes, "cpu" if parameter is None else parameter.device)
     was_training = head.training
     head.eval()  # Dropout would draw random numbers, and so change a training that begins.
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad():
         head(batch)
     head.train(was_training)
-    return float(counter.get_total_flops()) / 1e9
 
 
-def _blank(head: Head, level_shapes: LevelShapes, device: torch.device | str = "cpu") -> Batch:
+def _blank(head: nn.Module, level_shapes: LevelShapes, device: torch.device | str = "cpu") -> Batch:
     """Return one black sample."""
     levels = {
         level: torch.zeros(
@@ -189,13 +251,13 @@ def _blank(head: Head, level_shapes: LevelShapes, device: torch.device | str = "
             dtype=torch.uint8 if level.startswith("image_") else torch.float16,
             device=device,
         )
-        for level in head.needs
+        for level in cast(Head, head).needs
     }
     content_12 = torch.full((1, 2), INPUT_SIZE_PX, device=device)
     return Batch(levels, angles_B2=torch.zeros(1, 2, device=device), content_B2=content_12)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return an exception's type and the first line of its text."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -91,5 +91,9 @@ class FiLM(nn.Module):
 
     def forward(self, feature_BCHW: Tensor, embedding_BD: Tensor) -> Tensor:
         """Modulate features (B, C, H, W) by embeddings (B, D)."""
-        scale_BC, shift_BC = self.coefficients(embedding_BD)
-        return feature_BCHW * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
+        return modulated(feature_BCHW, *self.coefficients(embedding_BD))
+
+
+def modulated(feature_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> Tensor:
+    """Return features (B, C, H, W) scaled and shifted by channel."""
+    return feature_BCHW * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]

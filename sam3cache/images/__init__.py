@@ -1,9 +1,10 @@
 """Images: from somebody's manifest to pixels on the square that the tower takes.
 
-``read_manifest`` finds the samples, ``probe`` reads headers, ``read_image`` and ``read_mask``
-decode, ``letterbox_image`` lays an image on the square.
+``read_manifest`` finds the samples, ``probe`` reads headers, ``read_image``, ``read_mask`` and
+``read_labels`` decode, ``letterbox_image`` lays an image on the square.
 """
 
+from sam3cache.images.classes import FOREGROUND, ClassTable, parse_classes
 from sam3cache.images.manifest import (
     Manifest,
     ManifestSample,
@@ -18,20 +19,24 @@ from sam3cache.images.preprocessing import (
     pixel_hash,
     preprocessing_fields,
 )
-from sam3cache.images.reading import ImageInfo, probe, read_image, read_mask
+from sam3cache.images.reading import ImageInfo, probe, read_image, read_labels, read_mask
 
 __all__ = [
+    "FOREGROUND",
     "PREPROCESSING_VERSION",
+    "ClassTable",
     "ImageInfo",
     "Manifest",
     "ManifestSample",
     "count_rows",
     "find_csv",
     "letterbox_image",
+    "parse_classes",
     "pixel_hash",
     "preprocessing_fields",
     "probe",
     "read_image",
+    "read_labels",
     "read_manifest",
     "read_mask",
     "sample_manifest",

@@ -88,7 +88,12 @@ class Picture:
 
 @contextmanager
 def open_picture(
-    path: Path, name: str, *, frame: int | None = None, is_mask: bool = False
+    path: Path,
+    name: str,
+    *,
+    frame: int | None = None,
+    is_mask: bool = False,
+    as_numbers: bool = False,
 ) -> Iterator[Picture]:
     """Open a picture; whatever its decoder raises until it is closed becomes an ImageError.
 
@@ -99,12 +104,14 @@ def open_picture(
             (T, H, W), without one (H, W, 1) or (H, W, 3).
         is_mask: a three-dimensional .npy of a mask is (H, W, 1), (H, W, 3) or (1, H, W) whenever
             its shape allows it, since it may be a still although its image is a cine.
+        as_numbers: whether pixels are numbers rather than brightness: of a palette its indices, of
+            fewer than 8 bits what they say.
 
     Raises:
         ImageError: no such file, an unknown format, a damaged file, or no pixels in it.
     """
     try:
-        with _opened(path, name, frame, is_mask) as picture:
+        with _opened(path, name, frame, is_mask, as_numbers) as picture:
             if picture.height_px == 0 or picture.width_px == 0 or picture.num_frames == 0:
                 raise ImageError(
                     f"{name}: no pixels ({picture.num_frames or 1} frame(s) of "
@@ -139,7 +146,9 @@ def open_picture(
 
 
 @contextmanager
-def _opened(path: Path, name: str, frame: int | None, is_mask: bool) -> Iterator[Picture]:
+def _opened(
+    path: Path, name: str, frame: int | None, is_mask: bool, as_numbers: bool
+) -> Iterator[Picture]:
     if path.is_dir():
         raise ImageError(f"{name}: is a folder; name a file")
     with path.open("rb") as file:
@@ -150,12 +159,12 @@ def _opened(path: Path, name: str, frame: int | None, is_mask: bool) -> Iterator
         yield _open_npy(path, name, frame, is_mask)
     elif head.startswith(_TIFF_MAGICS):
         with tifffile.TiffFile(path) as tiff:
-            yield _open_tiff(tiff, name, path.stat().st_size)
+            yield _open_tiff(tiff, name, path.stat().st_size, as_numbers)
     else:
         with quietly():
             image = Image.open(path, formats=PILLOW_FORMATS)
         with image:
-            yield _open_pillow(image, path, head)
+            yield _open_pillow(image, path, head, as_numbers)
 
 
 def _open_npy(path: Path, name: str, frame: int | None, is_mask: bool) -> Picture:
@@ -186,7 +195,7 @@ def _open_npy(path: Path, name: str, frame: int | None, is_mask: bool) -> Pictur
     return Picture(height_px, width_px, num_channels, num_frames, is_lossy=False, read=read)
 
 
-def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int) -> Picture:
+def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int, as_numbers: bool) -> Picture:
     series, page = tiff.series[0], tiff.series[0].keyframe
     photometric = _tag_name(page.photometric)
     if photometric not in ("MINISWHITE", "MINISBLACK", "RGB", "YCBCR", "PALETTE"):
@@ -203,7 +212,7 @@ def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int) -> Picture:
 
     orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
     height_px, width_px = page.shape[axes.index("Y")], page.shape[axes.index("X")]
-    palette = page.colormap if photometric == "PALETTE" else None
+    palette = page.colormap if photometric == "PALETTE" and not as_numbers else None
     if palette is None:
         num_channels = 1 if num_samples < 3 else 3
     else:
@@ -235,7 +244,7 @@ def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int) -> Picture:
     )
 
 
-def _open_pillow(image: Image.Image, path: Path, head: bytes) -> Picture:
+def _open_pillow(image: Image.Image, path: Path, head: bytes, as_numbers: bool) -> Picture:
     with quietly():
         orientation = int(image.getexif().get(0x0112, 1))
     # Pillow cuts 16-bit colour to 8 bits. In a PNG, byte 24 is the depth and byte 25 the colours.
@@ -245,9 +254,14 @@ def _open_pillow(image: Image.Image, path: Path, head: bytes) -> Picture:
         num_channels = 3 if head[25] & 2 else 1
     elif image.mode in ("P", "PA"):
         palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
-        num_channels = _palette_channels(palette)
+        num_channels = 1 if as_numbers else _palette_channels(palette)
     else:
         num_channels = 1 if image.mode in ("1", "L", "LA") else 3
+    # Pillow spreads grey of fewer than 8 bits over 0 to 255.
+    num_bits = 1 if image.mode == "1" else 8
+    if image.format == "PNG" and head[25] == 0:
+        num_bits = min(8, head[24])
+    step = 255 // (2**num_bits - 1) if as_numbers else 1
 
     def read(index: int) -> NDArray[Any]:
         assert index == 0, index
@@ -256,11 +270,14 @@ def _open_pillow(image: Image.Image, path: Path, head: bytes) -> Picture:
         elif palette is not None:
             indices = np.asarray(image)
             indices = indices if indices.ndim == 2 else indices[..., 0]
-            pixels = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))[indices]
+            colours = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
+            pixels = indices if as_numbers else colours[indices]
         elif image.mode in ("L", "LA", "RGB", "RGBA"):
             pixels = np.array(image)
         else:
             pixels = np.array(image.convert("L" if num_channels == 1 else "RGB"))
+        if step > 1:
+            pixels = pixels // step
         return _upright(_colour(pixels, num_channels), orientation)
 
     width_px, height_px = image.size if orientation < 5 else image.size[::-1]

@@ -63,7 +63,12 @@ class Manifest:
 
 
 def read_manifest(
-    path: Path, columns: Path | None = None, *, seed: int = 0, by_id: bool = False
+    path: Path,
+    columns: Path | None = None,
+    *,
+    seed: int = 0,
+    by_id: bool = False,
+    mask_columns: Sequence[str] = (),
 ) -> Manifest:
     """Read a CSV, or a folder with ``images/`` and ``masks/`` matched by their stems.
 
@@ -76,6 +81,8 @@ def read_manifest(
         seed: of the split by groups, where the manifest has none.
         by_id: whether a row may have an id in place of an image, for samples that a store has
             already; its ``source`` is then empty.
+        mask_columns: columns of a CSV, or folders beside ``images/``, whose files each sample's
+            ``masks`` shall name.
 
     Raises:
         ManifestError: the manifest as a whole cannot be used; nothing is set aside for that.
@@ -87,11 +94,11 @@ def read_manifest(
             raise ManifestError(
                 f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
             )
-        return _read_folder(path, seed)
-    return _read_csv(path, columns, seed, by_id)
+        return _read_folder(path, seed, mask_columns)
+    return _read_csv(path, columns, seed, by_id, mask_columns)
 
 
-def _read_folder(folder: Path, seed: int) -> Manifest:
+def _read_folder(folder: Path, seed: int, mask_folders: Sequence[str] = ()) -> Manifest:
     root = folder.absolute()
     has_parts = (root / "images").is_dir()
     images = _pictures(root / "images", root) if has_parts else _pictures(root, root, deep=False)
@@ -104,16 +111,21 @@ def _read_folder(folder: Path, seed: int) -> Manifest:
             f"same stems, into {folder / 'masks'}; known are {', '.join(sorted(SUFFIXES))}"
         )
     masks = _pictures(root / "masks", root) if has_parts else {}
+    for name in mask_folders:
+        if not (root / name).is_dir():
+            raise ManifestError(f"{folder}: no folder {name!r} with masks beside images")
+    others = [_pictures(root / name, root) for name in mask_folders]
     for stem, names in images.items():
         if len(names) > 1:
             raise ManifestError(
                 f"{folder}: {names[0]} and {names[1]} have one stem; rename one, or give a CSV"
             )
-        if len(masks.get(stem, ())) > 1:
-            raise ManifestError(
-                f"{folder}: {masks[stem][0]} and {masks[stem][1]} are both masks of {names[0]}; "
-                "remove one"
-            )
+        for found in (masks, *others):
+            if len(found.get(stem, ())) > 1:
+                raise ManifestError(
+                    f"{folder}: {found[stem][0]} and {found[stem][1]} are both masks of "
+                    f"{names[0]}; remove one"
+                )
     strays = [name for stem in masks if stem not in images for name in masks[stem]]
     if masks and not masks.keys() & images.keys():
         raise ManifestError(
@@ -121,7 +133,14 @@ def _read_folder(folder: Path, seed: int) -> Manifest:
             "image"
         )
     samples = [
-        Sample(stem, names[0], root, mask=masks.get(stem, [None])[0], group=names[0])
+        Sample(
+            stem,
+            names[0],
+            root,
+            mask=masks.get(stem, [None])[0],
+            group=names[0],
+            masks=tuple((found[stem][0], None) if stem in found else None for found in others),
+        )
         for stem, names in images.items()
     ]
     set_aside = [
@@ -142,18 +161,34 @@ def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[
     return dict(found)
 
 
-def _read_csv(path: Path, columns: Path | None, seed: int, by_id: bool) -> Manifest:
+def _read_csv(
+    path: Path,
+    columns: Path | None,
+    seed: int,
+    by_id: bool,
+    mask_columns: Sequence[str] = (),
+) -> Manifest:
     # The reader of CSV splits lines itself, as a quoted cell may hold some.
     with _saying_path(path), path.open(encoding="utf-8-sig", newline="") as file:
-        return _read_lines(file, path, columns, seed, by_id)
+        return _read_lines(file, path, columns, seed, by_id, mask_columns)
 
 
 def _read_lines(
-    lines: Iterable[str], path: Path, columns: Path | None, seed: int, by_id: bool
+    lines: Iterable[str],
+    path: Path,
+    columns: Path | None,
+    seed: int,
+    by_id: bool,
+    mask_columns: Sequence[str] = (),
 ) -> Manifest:
     """Resolve a CSV's lines, one after the other: the whole text may be large."""
     header, rows = _read_rows(lines, path)
     column_map = map_columns(header, columns, path.name, by_id=by_id)
+    for name in mask_columns:
+        if name not in header:
+            raise ManifestError(
+                f"{path}: no column {name!r} with masks; it has {', '.join(header)}"
+            )
     root = path.parent.absolute()
     reader = RowReader(column_map, root)
 
@@ -174,6 +209,9 @@ def _read_lines(
                 what = "image and no id" if by_id else "image"
                 raise ImageError(f"no {what}; fill the cell or remove the row")
             fields = _fields(reader, row, column_map, shared)
+            if mask_columns:
+                files = [row[column] for column in mask_columns]
+                fields["masks"] = tuple(reader.resolve(f) if f else None for f in files)
             split = reader.value(row, "split")
         except ImageError as error:
             row_id = given_id or f"line {line}"

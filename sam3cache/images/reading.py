@@ -1,12 +1,12 @@
-"""A sample's pixels and mask, as extraction wants them: 8 bits, upright, one frame.
+"""A sample's pixels and masks, as extraction wants them: 8 bits, upright, one frame.
 
-Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
+Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB), M planes of a mask.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import ImageError
+from sam3cache.images.classes import ClassTable
 from sam3cache.images.files import Picture, open_picture
-from sam3cache.records import Sample
+from sam3cache.records import IGNORE_LABEL, Sample
+from sam3cache.variants import Variant
 
 WINDOW_PERMILLE = (5, 995)
 """Beyond 8 bits, this share of a file's values is mapped to 0 and to 255."""
@@ -83,7 +85,7 @@ def probe(sample: Sample) -> ImageInfo:
 
 
 def read_image(sample: Sample) -> NDArray[np.uint8]:
-    """Decode a sample's image, or its frame of a cine.
+    """Decode a sample's image, or its frame of a cine; of a variant, its changed view.
 
     8-bit pixels stay as they are. Of any other type, the 0.5 and 99.5 percentiles of the whole
     file (all frames of a cine, all channels) become 0 and 255, so that the frames of a cine share
@@ -96,6 +98,11 @@ def read_image(sample: Sample) -> NDArray[np.uint8]:
         ImageError: a file that is missing, damaged or of no known format; a frame that the file
             lacks; values that are not finite.
     """
+    pixels_HWC = _read_as_it_is(sample)
+    return Variant.parse(sample.variant).picture(pixels_HWC) if sample.variant else pixels_HWC
+
+
+def _read_as_it_is(sample: Sample) -> NDArray[np.uint8]:
     with _open_image(sample) as picture:
         pixels_HWC = picture.read(_frame_index(picture, sample.frame, sample.source))
         if pixels_HWC.dtype == np.uint8:
@@ -139,18 +146,111 @@ def read_mask(
     with _open_mask(sample) as mask:
         _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
         values_HWC = mask.read(_mask_index(mask, sample))
-        if values_HWC.dtype.kind != "f":
-            threshold = LOSSY_MASK_THRESHOLD if mask.is_lossy else 1
-            foreground_HWC = np.greater_equal(values_HWC, threshold)
-        elif np.isfinite(values_HWC).all() and values_HWC.min() >= 0:
-            foreground_HWC = np.greater_equal(values_HWC, 0.5)
-        else:
+        return _foreground(values_HWC, mask, sample)[None]
+
+
+def read_labels(
+    files: Sequence[Sample | None], table: ClassTable, image_size_px: tuple[int, int]
+) -> NDArray[np.uint8] | None:
+    """Decode a sample's masks of several classes, on their own grid.
+
+    Args:
+        files: the sample with each of its masks in turn, None where it lacks one: of class numbers
+            one file; of planes one file a class, or one with a plane a class (an ``.npy`` of
+            M x H x W, a TIFF of M pages), each read as :func:`read_mask` does.
+        table: the classes.
+        image_size_px: height and width of the image.
+
+    Returns:
+        uint8 (M, H, W): class numbers 0 to C in one plane, or planes of 0 and 1; 255 is not to be
+        counted, and fills the plane of a file that is lacking. None without any file.
+
+    Raises:
+        ImageError: as :func:`read_mask` does; numbers that the table lacks, or colours in place of
+            numbers; planes that are not as many as the classes, or not of one size.
+    """
+    given = [sample for sample in files if sample is not None]
+    if not given:
+        return None
+    if table.numbers is not None:
+        return _read_numbers(given[0], table, image_size_px)
+    if len(files) == 1 and len(table.names) > 1:
+        return _read_planes(given[0], table.names, image_size_px)
+    planes = [None if sample is None else read_mask(sample, image_size_px) for sample in files]
+    sizes = {f"{plane.shape[1]} x {plane.shape[2]}" for plane in planes if plane is not None}
+    if len(sizes) > 1:
+        raise ImageError(
+            f"{', '.join(str(sample.mask) for sample in given)}: masks of {' and '.join(sizes)} "
+            "pixels; expected one size for all masks of an image"
+        )
+    nothing = next(np.full_like(plane, IGNORE_LABEL) for plane in planes if plane is not None)
+    return np.concatenate([nothing if plane is None else plane for plane in planes])
+
+
+def _foreground(values_HWC: NDArray[Any], mask: Picture, sample: Sample) -> NDArray[np.uint8]:
+    """Return 1 where a mask marks something, uint8 (H, W)."""
+    if values_HWC.dtype.kind != "f":
+        threshold = LOSSY_MASK_THRESHOLD if mask.is_lossy else 1
+        foreground_HWC = np.greater_equal(values_HWC, threshold)
+    elif np.isfinite(values_HWC).all() and values_HWC.min() >= 0:
+        foreground_HWC = np.greater_equal(values_HWC, 0.5)
+    else:
+        raise ImageError(
+            f"{sample.mask}: float mask with values below 0 or not finite; expected "
+            "probabilities in [0, 1]; apply the sigmoid or the threshold first"
+        )
+    foreground_HW: NDArray[np.uint8] = foreground_HWC.any(axis=-1).astype(np.uint8)
+    return foreground_HW
+
+
+def _read_numbers(
+    sample: Sample, table: ClassTable, image_size_px: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Return class numbers as the store has them, uint8 (1, H, W)."""
+    with _open_mask(sample, as_numbers=True) as mask:
+        _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
+        if mask.is_lossy:
+            raise ImageError(f"{sample.mask}: JPEG blurs class numbers; save them as PNG or .npy")
+        values_HWC = mask.read(_mask_index(mask, sample))
+        if values_HWC.shape[-1] > 1 and (values_HWC != values_HWC[..., :1]).any():
             raise ImageError(
-                f"{sample.mask}: float mask with values below 0 or not finite; expected "
-                "probabilities in [0, 1]; apply the sigmoid or the threshold first"
+                f"{sample.mask}: colours; expected class numbers, as grey, indices of a palette or "
+                "integers of an .npy"
             )
-    mask_HW: NDArray[np.uint8] = foreground_HWC.any(axis=-1).astype(np.uint8)
+        values_HW = values_HWC[..., 0]
+        if values_HW.dtype.kind == "f" and not np.array_equal(values_HW, np.rint(values_HW)):
+            raise ImageError(f"{sample.mask}: fractions; expected class numbers")
+        mask_HW, unknown = table.renumber(values_HW)
+        if unknown is not None:
+            assert table.numbers is not None
+            known = ", ".join(str(number) for number in sorted(table.numbers))
+            raise ImageError(
+                f"{sample.mask}: class number {unknown} ({int((values_HW == unknown).sum())} "
+                f"pixels), which no class has; known are {known}; add it to the classes, as "
+                f"NAME={unknown}, or background={unknown} if it is none"
+            )
     return mask_HW[None]
+
+
+def _read_planes(
+    sample: Sample, names: Sequence[str], image_size_px: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Return the planes of one file as 0 and 1, uint8 (M, H, W)."""
+    assert sample.mask_path is not None
+    assert sample.mask is not None
+    with (
+        _saying_line(sample),
+        # As of a cine: three axes are never a still of three colours.
+        open_picture(sample.mask_path, sample.mask, frame=0) as mask,
+    ):
+        if mask.num_frames != len(names):
+            raise ImageError(
+                f"{sample.mask}: {mask.num_frames or 1} planes of {mask.height_px} x "
+                f"{mask.width_px}; expected {len(names)} ({', '.join(names)}), as an .npy of "
+                f"{len(names)} x H x W, or a column of masks a class"
+            )
+        _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
+        return np.stack([_foreground(plane, mask, sample) for plane in mask.frames()])
 
 
 @contextmanager
@@ -174,12 +274,18 @@ def _open_image(sample: Sample) -> Iterator[Picture]:
 
 
 @contextmanager
-def _open_mask(sample: Sample) -> Iterator[Picture]:
+def _open_mask(sample: Sample, *, as_numbers: bool = False) -> Iterator[Picture]:
     assert sample.mask_path is not None
     assert sample.mask is not None
     with (
         _saying_line(sample),
-        open_picture(sample.mask_path, sample.mask, frame=sample.frame, is_mask=True) as mask,
+        open_picture(
+            sample.mask_path,
+            sample.mask,
+            frame=sample.frame,
+            is_mask=True,
+            as_numbers=as_numbers,
+        ) as mask,
     ):
         yield mask
 

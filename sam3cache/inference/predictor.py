@@ -1,14 +1,17 @@
-"""A trained head on new images: through the tower, as the head's features were made.
+"""A trained head on new images: through the tower, or from a store that has the same pixels.
 
-Shape legend: C channels, H height, W width, K mask planes, S side of the logits.
+Shape legend: B batch, C channels of an image or classes of masks, H height, W width, K planes of
+logits, S side of a square.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,49 +19,97 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sam3cache.backbone import BACKBONES, Tower, load_tower
-from sam3cache.errors import CheckpointError, FingerprintError, ImageError
-from sam3cache.evaluation import checkpoint_folder
+from sam3cache.errors import CheckpointError, ConfigError, FingerprintError, ImageError
+from sam3cache.evaluation import checkpoint_folder, fingerprints_of
+from sam3cache.features import FeatureStore, open_store
 from sam3cache.features.precision import Precision, decode, encode, from_words, split_name
 from sam3cache.geometry import Letterbox, ResizeMode
-from sam3cache.heads import CheckpointInfo, Head, load_checkpoint
-from sam3cache.images import letterbox_image, preprocessing_fields, read_image
+from sam3cache.heads import CheckpointInfo, Head, check_fingerprints, load_checkpoint
+from sam3cache.images import letterbox_image, pixel_hash, preprocessing_fields, read_image
+from sam3cache.images.manifest import MAX_ANGLE_DEG
 from sam3cache.records import Batch, Sample
+from sam3cache.tasks import Task, class_probabilities, decide
 
 IMAGE_LEVEL = "image_1008"
 
+Image = str | Path | NDArray[np.uint8]
+"""A file, or pixels uint8 (H, W), (H, W, 1) or (H, W, 3)."""
+
+Origin = Literal["tower", "store", "picture"]
+"""Where the features of an image come from; "picture" where the head reads nothing but that."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """An image that is ready for the tower, or found in the store.
+
+    Attributes:
+        letterbox: where it lies on the square.
+        square_CSS: uint8, C 1 or 3; None where nothing reads it.
+        row: of the store that has its features; None where the tower has to make them.
+    """
+
+    letterbox: Letterbox
+    square_CSS: Tensor | None
+    row: int | None
+
 
 class Predictor:
-    """A head and the tower that made its features; ``load`` makes one.
+    """A head, and the tower that made its features or a store of them; ``load`` makes one.
 
     Attributes:
         head: in evaluation mode.
         info: what its checkpoint records.
-        tower: None where the head reads nothing but the image.
+        folder: of the checkpoint.
+        task: "multilabel" or "multiclass".
+        classes: names of what is predicted, in order.
+        threshold: probability from which a pixel counts; "multiclass" has no use for it.
+        store: where features are taken from if it has them, or None.
         resize_mode: how images are laid on the square.
-        device: where both run.
+        device: where head and tower run.
     """
 
     def __init__(
         self,
         head: Head,
         info: CheckpointInfo,
-        tower: Tower | None,
+        folder: Path,
+        make_tower: Callable[[], Tower] | None,
         resize_mode: ResizeMode,
         device: str,
+        store: FeatureStore | None = None,
     ) -> None:
         self.head = head
         self.info = info
-        self.tower = tower
+        self.folder = folder
+        self.task: Task = info.task
+        self.classes = class_names(info)
+        self.threshold = info.threshold
+        self.store = store
         self.resize_mode = resize_mode
         self.device = device
+        self._make_tower = make_tower
+        self._tower: Tower | None = None
+        self._rows: dict[str, int] = {}
+        if store is not None and make_tower is not None:
+            for sample in reversed(store.samples):
+                if not getattr(sample, "variant", ""):
+                    self._rows[sample.pixel_sha256] = sample.row
+
+    @property
+    def tower(self) -> Tower | None:
+        """The tower, loaded when it is first asked for; None where the head needs none."""
+        if self._tower is None and self._make_tower is not None:
+            self._tower = self._make_tower()
+        return self._tower
 
     def predict(
         self,
-        image: str | Path | NDArray[np.uint8],
+        image: Image,
         primary_angle_deg: float = math.nan,
         secondary_angle_deg: float = math.nan,
     ) -> NDArray[np.float32]:
-        """Predict the masks of one image.
+        """Predict the probabilities of one image.
 
         Args:
             image: a file, or pixels uint8 (H, W), (H, W, 1) or (H, W, 3).
@@ -66,54 +117,194 @@ class Predictor:
             secondary_angle_deg: cranial positive, in [-90, 90]; NaN when unknown.
 
         Returns:
-            Probabilities float32 (K, H, W) on the image's own grid; ``info.threshold`` is where a
-            mask begins.
+            float32 (C, H, W) in [0, 1] on the image's own grid, a plane a class. Of "multilabel"
+            ``threshold`` is where a mask begins; of "multiclass" they and "none" sum to 1.
 
         Raises:
             ImageError: the file cannot be read, or the array is no such image.
+            ConfigError: an angle is out of range.
+            WeightsError, FingerprintError: of the tower, if this is the first time it is needed.
         """
-        pixels_HWC = _pixels(image)
-        batch, letterbox = self.batch(pixels_HWC, primary_angle_deg, secondary_angle_deg)
-        with torch.inference_mode():
-            logits_KSS = self.head(batch)[0]
-            logits_KHW = letterbox.logits_to_grid(logits_KSS, *pixels_HWC.shape[:2])
-        probability_KHW: NDArray[np.float32] = logits_KHW.sigmoid().cpu().numpy()
-        return probability_KHW
+        return next(self.predict_many([image], [(primary_angle_deg, secondary_angle_deg)]))
 
-    def batch(
-        self, pixels_HWC: NDArray[np.uint8], primary_angle_deg: float, secondary_angle_deg: float
-    ) -> tuple[Batch, Letterbox]:
-        """Compute what the head reads of one image.
+    def predict_many(
+        self,
+        images: Sequence[Image],
+        angles_deg: Sequence[tuple[float, float]] | None = None,
+        *,
+        batch_size: int = 8,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Predict the probabilities of several images, of any sizes, a batch at a time.
 
         Args:
-            pixels_HWC: uint8 (H, W, 1) or (H, W, 3).
+            images: as for ``predict``.
+            angles_deg: primary and secondary angle of each; None when all are unknown.
+            batch_size: B, images a forward pass.
+
+        Yields:
+            What ``predict`` returns, in the order of ``images``.
+
+        Raises:
+            ImageError, ConfigError, WeightsError, FingerprintError: as for ``predict``.
+        """
+        for logits_KHW in self._logits_many(images, angles_deg, batch_size):
+            probability_CHW: NDArray[np.float32] = (
+                class_probabilities(logits_KHW, self.task).cpu().numpy()
+            )
+            yield probability_CHW
+
+    def segment(
+        self,
+        image: Image,
+        primary_angle_deg: float = math.nan,
+        secondary_angle_deg: float = math.nan,
+    ) -> NDArray[np.bool_]:
+        """Decide which pixels of one image are of each class.
+
+        Args:
+            image: as for ``predict``.
             primary_angle_deg: as for ``predict``.
             secondary_angle_deg: as for ``predict``.
 
         Returns:
-            A batch of one, and where the image lies in it. Features are as the tower gives them
-            (float32, or bfloat16 on that path, without the rounding to float16 of a store), or what
-            a store keeps of them if the head was trained on fewer bits.
+            bool (C, H, W) on the image's own grid. Of "multilabel", where the probability reaches
+            ``threshold``; of "multiclass", where the class is the likeliest, "none" among them.
+
+        Raises:
+            ImageError, ConfigError, WeightsError, FingerprintError: as for ``predict``.
         """
+        angles_deg = [(primary_angle_deg, secondary_angle_deg)]
+        (logits_KHW,) = self._logits_many([image], angles_deg, 1)
+        mask_CHW: NDArray[np.bool_] = decide(logits_KHW, self.task, self.threshold).cpu().numpy()
+        return mask_CHW
+
+    def prepare(self, pixels_HWC: NDArray[np.uint8]) -> PreparedImage:
+        """Lay an image on the square, or find it in the store; several threads may do so at once.
+
+        Args:
+            pixels_HWC: uint8 (H, W, 1) or (H, W, 3).
+
+        Raises:
+            ImageError: the head reads grey pictures, and this one has colours.
+        """
+        row = self._rows.get(pixel_hash(pixels_HWC)) if self._rows else None
+        if row is not None and IMAGE_LEVEL not in self.info.levels:
+            height_px, width_px = pixels_HWC.shape[:2]
+            return PreparedImage(Letterbox.fit(height_px, width_px, self.resize_mode), None, row)
         square_CSS, letterbox = letterbox_image(pixels_HWC, self.resize_mode)
-        levels: dict[str, Tensor] = {}
-        if self.tower is not None:
-            made = self.tower(square_CSS[None])
-            for level, entry in self.info.levels.items():
-                if level != IMAGE_LEVEL:
-                    precision = from_words(str(entry["fields"].get("precision")))
-                    levels[level] = _as_kept(precision, made[split_name(level)[0]])
         if IMAGE_LEVEL in self.info.levels:
             num_channels = self.info.levels[IMAGE_LEVEL]["shape"][0]
-            levels[IMAGE_LEVEL] = square_CSS.expand(num_channels, -1, -1)[None].to(self.device)
-        batch = Batch(
-            levels={level: levels[level] for level in self.info.levels},
-            angles_B2=torch.tensor([[primary_angle_deg, secondary_angle_deg]], device=self.device),
-            content_B2=torch.tensor(
-                [[letterbox.content_height_px, letterbox.content_width_px]], device=self.device
-            ),
+            if num_channels == 1 and not _is_grey(pixels_HWC):
+                raise ImageError(
+                    "a picture in colour: the head was trained on grey ones; convert it to grey"
+                )
+            if num_channels == 1:
+                square_CSS = square_CSS[:1]
+        return PreparedImage(letterbox, square_CSS, row)
+
+    def origin(self, image: PreparedImage) -> Origin:
+        """Return where the features of an image come from."""
+        if self._make_tower is None:
+            return "picture"
+        return "tower" if image.row is None else "store"
+
+    def batch(
+        self, images: Sequence[PreparedImage], angles_deg: Sequence[tuple[float, float]]
+    ) -> Batch:
+        """Compute, or read from the store, what the head reads of some images.
+
+        Args:
+            images: as ``prepare`` makes them.
+            angles_deg: primary and secondary angle of each; NaN when unknown.
+
+        Returns:
+            A batch on the device. Features of the tower are as it gives them (float32, or bfloat16
+            on that path, without the rounding to float16 of a store), or what a store keeps of them
+            if the head was trained on fewer bits; features of the store are as it keeps them.
+        """
+        boxes = [image.letterbox for image in images]
+        content = [[box.content_height_px, box.content_width_px] for box in boxes]
+        return Batch(
+            levels=self._levels(images),
+            angles_B2=torch.tensor(angles_deg, dtype=torch.float32, device=self.device),
+            content_B2=torch.tensor(content, device=self.device),
         )
-        return batch, letterbox
+
+    def logits(
+        self, images: Sequence[PreparedImage], angles_deg: Sequence[tuple[float, float]]
+    ) -> list[Tensor]:
+        """Run the head on some images.
+
+        Args:
+            images: as ``prepare`` makes them.
+            angles_deg: primary and secondary angle of each; NaN when unknown.
+
+        Returns:
+            By image, float32 (K, H, W) on its own grid, on the device.
+        """
+        with torch.inference_mode():
+            logits_BKSS = self.head(self.batch(images, angles_deg)).float()
+            return [
+                image.letterbox.logits_to_grid(
+                    logits_KSS, image.letterbox.source_height_px, image.letterbox.source_width_px
+                )
+                for image, logits_KSS in zip(images, logits_BKSS, strict=True)
+            ]
+
+    def _logits_many(
+        self,
+        images: Sequence[Image],
+        angles_deg: Sequence[tuple[float, float]] | None,
+        batch_size: int,
+    ) -> Iterator[Tensor]:
+        if batch_size < 1:
+            raise ConfigError(f"batch size {batch_size}: expected at least 1")
+        if angles_deg is None:
+            angles_deg = [(math.nan, math.nan)] * len(images)
+        if len(angles_deg) != len(images):
+            raise ConfigError(
+                f"{len(angles_deg)} pairs of angles for {len(images)} images: expected one for "
+                "each, NaN where an angle is unknown"
+            )
+        for pair in angles_deg:
+            check_angles(*pair)
+        for first in range(0, len(images), batch_size):
+            chunk = slice(first, first + batch_size)
+            prepared = [self.prepare(_pixels(image)) for image in images[chunk]]
+            yield from self.logits(prepared, angles_deg[chunk])
+
+    def _levels(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
+        """Return by level what the head reads, (B, C, S, S) each."""
+        made = self._made_by_tower([image for image in images if image.row is None])
+        levels: dict[str, Tensor] = {}
+        for level, entry in self.info.levels.items():
+            if level == IMAGE_LEVEL:
+                levels[level] = _stack([image.square_CSS for image in images]).to(self.device)
+                levels[level] = levels[level].expand(-1, entry["shape"][0], -1, -1)
+                continue
+            fresh = iter(made.get(level, ()))
+            parts = [
+                next(fresh) if image.row is None else self._stored(level, image.row)
+                for image in images
+            ]
+            # The tower's float32 or bfloat16 beside a store's float16.
+            dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+            levels[level] = torch.stack([part.to(dtype) for part in parts])
+        return levels
+
+    def _made_by_tower(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
+        if not images or self.tower is None:
+            return {}
+        made = self.tower(_stack([image.square_CSS for image in images]))
+        return {
+            level: _as_kept(precision_of(entry), made[split_name(level)[0]])
+            for level, entry in self.info.levels.items()
+            if level != IMAGE_LEVEL
+        }
+
+    def _stored(self, level: str, row: int) -> Tensor:
+        assert self.store is not None
+        return torch.from_numpy(self.store.read(level, row)).to(self.device)
 
 
 def load(
@@ -123,6 +314,7 @@ def load(
     weights: str | Path | None = None,
     head: str | None = None,
     device: str = "cpu",
+    store: str | Path | FeatureStore | None = None,
 ) -> Predictor:
     """Load a trained head, and the tower as its features were made with it.
 
@@ -132,27 +324,48 @@ def load(
         weights: as for ``backbone.load_tower``.
         head: the user's own head, as "package.module:Class", if the checkpoint is of one.
         device: where to run.
+        store: a feature store; where it has an image of the same pixels, its features are taken,
+            and the tower is loaded only when an image comes that it lacks.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not fit.
         WeightsError: there are no such weights, or they are not of this backbone.
         FingerprintError: with these weights, or with this version's way of preparing images, the
-            features would not be those that the head was trained on.
+            features would not be those that the head was trained on; or the store's are not.
+        StoreError: the store is none, is unfinished or damaged.
     """
+    predictor = load_without_tower(
+        checkpoint, backbone=backbone, weights=weights, head=head, device=device, store=store
+    )
+    if store is None:
+        # At once: who waits for a first prediction should not learn then that it cannot be.
+        _ = predictor.tower
+    return predictor
+
+
+def load_without_tower(
+    checkpoint: str | Path,
+    *,
+    backbone: str | None = None,
+    weights: str | Path | None = None,
+    head: str | None = None,
+    device: str = "cpu",
+    store: str | Path | FeatureStore | None = None,
+) -> Predictor:
+    """Load as :func:`load` does, but the tower only when it is first needed."""
     folder = checkpoint_folder(Path(checkpoint))
     trained, info = load_checkpoint(folder, head=head, device=device)
     fields: dict[str, Any] = {}
     for entry in info.levels.values():
         fields |= entry["fields"]
+    resize_mode = cast(ResizeMode, fields.get("preprocessing.resize_mode", "letterbox"))
+    preparing = {f"preprocessing.{k}": v for k, v in preprocessing_fields(resize_mode).items()}
+    _require_as_trained(folder, fields, preparing)
     of_tower = tuple(
         dict.fromkeys(split_name(level)[0] for level in info.levels if level != IMAGE_LEVEL)
     )
-    resize_mode = cast(ResizeMode, fields.get("preprocessing.resize_mode", "letterbox"))
-    here: dict[str, Any] = {
-        f"preprocessing.{name}": value for name, value in preprocessing_fields(resize_mode).items()
-    }
-    tower = None
-    if of_tower:
+
+    def make_tower() -> Tower:
         tower = load_tower(
             backbone or _backbone_of(folder, fields),
             weights=weights,
@@ -160,12 +373,72 @@ def load(
             device=device,
             numeric_path=fields.get("numeric_path", "fp32"),
         )
-        here["weights_sha256"] = tower.weights_sha256
-        here |= {f"architecture.{k}": v for k, v in tower.spec.architecture_fields().items()}
+        here = {f"architecture.{k}": v for k, v in tower.spec.architecture_fields().items()}
+        _require_as_trained(folder, fields, {"weights_sha256": tower.weights_sha256, **here})
+        return tower
+
+    return Predictor(
+        trained,
+        info,
+        folder,
+        make_tower if of_tower else None,
+        resize_mode,
+        device,
+        None if store is None else _serving(store, info),
+    )
+
+
+def check_angles(primary_angle_deg: float, secondary_angle_deg: float) -> None:
+    """Refuse angles that no view has; NaN is an unknown one.
+
+    Raises:
+        ConfigError: naming the angle.
+    """
+    for which, angle_deg in (("primary", primary_angle_deg), ("secondary", secondary_angle_deg)):
+        limit = MAX_ANGLE_DEG[which]
+        if abs(angle_deg) > limit:
+            raise ConfigError(
+                f"{which} angle {angle_deg:g}: expected degrees in [-{limit}, {limit}], or nothing "
+                "when it is unknown"
+            )
+
+
+def class_names(info: CheckpointInfo) -> tuple[str, ...]:
+    """Return what a head predicts, in order; numbered where its checkpoint does not say."""
+    if info.classes:
+        return info.classes
+    num_classes = info.num_classes - (info.task == "multiclass")
+    if num_classes == 1:
+        return (info.label_set,)
+    return tuple(f"class {number}" for number in range(1, num_classes + 1))
+
+
+def precision_of(entry: Mapping[str, Any]) -> Precision:
+    """Return the precision of a level that a checkpoint records."""
+    return from_words(str(entry["fields"].get("precision")))
+
+
+def _serving(store: str | Path | FeatureStore, info: CheckpointInfo) -> FeatureStore:
+    """Open a store, and have it serve what the head reads of the tower as it was trained on it."""
+    if not isinstance(store, FeatureStore):
+        store = open_store(store)
+    # The picture is at hand anyway: a store that lacks it will do.
+    of_tower = {level: entry for level, entry in info.levels.items() if level != IMAGE_LEVEL}
+    store.serve_digests({level: entry["digest"] for level, entry in of_tower.items()})
+    try:
+        check_fingerprints(of_tower, fingerprints_of(store))
+    except FingerprintError as error:
+        raise FingerprintError(
+            f"{store.path}: {error}; or predict without it, by the tower alone"
+        ) from error
+    return store
+
+
+def _require_as_trained(folder: Path, trained: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     differences = [
-        f"{name} {fields.get(name, 'absent')} → {value}"
+        f"{name} {trained.get(name, 'absent')} → {value}"
         for name, value in here.items()
-        if fields.get(name) != value
+        if trained.get(name) != value
     ]
     if differences:
         raise FingerprintError(
@@ -173,7 +446,14 @@ def load(
             f"{'; '.join(differences)}; give the backbone and weights that the store was extracted "
             "with, or extract and train again"
         )
-    return Predictor(trained, info, tower, resize_mode, device)
+
+
+def _stack(squares: Sequence[Tensor | None]) -> Tensor:
+    """Return squares as one uint8 (B, C, S, S); beside one in colour, grey ones become so."""
+    present = [square_CSS for square_CSS in squares if square_CSS is not None]
+    assert len(present) == len(squares)
+    num_channels = max(len(square_CSS) for square_CSS in present)
+    return torch.stack([square_CSS.expand(num_channels, -1, -1) for square_CSS in present])
 
 
 def _as_kept(precision: Precision, feature_BCHW: Tensor) -> Tensor:
@@ -198,11 +478,15 @@ def _backbone_of(folder: Path, fields: Mapping[str, Any]) -> str:
             return name
     raise CheckpointError(
         f"the features of {folder} were made by a tower that is none of {', '.join(BACKBONES)}; "
-        "evaluate on a store instead, by `sam3cache eval`"
+        "evaluate on a store instead, by `sam3cache eval`, or predict from one that has the images"
     )
 
 
-def _pixels(image: str | Path | NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _is_grey(pixels_HWC: NDArray[np.uint8]) -> bool:
+    return bool((pixels_HWC[..., :1] == pixels_HWC).all())
+
+
+def _pixels(image: Image) -> NDArray[np.uint8]:
     if isinstance(image, (str, Path)):
         path = Path(image)
         return read_image(Sample(id=path.stem, source=path.name, root=path.parent))

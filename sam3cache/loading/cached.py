@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,7 @@ class CachedSamples:
         self._label_set = label_set
         self._resize_mode = _resize_mode(store, self._level_names)
         self._report = report or (lambda num_done, num_total: None)
-        by_row = {sample.row: sample for sample in store.samples}
+        by_row = {sample.row: sample for sample in (*store.samples, *store.variants)}
         if unknown := [row for row in rows if row not in by_row]:
             raise MissingSampleError(
                 f"{store.path} has no usable sample in row {unknown[0]}; take rows from its samples"
@@ -164,11 +164,21 @@ class CachedSamples:
             CorruptStoreError: bytes in the store are damaged.
         """
         with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as readers:
-            return self._finish(indices, *self._begin(indices, readers))
+            return self._finish(indices, *self._begin(indices, readers, self._records))
 
     def iterate(
-        self, batch_size: int, *, seed: int = 0, epoch: int = 0, shuffle: bool = False
-    ) -> Iterator[Batch]:
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = False,
+        indices: Sequence[int] | None = None,
+        start: int = 0,
+        piece_size: int | None = None,
+        levels: Sequence[str] | None = None,
+        with_target: bool = True,
+    ) -> Generator[Batch]:
         """Go through all samples once; the last batch may be smaller.
 
         Args:
@@ -176,25 +186,28 @@ class CachedSamples:
             seed: of the order.
             epoch: which pass this is; each has an order of its own.
             shuffle: whether to go in random order rather than in that of the indices.
+            indices: of the samples to go through; None for all. Others are left out of the order.
+            start: how many of them to pass over, at the beginning of the order.
+            piece_size: hand each batch out in pieces of so many samples at most; None for whole
+                batches.
+            levels: what is wanted of a sample, of the levels that are there; None for all.
+            with_target: whether targets are wanted, where there are any.
 
         Raises:
             CorruptStoreError: bytes in the store are damaged.
         """
-        order = list(range(len(self)))
-        if shuffle:
-            mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
-            generator = torch.Generator().manual_seed(mixed >> 1)
-            order = torch.randperm(len(self), generator=generator).tolist()
-        chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        batch_bytes = max(1, batch_size * self._sample_bytes)
+        order = epoch_order(len(self), seed, epoch, shuffle=shuffle, indices=indices)[start:]
+        chunks = split_batches(order, batch_size, piece_size)
+        records = self._wanted(levels, with_target=with_target)
+        chunk_bytes = max(1, min(batch_size, piece_size or batch_size) * _record_bytes(records))
         num_ahead = 0
         if self.residency == "stream":
-            num_ahead = min(MAX_READ_AHEAD, max(1, READ_AHEAD_BYTES // batch_bytes))
+            num_ahead = min(MAX_READ_AHEAD, max(1, READ_AHEAD_BYTES // chunk_bytes))
         with ThreadPoolExecutor(NUM_READERS, "sam3cache-loading") as readers:
             waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[None]]]] = deque()
             try:
                 for chunk in chunks:
-                    waiting.append((chunk, *self._begin(chunk, readers)))
+                    waiting.append((chunk, *self._begin(chunk, readers, records)))
                     if len(waiting) > num_ahead:
                         yield self._finish(*waiting.popleft())
                 while waiting:
@@ -202,8 +215,14 @@ class CachedSamples:
             finally:
                 readers.shutdown(wait=True, cancel_futures=True)
 
+    def _wanted(self, levels: Sequence[str] | None, *, with_target: bool) -> list[Record]:
+        """Return the records that hold some levels and, if wanted, the target."""
+        names = {*(self._level_names if levels is None else levels)}
+        names |= {"target"} if with_target else set()
+        return [record for record in self._records if record.name in names]
+
     def _begin(
-        self, indices: Sequence[int], readers: ThreadPoolExecutor
+        self, indices: Sequence[int], readers: ThreadPoolExecutor, records: Sequence[Record]
     ) -> tuple[dict[str, Tensor], list[Future[None]]]:
         """Take a batch's records from where they lie; from the store, by threads.
 
@@ -211,17 +230,18 @@ class CachedSamples:
             The records (B, R) by name, and what has to be waited for before they are whole.
         """
         if self.residency != "stream":
-            return {name: self._gather(held, indices) for name, held in self._held.items()}, []
+            held = {record.name: self._held[record.name] for record in records}
+            return {name: self._gather(held_NR, indices) for name, held_NR in held.items()}, []
         parts = {
             record.name: self._buffers[record.name].take(
                 len(indices), record.num_words, pinned=self._device.type == "cuda"
             )
-            for record in self._records
+            for record in records
         }
 
         def read(positions: range) -> None:
             for position in positions:
-                for record in self._records:
+                for record in records:
                     words_R = parts[record.name][position].numpy()
                     record.read_into(self.samples[indices[position]], words_R)
 
@@ -250,9 +270,13 @@ class CachedSamples:
         }
         # A reader may hold on to its task for a moment more, which must not keep this memory.
         parts.clear()
-        values = {record.name: record.values(on_device[record.name]) for record in self._records}
+        values = {
+            record.name: record.values(on_device[record.name])
+            for record in self._records
+            if record.name in on_device
+        }
         return Batch(
-            levels={level: values[level] for level in self._level_names},
+            levels={level: values[level] for level in self._level_names if level in values},
             angles_B2=self._angles_N2[indices].to(self._device),
             content_B2=self._content_N2[indices].to(self._device),
             target_BKTT=values.get("target"),
@@ -437,7 +461,49 @@ class CachedSamples:
     @property
     def _sample_bytes(self) -> int:
         """What one sample takes in memory, its target included."""
-        return WORD_BYTES * sum(record.num_words for record in self._records)
+        return _record_bytes(self._records)
+
+
+def epoch_order(
+    num_samples: int,
+    seed: int,
+    epoch: int,
+    *,
+    shuffle: bool,
+    indices: Sequence[int] | None = None,
+) -> list[int]:
+    """Return the order in which a pass goes through samples.
+
+    Args:
+        num_samples: how many there are.
+        seed: of a random order.
+        epoch: which pass this is.
+        shuffle: whether the order is random rather than that of the indices.
+        indices: the samples to go through; None for all. What is left out does not change the
+            order of the rest.
+    """
+    order = list(range(num_samples))
+    if shuffle:
+        mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(mixed >> 1)
+        order = torch.randperm(num_samples, generator=generator).tolist()
+    if indices is not None:
+        wanted = set(indices)
+        order = [index for index in order if index in wanted]
+    return order
+
+
+def split_batches(
+    order: Sequence[int], batch_size: int, piece_size: int | None = None
+) -> list[Sequence[int]]:
+    """Split an order into batches, and each of these into pieces."""
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    piece = piece_size or batch_size
+    return [batch[at : at + piece] for batch in batches for at in range(0, len(batch), piece)]
+
+
+def _record_bytes(records: Sequence[Record]) -> int:
+    return WORD_BYTES * sum(record.num_words for record in records)
 
 
 def _resize_mode(store: FeatureStore, levels: Sequence[str]) -> ResizeMode:

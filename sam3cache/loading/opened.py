@@ -22,6 +22,7 @@ from sam3cache.features.precision import decode, value_dtype
 from sam3cache.loading.cached import CachedSamples
 from sam3cache.loading.residency import Residency
 from sam3cache.records import SPLITS, Batch
+from sam3cache.tasks import Task
 
 Rows = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 """What an array of a store may be asked for."""
@@ -53,6 +54,8 @@ class OpenedStore:
         path: its folder.
         features: the open store below it, for what is not here.
         samples: the samples that can be used, in row order.
+        variants: changed views of training samples; their rows are in no split, and for training
+            alone.
         levels: by name, as arrays that read when they are indexed by row.
         labels: by name of the label set, likewise.
     """
@@ -61,6 +64,7 @@ class OpenedStore:
         self.path = store.path
         self.features = store
         self.samples: tuple[StoredSample, ...] = store.samples
+        self.variants: tuple[StoredSample, ...] = store.variants
         num_rows = 1 + max((row.row for row in store.sample_rows), default=-1)
         self.levels: Mapping[str, Level] = {
             name: Level(store, name, num_rows) for name in store.served_levels
@@ -68,8 +72,9 @@ class OpenedStore:
         self.labels: Mapping[str, Labels] = {name: Labels(store, name) for name in store.label_sets}
 
     def __repr__(self) -> str:
+        variants = f" and {len(self.variants)} variants" if self.variants else ""
         return (
-            f"<sam3cache store {self.path}: {len(self.samples)} samples; levels "
+            f"<sam3cache store {self.path}: {len(self.samples)} samples{variants}; levels "
             f"{', '.join(self.levels)}; labels {', '.join(self.labels) or 'none'}>"
         )
 
@@ -240,7 +245,8 @@ class Labels:
 
     Attributes:
         name: of the label set.
-        classes: names by plane.
+        classes: names by plane, or of the class numbers from 1 on.
+        task: "multilabel", planes of 0 and 1; or "multiclass", one plane of class numbers.
     """
 
     __iter__: None = None
@@ -249,6 +255,7 @@ class Labels:
         self._store = store
         self.name = name
         self.classes = store.label_sets[name].classes
+        self.task: Task = store.label_sets[name].task
 
     def __repr__(self) -> str:
         return f"<label set {self.name}: {', '.join(self.classes)}>"

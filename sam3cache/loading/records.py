@@ -3,8 +3,8 @@
 A level of 8 bits so takes half the memory of float16, wherever it lies, and is multiplied out on
 the device.
 
-Shape legend: B batch, C channels, H height, W width, K mask planes, T side of the target grid, R
-words of a record.
+Shape legend: B batch, C channels, H height, W width, K planes of a stored mask, T side of the
+target grid, R words of a record.
 """
 
 from __future__ import annotations
@@ -144,23 +144,28 @@ class TargetRecord:
         """Read a sample's mask and lay it on the target's grid.
 
         Raises:
-            ConfigError: when the mask holds class numbers.
+            ConfigError: when the mask holds numbers that its label set has no class for.
             CorruptStoreError: when the bytes on disk are not those that were written.
         """
+        spec = self.store.label_sets[self.label_set]
+        has_numbers = spec.task == "multiclass"
         mask_KHW = self.store.read_mask(sample.row, self.label_set)
         assert mask_KHW is not None
-        if ((mask_KHW > 1) & (mask_KHW != IGNORE_LABEL)).any():
+        highest = int(np.max(mask_KHW, initial=0, where=mask_KHW != IGNORE_LABEL))
+        if highest > (len(spec.classes) if has_numbers else 1):
+            known = f"class numbers up to {len(spec.classes)}" if has_numbers else "0 and 1"
             raise ConfigError(
-                f"label set {self.label_set} holds class numbers (up to "
-                f"{int(mask_KHW[mask_KHW != IGNORE_LABEL].max())}, sample {sample.id}); heads "
-                "learn planes of 0 and 1: store a plane a class"
+                f"label set {self.label_set} holds {highest} (sample {sample.id}); expected "
+                f"{known}; set it again with `sam3cache store labels set` and the number of each "
+                "class, as --classes lad=1,lcx=2"
             )
         box = Letterbox.fit(sample.height_px, sample.width_px, self.mode)
-        target_KTT = box.mask_to_target(torch.from_numpy(mask_KHW), self.size_px).numpy()
+        resample = box.numbers_to_target if has_numbers else box.mask_to_target
+        target_KTT = resample(torch.from_numpy(mask_KHW), self.size_px).numpy()
         words_R.view(np.uint8)[: target_KTT.size] = target_KTT.reshape(-1)
 
     def values(self, words_BR: Tensor) -> Tensor:
-        """Return targets, uint8 (B, K, T, T)."""
+        """Return targets, uint8 (B, K, T, T): planes of 0 and 1, or one of class numbers; 255."""
         shape = (len(words_BR), self.num_planes, self.size_px, self.size_px)
         return _part(words_BR.view(torch.uint8), 0, math.prod(shape[1:])).reshape(shape)
 

@@ -1,7 +1,29 @@
 """Training a head on stored features: configuration, loss, loop, and resuming to the bit."""
 
 from sam3cache.training.config import TrainConfig
+from sam3cache.training.experiments import (
+    PlannedRun,
+    RunOutcome,
+    plan_runs,
+    read_experiments,
+    run_experiments,
+)
 from sam3cache.training.loop import Progress, TrainResult, train
-from sam3cache.training.loss import dice_bce_loss
+from sam3cache.training.loss import build_loss, default_loss, dice_bce_loss
+from sam3cache.training.together import train_together
 
-__all__ = ["Progress", "TrainConfig", "TrainResult", "dice_bce_loss", "train"]
+__all__ = [
+    "PlannedRun",
+    "Progress",
+    "RunOutcome",
+    "TrainConfig",
+    "TrainResult",
+    "build_loss",
+    "default_loss",
+    "dice_bce_loss",
+    "plan_runs",
+    "read_experiments",
+    "run_experiments",
+    "train",
+    "train_together",
+]

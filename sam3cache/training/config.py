@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,17 +18,52 @@ from sam3cache.features import FEATURE_PRECISIONS
 from sam3cache.features import Precision as StoredPrecision
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.loading import Residency
+from sam3cache.loading.augment import Augmentation
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LearningRateScaling = Literal["none", "sqrt", "linear"]
 
 # A run's name becomes a folder's, on every system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Where a run lies and what it runs on may change between its parts; the rest makes its result.
-# The data do, too, but a hash is no setting that one could resume with.
+# The data do, too, but a hash is no setting that one could resume with. A whole batch's loss does
+# not depend on its parts, and a run goes on with those that it began with.
 _NOT_THE_RESULT = frozenset(
-    {"store", "overlay", "name", "device", "residency", "allow_unsealed", "data_sha256"}
+    {
+        "store",
+        "overlay",
+        "name",
+        "device",
+        "residency",
+        "allow_unsealed",
+        "data_sha256",
+        "micro_batch",
+        "save_minutes",
+        "compile",
+    }
 )
+
+REFERENCE_BATCH = 16
+"""The batch size that learning rates are given for."""
+
+# By rule, the power of batch size / REFERENCE_BATCH that the learning rate is multiplied by.
+_LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+# By annotation, what a value read from a file or the command line has to be.
+_KINDS: Mapping[Any, tuple[Any, str]] = {
+    "str": (str, "text"),
+    "str | None": (str | None, "text"),
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "int | None": (int | None, "a whole number"),
+    "float": (int | float, "a number"),
+    "float | None": (int | float | None, "a number"),
+    "Sequence[str]": (list | tuple, "a list of names"),
+    "Sequence[float] | None": (list | tuple | None, "a list of numbers"),
+    "Mapping[str, Any]": (Mapping, "names and values"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,16 +81,38 @@ class TrainConfig:
             "int8"; None: the most exact.
         epochs: passes over the training split.
         batch_size: samples a step.
-        learning_rate: of AdamW at the first step; a cosine takes it to 0 at the last. None: the
-            head's own.
+        micro_batch: samples that go through the head at once; their gradients add up to those of
+            the batch. None: as many as fit, see ``training.micro``.
+        learning_rate: of AdamW, for a batch of 16; a cosine takes it to 0 at the last step. None:
+            the head's own.
+        lr_scaling: what a batch of another size does to it: "none", "sqrt" or "linear" in
+            batch size / 16.
+        warmup_epochs: epochs, or a part of one, in which the rate rises from 0.
         weight_decay: of AdamW.
-        bce_weight: share of cross-entropy in the loss, in [0, 1]; the rest is Dice.
+        loss: name of a loss, see ``training.loss``; None: the default of what is learned.
+        loss_options: keyword arguments of the loss, plain JSON values.
+        class_weights: of the classes, in their order, in the loss; None: all alike.
+        bce_weight: share of cross-entropy in the loss, in [0, 1], against Dice.
         loss_size_px: side of the grid that logits and masks are compared on.
+        ema: decay of the moving average of the weights, such as 0.999, which is then what is
+            validated and kept; 0: none.
+        patience: epochs without a better validation Dice after which a run ends; None: never.
+        augment: names of augmentations, see ``loading.augment``.
+        variants: which stored variants of training images are drawn from: "all", "none", or names
+            as "hflip,rot10".
         seed: of the first weights, the order and dropout.
+        order_seed: of the order alone; None: the seed. Runs that share it can share one stream.
+        folds: cross-validation: in how many parts the groups of the splits train and val are
+            divided; 0: none, the splits as they are.
+        fold: which part is validated on, from 0; the others are trained on.
+        fold_seed: of the division.
+        stratify: annotation whose values the parts shall share evenly, or None.
         precision: what a head computes in; auto is bf16 or fp16 on a GPU and fp32 on a CPU.
+        compile: let torch compile the head.
         device: "auto", "cpu" or a CUDA device.
         residency: where samples lie; see ``sam3cache.loading``.
-        resume: go on after the last finished epoch of this run.
+        save_minutes: how often the state within an epoch is saved.
+        resume: go on where this run was last saved.
         overwrite: replace a run of this name.
         allow_unsealed: train on what an unfinished extraction has stored so far.
         overlay: folder of labels and annotations beside the store, or None.
@@ -73,20 +130,45 @@ class TrainConfig:
     feature_precision: StoredPrecision | None = None
     epochs: int = 30
     batch_size: int = 16
+    micro_batch: int | None = None
     learning_rate: float | None = None
+    lr_scaling: LearningRateScaling = "none"
+    warmup_epochs: float = 0.0
     weight_decay: float = 0.01
+    loss: str | None = None
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    class_weights: Sequence[float] | None = None
     bce_weight: float = 0.5
     loss_size_px: int = INPUT_SIZE_PX
+    ema: float = 0.0
+    patience: int | None = None
+    augment: Sequence[str] = ()
+    variants: str = "all"
     seed: int = 0
+    order_seed: int | None = None
+    folds: int = 0
+    fold: int | None = None
+    fold_seed: int = 0
+    stratify: str | None = None
     precision: Precision = "auto"
+    compile: bool = False
     device: str = "auto"
     residency: Residency = "auto"
+    save_minutes: float = 5.0
     resume: bool = False
     overwrite: bool = False
     allow_unsealed: bool = False
     overlay: str | None = None
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value, (kinds, expected) = (
+                getattr(self, setting.name),
+                _KINDS.get(setting.type, (object, "text")),
+            )
+            # A bool is an int to Python, and to nobody else.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise ConfigError(f"{setting.name} is {value!r}: expected {expected}")
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"run name {self.name!r}: expected letters, digits, '.', '_' and '-', beginning "
@@ -100,10 +182,29 @@ class TrainConfig:
                 self.learning_rate is None or 0 < self.learning_rate < math.inf,
                 "above 0, such as 1e-4",
             ),
+            ("micro_batch", self.micro_batch is None or self.micro_batch >= 1, "at least 1"),
+            ("lr_scaling", self.lr_scaling in _LR_POWERS, ", ".join(_LR_POWERS)),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "0 to below the epochs"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("ema", 0 <= self.ema < 1, "0 (none) or a decay below 1, such as 0.999"),
+            ("patience", self.patience is None or self.patience >= 1, "at least 1"),
+            ("variants", bool(self.variants), "all, none, or names as hflip,rot10"),
+            ("save_minutes", self.save_minutes >= 0, "0 (after every step) or more"),
+            ("folds", self.folds == 0 or self.folds >= 2, "0 (none), or at least 2"),
+            (
+                "fold",
+                self.fold is None if not self.folds else self.fold in range(self.folds),
+                f"0 to {self.folds - 1}, as folds is {self.folds}" if self.folds else "none",
+            ),
             ("bce_weight", 0 <= self.bce_weight <= 1, "between 0 (Dice alone) and 1"),
             ("loss_size_px", 1 <= self.loss_size_px <= 4096, "1 to 4096, such as 1008 or 252"),
             ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
+            ("fold_seed", 0 <= self.fold_seed < 2**63, "0 to 2^63 - 1"),
+            (
+                "order_seed",
+                self.order_seed is None or 0 <= self.order_seed < 2**63,
+                "0 to 2^63 - 1",
+            ),
             (
                 "feature_precision",
                 self.feature_precision in (None, *FEATURE_PRECISIONS),
@@ -115,6 +216,8 @@ class TrainConfig:
         for name, holds, expected in rules:
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {expected}")
+        # Raises for a name that is not there.
+        Augmentation.of(self.augment)
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of the two")
 
@@ -122,6 +225,17 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Folder that the run writes into."""
         return Path(self.output) / self.name
+
+    @property
+    def order(self) -> int:
+        """Seed of the order of samples."""
+        return self.seed if self.order_seed is None else self.order_seed
+
+    @property
+    def lr_factor(self) -> float:
+        """What the learning rate is multiplied by for the batch size."""
+        power = _LR_POWERS[self.lr_scaling]
+        return float((self.batch_size / REFERENCE_BATCH) ** power)
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values, as checkpoints record it.
@@ -132,6 +246,7 @@ class TrainConfig:
             "store": Path(self.store).resolve().name,
             "overlay": None if self.overlay is None else Path(self.overlay).resolve().name,
             "head_options": dict(self.head_options),
+            "loss_options": dict(self.loss_options),
         }
         del settings["output"], settings["resume"], settings["overwrite"]
         plain: dict[str, Any] = json.loads(json.dumps(settings))

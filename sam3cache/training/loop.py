@@ -1,28 +1,34 @@
 """The training loop: what happens in an epoch, and what is on disk after it.
 
-Shape legend: B batch, K mask planes, H height, W width.
+Shape legend: B batch, K planes of logits, M planes of a stored mask, C classes, H height, W width.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from sam3cache.errors import CheckpointError, ConfigError, HeadError, NumericError
-from sam3cache.features import FeatureStore, StoredSample, open_store, record_data
+from sam3cache.errors import (
+    CheckpointError,
+    ConfigError,
+    HeadError,
+    NumericError,
+    StoppedError,
+)
+from sam3cache.features import FeatureStore, LabelSetSpec, open_store, record_data
 from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
     CheckpointInfo,
@@ -33,24 +39,44 @@ from sam3cache.heads import (
     forward_gflop,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import short_hash
 from sam3cache.loading import CachedSamples
+from sam3cache.loading.augment import Augmentation, augment, choose_rows
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.records import Batch
 from sam3cache.runtime import peak_memory_bytes, pick_device, write_atomic
+from sam3cache.tasks import decide, mask_planes, num_outputs
+from sam3cache.training.average import MovingAverage
 from sam3cache.training.config import TrainConfig, check_same_run, resolve_precision
-from sam3cache.training.loss import dice_bce_loss
-from sam3cache.training.state import STATE_FILE, RunState, read_state, restore, save_state
+from sam3cache.training.division import Division, data_sha256, divide, trained_on
+from sam3cache.training.loss import Loss, build_loss, default_loss
+from sam3cache.training.micro import pick_micro_batch, saved_bytes
+from sam3cache.training.state import (
+    STATE_FILE,
+    RunState,
+    extra_tensors,
+    read_state,
+    restore,
+    save_state,
+)
+from sam3cache.training.stopping import Stop, never
 
 METRICS_FILE = "metrics.jsonl"
 MAX_GRADIENT_NORM = 1.0
 THRESHOLD = 0.5
 
-MAX_RECORDED_SAMPLES = 100_000
-"""Most training samples that a checkpoint lists, in 17 bytes each for image and group."""
-
 # How often the loss is fetched to be shown: each time, a GPU has to catch up.
 _REPORT_INTERVAL_S = 0.2
+
+# Name of the losses' sum in a saved state; no parameter's, as those of modules have no space.
+_TOTAL_LOSS = "total loss"
+
+# By loss, its option for the share of cross-entropy.
+_CE_WEIGHTS = {
+    "dice-bce": "bce_weight",
+    "dice-ce": "ce_weight",
+    "cldice": "ce_weight",
+    "boundary": "ce_weight",
+}
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,6 +124,7 @@ class TrainResult:
         parameters: number of the head's parameters by part.
         gflop: of the head's forward pass over one image; see ``heads.forward_gflop``.
         precision: what the head computed in.
+        micro_batch: samples that went through the head at once.
         residency: where the training samples lay.
         placement: the same with its reason, in words.
         resident_bytes: memory that they took there.
@@ -105,6 +132,7 @@ class TrainResult:
         elapsed_s: time that training and validation took, over all parts of a resumed run.
         images_per_s: training speed in the last epoch; None if there was none to train.
         peak_memory_bytes: of the GPU's tensors, or of the process on a CPU.
+        stopped_early: whether it ended for want of a better Dice, before its last epoch.
     """
 
     run_dir: Path
@@ -119,6 +147,7 @@ class TrainResult:
     parameters: dict[str, int]
     gflop: float
     precision: str
+    micro_batch: int
     residency: str
     placement: str
     resident_bytes: int
@@ -126,16 +155,20 @@ class TrainResult:
     elapsed_s: float
     images_per_s: float | None
     peak_memory_bytes: int
+    stopped_early: bool = False
 
 
 def train(
-    config: TrainConfig, report: Callable[[Progress], None] = lambda progress: None
+    config: TrainConfig,
+    report: Callable[[Progress], None] = lambda progress: None,
+    stop: Stop = never,
 ) -> TrainResult:
     """Train a head on the store's training split, keeping the best by validation Dice.
 
     Args:
         config: what to train.
         report: called as the work goes on.
+        stop: asked after each step; see ``stopping.stop_on_signals``.
 
     Returns:
         The summary of the run.
@@ -146,15 +179,59 @@ def train(
         StoreError: the store cannot be used, or (to resume) is not the one of before.
         CheckpointError: the run to resume is damaged, or lacks its state.
         NumericError: the loss is no longer finite.
+        StoppedError: it was told to stop, and has saved where it was.
     """
-    return _Run(config, report).train()
+    run = Run(config, report, stop)
+    for _ in run.steps():
+        pass
+    return run.result()
 
 
-class _Run:
-    """A training under way."""
+class Feed(Protocol):
+    """What a run asks for its batches; see ``CachedSamples.iterate``."""
 
-    def __init__(self, config: TrainConfig, report: Callable[[Progress], None]) -> None:
-        self.config, self.report = config, report
+    def iterate(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = False,
+        indices: Sequence[int] | None = None,
+        start: int = 0,
+        piece_size: int | None = None,
+        levels: Sequence[str] | None = None,
+        with_target: bool = True,
+    ) -> Generator[Batch]:
+        """Go through an epoch once."""
+
+
+class Run:
+    """A training under way, a step at a time.
+
+    Args:
+        config: what to train.
+        report: called as the work goes on.
+        stop: asked after each step whether to stop there.
+        open_samples: makes what samples come from; for runs that share it.
+
+    Attributes:
+        train_feed: what training batches are asked of.
+        val_feed: what validation batches are asked of.
+        position: where it is: epoch, 0 in training and 1 in validation, images of that done.
+
+    Raises:
+        Sam3CacheError: as of ``train``.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        report: Callable[[Progress], None] = lambda progress: None,
+        stop: Stop = never,
+        open_samples: Callable[..., CachedSamples] = CachedSamples,
+    ) -> None:
+        self.config, self.report, self.stop = config, report, stop
         self.device = pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         store = open_store(
@@ -163,27 +240,35 @@ class _Run:
         if config.feature_precision is not None:
             store.serve(config.feature_precision)
         level_shapes = {name: spec.shape for name, spec in store.served_levels.items()}
-        self.num_planes = _num_planes(store, config)
+        self.label_set = _label_set(store, config)
+        self.num_classes = len(self.label_set.classes)
         torch.manual_seed(config.seed)
         self.head: Head = build_head(
             config.head,
             level_shapes,
             config.head_options,
-            num_classes=self.num_planes,
+            num_classes=num_outputs(self.label_set.task, self.num_classes),
         ).to(self.device)
         _require_precision(store, config, self.head.needs)
+        self.augmentation = Augmentation.of(config.augment)
+        grids = {level: level_shapes[level][-1] for level in self.head.needs}
+        self.augmentation.require_grid({**grids, "target": config.loss_size_px})
+        self.loss = _loss(config, self.label_set)
+        self.model: nn.Module = self.head
+        if config.compile:
+            self.model = torch.compile(self.head)  # type: ignore[assignment]
         self.gflop = forward_gflop(self.head, level_shapes)
         # A user's own head need not be derived from ours.
-        self.learning_rate = config.learning_rate or _own_learning_rate(config.head, self.head)
+        rate = config.learning_rate or _own_learning_rate(config.head, self.head)
+        self.learning_rate = rate * config.lr_factor
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(), lr=self.learning_rate, weight_decay=config.weight_decay
         )
+        self.average = MovingAverage(self.head, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(
             torch.device(self.device).type, enabled=self.precision == "fp16"
         )
-        train_rows = _rows(store, config, "train")
-        val_rows = _rows(store, config, "val")
-        with_mask = [row for row in val_rows if store.has_mask(row, config.label_set)]
+        rows = divide(store, config)
         levels = {
             level: {
                 "shape": list(store.served_levels[level].shape),
@@ -192,71 +277,133 @@ class _Run:
             }
             for level in self.head.needs
         }
-        learned = [row for row in train_rows if store.has_mask(row, config.label_set)]
         settings = config.settings() | {
-            "learning_rate": self.learning_rate,
+            "learning_rate": rate,
             "precision": self.precision,
-            "num_train": len(learned),
-            "num_val": len(with_mask),
-            "data_sha256": _data_sha256(store, [*learned, *with_mask], config.label_set),
+            "num_train": len(rows.groups),
+            "num_val": len(rows.val),
+            "data_sha256": data_sha256(store, [*rows.train, *rows.val], config.label_set),
         }
         self.data = dataclasses.asdict(record_data(store, config.label_set))
+        self._total_loss = torch.zeros((), device=self.device)
         # Before anything is loaded: what stands against the run is said at once.
         self.state = self._begin(RunState(settings, levels))
 
         # Before the samples, whose place depends on the memory that is then left.
-        self.val_masks = [_mask(store, row, config.label_set) for row in with_mask]
+        self.val_masks = [_mask(store, row, self.label_set) for row in rows.val]
         self.num_empty_masks = sum(not (mask == 1).any() for mask in self.val_masks)
         if self.num_empty_masks == len(self.val_masks):
             raise ConfigError(
                 f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
                 "undefined; check the masks, or the split"
             )
+        self._open(store, rows, open_samples)
+        self.num_train, self.num_val = len(rows.groups), len(rows.val)
+        self.num_without_mask = rows.num_without_mask
+        self.trained_on = trained_on([self.train_samples.samples[i] for i in self._learned])
+        self._choose_micro_batch()
+        self.position = (self.state.epoch + 1, 0, self.state.num_seen)
+        self.images_per_s: float | None = None
+        self._began_s = self._saved_s = time.monotonic()
+        self._busy_s = 0.0
 
-        num_to_load = len(learned) + len(with_mask)
+    def _open(
+        self, store: FeatureStore, rows: Division, open_samples: Callable[..., CachedSamples]
+    ) -> None:
+        """Bring the samples to where they are to lie."""
+        config, num_val = self.config, 0 if self.config.folds else len(rows.val)
+        num_to_load = len(rows.train) + len(rows.val)
 
         def report_load(num_done: int, num_total: int) -> None:
-            report(Progress("load", num_done, num_to_load))
+            self.report(Progress("load", num_done, num_to_load))
+            self._refuse_to_go_on("before its first step; nothing is lost")
 
-        def report_load_val(num_done: int, num_total: int) -> None:
-            report(Progress("load", len(learned) + num_done, num_to_load))
+        def open_rows(
+            rows: Sequence[int], report: Callable[[int, int], None], **values: Any
+        ) -> Any:
+            return open_samples(
+                store,
+                rows,
+                self.head.needs,
+                device=self.device,
+                residency=config.residency,
+                label_set=config.label_set,
+                report=report,
+                **values,
+            )
 
-        self.train_samples = CachedSamples(
-            store,
-            train_rows,
-            self.head.needs,
-            device=self.device,
-            residency=config.residency,
-            target_size_px=config.loss_size_px,
-            label_set=config.label_set,
-            report=report_load,
+        # Of folds all samples together, whichever is validated on: so all folds share them.
+        pool = sorted({*rows.train, *rows.val}) if config.folds else rows.train
+        self.train_samples: CachedSamples = open_rows(
+            pool, report_load, target_size_px=config.loss_size_px
         )
-        self.val_samples = CachedSamples(
-            store,
-            with_mask,
-            self.head.needs,
-            device=self.device,
-            residency=config.residency,
-            label_set=config.label_set,
-            report=report_load_val,
-        )
-        self.trained_on = _trained_on(self.train_samples.samples)
-        self.num_without_mask = self.train_samples.num_without_mask + len(val_rows) - len(with_mask)
+        index_of = {row: index for index, row in enumerate(self.train_samples.rows)}
+        self._learned = [index_of[row] for row in rows.train]
+        # By image, the places of its row and of those of its variants.
+        self._groups = [[index_of[row] for row in group] for group in rows.groups]
+        self.has_variants = any(len(group) > 1 for group in self._groups)
+        if config.folds:
+            self.val_samples = self.train_samples
+            self.val_indices = [index_of[row] for row in rows.val]
+        else:
+            self.val_samples = open_rows(
+                rows.val,
+                lambda num_done, num_total: report_load(len(rows.train) + num_done, num_total),
+            )
+            self.val_indices = list(range(num_val))
+        self.train_feed: Feed = self.train_samples
+        self.val_feed: Feed = self.val_samples
 
-    def train(self) -> TrainResult:
-        """Go through the epochs that are left."""
-        if self.state.epoch == 0:
+    def _choose_micro_batch(self) -> None:
+        """Settle how many samples go through the head at once; a resumed run keeps to that."""
+        config, chosen = self.config, self.config.micro_batch or self.state.micro_batch
+        if chosen is None and config.batch_size > 1:
+            sample = self.train_samples.batch([self._learned[0]])
+            self.head.eval()  # A batch norm must neither learn from one sample nor refuse it.
+            bytes_ = saved_bytes(lambda batch: self._loss_of(batch, self.head), sample)
+            chosen = pick_micro_batch(config.batch_size, bytes_, self.device)
+        self.micro_batch = min(chosen or 1, config.batch_size)
+        settings = {**self.state.settings, "micro_batch": self.micro_batch}
+        self.state = dataclasses.replace(
+            self.state, micro_batch=self.micro_batch, settings=settings
+        )
+
+    def train_indices(self, epoch: int) -> list[int] | None:
+        """Return the samples that an epoch trains on; None for all."""
+        if self.has_variants:
+            return choose_rows(self._groups, self.config.order, epoch)
+        return self._learned if self.config.folds else None
+
+    def steps(self) -> Iterator[None]:
+        """Go through the epochs that are left, halting after every step.
+
+        Raises:
+            NumericError: the loss is no longer finite.
+            StoppedError: it was told to stop, and has saved where it was.
+        """
+        if self.state.epoch == self.state.num_seen == 0:
             self._clear()
         # What a killed part of the run left half written.
         sweep_temporaries(self.config.run_dir)
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._report_train(self.state.epoch, self.state.epoch * len(self.train_samples))
-        images_per_s = None
+        self._began_s = self._saved_s = time.monotonic()
+        self._report_train(
+            self.state.epoch, self.state.epoch * self.num_train + self.state.num_seen
+        )
         log_dir = self.config.run_dir / "tensorboard"
         with SummaryWriter(str(log_dir), purge_step=self.state.epoch + 1) as tensorboard:
-            for epoch in range(self.state.epoch + 1, self.config.epochs + 1):
-                images_per_s = self._epoch(epoch, tensorboard)
+            while self.state.epoch < self.config.epochs and not self.is_out_of_patience:
+                yield from self._epoch(self.state.epoch + 1, tensorboard)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the best validation Dice lies too many epochs back."""
+        patience = self.config.patience
+        return patience is not None and self.state.epoch - self.state.best_epoch >= patience
+
+    def result(self) -> TrainResult:
+        """Return the summary of a run that has ended."""
         config, state = self.config, self.state
         return TrainResult(
             run_dir=config.run_dir,
@@ -264,20 +411,22 @@ class _Run:
             best_dice=state.best_dice,
             best_epoch=state.best_epoch,
             epochs=state.epoch,
-            num_train=len(self.train_samples),
-            num_val=len(self.val_samples),
+            num_train=self.num_train,
+            num_val=self.num_val,
             num_without_mask=self.num_without_mask,
             num_empty_masks=self.num_empty_masks,
             parameters=count_parameters(self.head),
             gflop=self.gflop,
             precision=self.precision,
+            micro_batch=self.micro_batch,
             residency=self.train_samples.residency,
             placement=self.train_samples.placement,
             resident_bytes=self.train_samples.resident_bytes,
             load_s=self.train_samples.load_s,
             elapsed_s=state.elapsed_s,
-            images_per_s=images_per_s,
+            images_per_s=self.images_per_s,
             peak_memory_bytes=self._peak_memory_bytes(),
+            stopped_early=state.epoch < config.epochs,
         )
 
     def _begin(self, fresh: RunState) -> RunState:
@@ -318,6 +467,12 @@ class _Run:
         check_same_run(state.settings, fresh.settings)
         check_fingerprints(state.levels, fresh.levels)
         restore(tensors, self.head, self.optimizer)
+        extra = extra_tensors(tensors)
+        if state.num_seen:
+            self._total_loss.copy_(extra.pop(_TOTAL_LOSS))
+        if self.average is not None:
+            extra.pop(_TOTAL_LOSS, None)
+            self.average.restore(extra, state.num_averaged)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(state.scaler))
         metrics = self.config.run_dir / METRICS_FILE
@@ -327,30 +482,44 @@ class _Run:
             write_atomic(metrics, b"".join(lines[: state.epoch]))
         return dataclasses.replace(state, settings=fresh.settings)
 
-    def _epoch(self, epoch: int, tensorboard: SummaryWriter) -> float:
-        """Train and validate once, write what there is to write; return images a second."""
-        started_s = time.monotonic()
-        train_loss = self._train_epoch(epoch)
-        train_s = time.monotonic() - started_s
-        val_dice = self._validate(epoch, train_loss)
-        elapsed_s = self.state.elapsed_s + time.monotonic() - started_s
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+    def _pause(self) -> Iterator[None]:
+        """Let others have their turn, off the clock."""
+        self._busy_s += time.monotonic() - self._began_s
+        yield
+        self._began_s = time.monotonic()
+
+    def _elapsed_s(self) -> float:
+        """Return the time spent on this run since it was last committed."""
+        return self._busy_s + time.monotonic() - self._began_s
+
+    def _epoch(self, epoch: int, tensorboard: SummaryWriter) -> Iterator[None]:
+        """Train and validate once, and write what there is to write."""
+        train_loss = yield from self._train_epoch(epoch)
+        train_s = self.state.train_s + self._elapsed_s()
+        val_dice = yield from self._validate(epoch, train_loss, train_s)
+        elapsed_s = self.state.elapsed_s + self._elapsed_s()
+        self._busy_s, self._began_s = 0.0, time.monotonic()
+        learning_rate = self._rate(epoch, self.num_train - 1)
         metrics = {"train_loss": train_loss, "val_dice": val_dice}
         best = val_dice > self.state.best_dice
         self.state = dataclasses.replace(
             self.state,
             epoch=epoch,
+            num_seen=0,
             best_epoch=epoch if best else self.state.best_epoch,
             best_dice=val_dice if best else self.state.best_dice,
             elapsed_s=elapsed_s,
+            train_s=0.0,
+            num_averaged=0 if self.average is None else self.average.num_steps,
             scaler=self.scaler.state_dict(),
         )
-        images_per_s = len(self.train_samples) / max(train_s, 1e-9)
+        self._total_loss.zero_()
+        self.images_per_s = self.num_train / max(train_s, 1e-9)
         line = {
             "epoch": epoch,
             "lr": learning_rate,
             **metrics,
-            "images_per_s": images_per_s,
+            "images_per_s": self.images_per_s,
             "elapsed_s": elapsed_s,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
@@ -359,45 +528,86 @@ class _Run:
                 tensorboard.add_scalar(name, value, epoch)
         tensorboard.flush()
         run_dir, info = self.config.run_dir, self._info(epoch, metrics)
-        for folder in ("best", "last") if best else ("last",):
-            save_checkpoint(run_dir / folder, self.head, info)
+        with self._averaged():
+            for folder in ("best", "last") if best else ("last",):
+                save_checkpoint(run_dir / folder, self.head, info)
         with (run_dir / METRICS_FILE).open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
         # Last, as it commits the epoch: whatever came before is written again after a crash.
-        save_state(run_dir / "last" / STATE_FILE, self.state, self.head, self.optimizer)
-        self._report_train(epoch, epoch * len(self.train_samples), train_loss)
-        return images_per_s
+        self._save(self.state)
+        self.position = (epoch + 1, 0, 0)
+        self._report_train(epoch, epoch * self.num_train, train_loss)
 
-    def _train_epoch(self, epoch: int) -> float:
+    def _train_epoch(self, epoch: int) -> Generator[None, None, float]:
         """Take a step a batch; return the mean loss over the images."""
-        config, num_images = self.config, len(self.train_samples)
-        steps_per_epoch = math.ceil(num_images / config.batch_size)
-        step = (epoch - 1) * steps_per_epoch
-        num_seen, reported_s = 0, -math.inf
-        total_loss = torch.zeros((), device=self.device)
+        config, num_images = self.config, self.num_train
+        num_seen, reported_s = self.state.num_seen, -math.inf
         self.head.train()
-        batches = self.train_samples.iterate(
-            config.batch_size, seed=config.seed, epoch=epoch, shuffle=True
+        pieces = self.train_feed.iterate(
+            config.batch_size,
+            seed=config.order,
+            epoch=epoch,
+            shuffle=True,
+            indices=self.train_indices(epoch),
+            start=num_seen,
+            piece_size=self.micro_batch,
+            levels=self.head.needs,
         )
-        for batch in batches:
-            # The cosine of CosineAnnealingLR, as a function of the step: nothing to save.
-            cosine = math.cos(math.pi * step / (steps_per_epoch * config.epochs))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * 0.5 * (1 + cosine)
-            loss = self._step(batch)
-            step += 1
-            num_seen += len(batch.rows)
-            total_loss += loss * len(batch.rows)
-            if num_seen == num_images or time.monotonic() - reported_s > _REPORT_INTERVAL_S:
-                reported_s = time.monotonic()
-                self._report_train(epoch, (epoch - 1) * num_images + num_seen, loss.item())
-        mean_loss = total_loss.item() / num_images
+        with closing(pieces):
+            while num_seen < num_images:
+                loss, num_taken = self._step(pieces, epoch, num_seen)
+                num_seen += num_taken
+                self._total_loss += loss * num_taken
+                self.position = (epoch, 0, num_seen)
+                if num_seen == num_images or time.monotonic() - reported_s > _REPORT_INTERVAL_S:
+                    reported_s = time.monotonic()
+                    self._report_train(epoch, (epoch - 1) * num_images + num_seen, loss.item())
+                self._save_within_epoch(num_seen, self._elapsed_s())
+                yield from self._pause()
+        mean_loss = self._total_loss.item() / num_images
         if not math.isfinite(mean_loss):
             raise NumericError(
                 f"the training loss became {mean_loss} in epoch {epoch}; lower --lr, or take "
                 "--precision fp32"
             )
         return mean_loss
+
+    def _save_within_epoch(self, num_seen: int, train_s: float) -> None:
+        """Save where the run is, if it is to stop here or was last saved some time ago."""
+        is_due = time.monotonic() - self._saved_s >= 60 * self.config.save_minutes
+        if not (is_due or self.stop()):
+            return
+        self._save(
+            dataclasses.replace(
+                self.state,
+                num_seen=num_seen,
+                elapsed_s=self.state.elapsed_s + self._elapsed_s(),
+                train_s=self.state.train_s + train_s,
+                num_averaged=0 if self.average is None else self.average.num_steps,
+                scaler=self.scaler.state_dict(),
+            )
+        )
+        epoch, num_images = self.state.epoch + 1, self.num_train
+        self._refuse_to_go_on(
+            f"in epoch {epoch}, after {num_seen} of {num_images} images; go on with --resume"
+        )
+
+    def _refuse_to_go_on(self, where: str) -> None:
+        reason = self.stop()
+        if reason:
+            raise StoppedError(f"{self.config.run_dir} was stopped by {reason} {where}")
+
+    def _save(self, state: RunState) -> None:
+        extra = {} if self.average is None else dict(self.average.weights)
+        if state.num_seen:
+            extra[_TOTAL_LOSS] = self._total_loss
+        path = self.config.run_dir / "last" / STATE_FILE
+        save_state(path, state, self.head, self.optimizer, extra)
+        self._saved_s = time.monotonic()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Let the head have its weights' moving average meanwhile, if there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _report_train(
         self,
@@ -410,65 +620,122 @@ class _Run:
             Progress(
                 "train",
                 num_done=num_done,
-                num_total=self.config.epochs * len(self.train_samples),
+                num_total=self.config.epochs * self.num_train,
                 epoch=epoch,
                 loss=loss,
                 best_dice=self.state.best_dice if self.state.best_epoch else None,
                 num_validated=num_validated,
-                num_to_validate=len(self.val_samples),
+                num_to_validate=self.num_val,
             )
         )
 
-    def _step(self, batch: Batch) -> Tensor:
-        assert batch.target_BKTT is not None
-        loss = dice_bce_loss(self._forward(batch), batch.target_BKTT, self.config.bce_weight)
+    def _step(self, pieces: Iterator[Batch], epoch: int, num_seen: int) -> tuple[Tensor, int]:
+        """Take a step on the next batch; return its loss and how many samples it was."""
+        config, rate = self.config, self._rate(epoch, num_seen)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        num_samples = min(config.batch_size, self.num_train - num_seen)
+        num_taken, total_loss = 0, torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        while num_taken < num_samples:
+            batch = next(pieces)
+            if config.augment:
+                batch = augment(batch, self.augmentation, self._random(epoch, num_seen + num_taken))
+            # The loss is a mean over the images.
+            loss = self._loss_of(batch, self.model) * (len(batch.rows) / num_samples)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total_loss += loss.detach()
+            num_taken += len(batch.rows)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), MAX_GRADIENT_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach()
+        if self.average is not None:
+            self.average.update()
+        return total_loss, num_taken
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _rate(self, epoch: int, num_seen: int) -> float:
+        """Return the learning rate of the step that takes the next of an epoch's images."""
+        config = self.config
+        steps_per_epoch = math.ceil(self.num_train / config.batch_size)
+        step = (epoch - 1) * steps_per_epoch + num_seen // config.batch_size
+        num_warmup = round(config.warmup_epochs * steps_per_epoch)
+        return self.learning_rate * _schedule(step, steps_per_epoch * config.epochs, num_warmup)
+
+    def _random(self, epoch: int, num_seen: int) -> torch.Generator:
+        """Return what augmentation draws from: made of the place alone, nothing has to be saved."""
+        entropy = [self.config.seed, epoch, num_seen]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        return torch.Generator().manual_seed(seed >> 1)
+
+    def _loss_of(self, batch: Batch, model: nn.Module) -> Tensor:
+        assert batch.target_BKTT is not None
+        return self.loss(self._forward(batch, model), batch.target_BKTT)
+
+    def _forward(self, batch: Batch, model: nn.Module) -> Tensor:
+        # What a head does not read: a compiled one would be compiled anew for every row.
+        batch = dataclasses.replace(batch, target_BKTT=None, rows=())
         with torch.autocast(
             torch.device(self.device).type,
             dtype=_AUTOCAST.get(self.precision),
             enabled=self.precision in _AUTOCAST,
         ):
-            logits_BKHW: Tensor = self.head(batch)
+            logits_BKHW: Tensor = model(batch)
         return logits_BKHW.float()
 
-    @torch.no_grad()
-    def _validate(self, epoch: int, train_loss: float) -> float:
+    def _validate(
+        self, epoch: int, train_loss: float, train_s: float
+    ) -> Generator[None, None, float]:
         """Return the mean over images of Dice, each on its mask's own grid.
 
-        A plane that is empty in both mask and prediction has no Dice, and an image without any
-        other plane has no part in the mean: the rule of ``sam3cache eval``.
+        Of an image the mean over its classes. A class that is in neither mask nor prediction has
+        no Dice, and an image without any other class has no part in the mean: the rule of
+        ``sam3cache eval``.
         """
-        self.head.eval()
-        dice_by_image, index = [], 0
-        for batch in self.val_samples.iterate(self.config.batch_size):
-            for logits_KHW in self._forward(batch):
-                mask_KHW = self.val_masks[index].to(logits_KHW.device)
-                box = self.val_samples.letterbox(index)
-                on_grid_KHW = box.logits_to_grid(logits_KHW, *mask_KHW.shape[-2:])
-                scores = [
-                    dice_iou_precision_recall(plane_HW.sigmoid() >= THRESHOLD, mask_HW).dice
-                    for plane_HW, mask_HW in zip(on_grid_KHW, mask_KHW, strict=True)
-                ]
-                dice = [score for score in scores if score is not None]
-                if dice:
-                    dice_by_image.append(sum(dice) / len(dice))
-                index += 1
-            self._report_train(epoch, epoch * len(self.train_samples), train_loss, index)
+        dice_by_image, num_done = [], 0
+        self.position = (epoch, 1, 0)
+        pieces = self.val_feed.iterate(
+            self.config.batch_size,
+            epoch=epoch,
+            indices=self.val_indices if self.config.folds else None,
+            piece_size=self.micro_batch,
+            levels=self.head.needs,
+            with_target=False,
+        )
+        with closing(pieces):
+            for batch in pieces:
+                with self._averaged(), torch.no_grad():
+                    self.head.eval()
+                    logits_BKHW = self._forward(batch, self.model)
+                for logits_KHW in logits_BKHW:
+                    dice = self._dice(logits_KHW, num_done)
+                    dice_by_image += [] if dice is None else [dice]
+                    num_done += 1
+                self.position = (epoch, 1, num_done)
+                self._report_train(epoch, epoch * self.num_train, train_loss, num_done)
+                if self.stop():
+                    self._save_within_epoch(self.num_train, train_s - self.state.train_s)
+                yield from self._pause()
         return sum(dice_by_image) / len(dice_by_image)
+
+    def _dice(self, logits_KHW: Tensor, number: int) -> float | None:
+        """Return an image's Dice, the mean over its classes."""
+        mask_CHW = self.val_masks[number].to(logits_KHW.device)
+        box = self.val_samples.letterbox(self.val_indices[number])
+        on_grid_KHW = box.logits_to_grid(logits_KHW, *mask_CHW.shape[-2:])
+        decided_CHW = decide(on_grid_KHW, self.label_set.task, THRESHOLD)
+        scores = [
+            dice_iou_precision_recall(decided_HW, mask_HW).dice
+            for decided_HW, mask_HW in zip(decided_CHW, mask_CHW, strict=True)
+        ]
+        dice = [score for score in scores if score is not None]
+        return sum(dice) / len(dice) if dice else None
 
     def _info(self, epoch: int, metrics: dict[str, float]) -> CheckpointInfo:
         return CheckpointInfo(
             head=self.config.head,
             head_options=self.state.settings["head_options"],
-            num_classes=self.num_planes,
+            num_classes=num_outputs(self.label_set.task, self.num_classes),
             levels=self.state.levels,
             label_set=self.config.label_set,
             epoch=epoch,
@@ -478,12 +745,37 @@ class _Run:
             data=self.data,
             seed=self.config.seed,
             threshold=THRESHOLD,
+            task=self.label_set.task,
+            classes=self.label_set.classes,
         )
 
     def _peak_memory_bytes(self) -> int:
         if self.device == "cpu":
             return peak_memory_bytes()
         return int(torch.cuda.max_memory_allocated(self.device))
+
+
+def _schedule(step: int, num_steps: int, num_warmup: int) -> float:
+    """Return a step's share of the learning rate: a straight rise, then half a cosine down to 0."""
+    if step < num_warmup:
+        return (step + 1) / (num_warmup + 1)
+    # The cosine of CosineAnnealingLR, as a function of the step: nothing to save.
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
+
+
+def _loss(config: TrainConfig, label_set: LabelSetSpec) -> Loss:
+    """Return the loss of a configuration, or the default of what is learned."""
+    name = config.loss or default_loss(label_set.task)
+    options = dict(config.loss_options)
+    if name in _CE_WEIGHTS:
+        options.setdefault(_CE_WEIGHTS[name], config.bce_weight)
+    weights = config.class_weights
+    if weights is not None and len(weights) != len(label_set.classes):
+        raise ConfigError(
+            f"class_weights has {len(weights)} values: expected {len(label_set.classes)}, for "
+            f"{', '.join(label_set.classes)}"
+        )
+    return build_loss(name, label_set.task, class_weights=weights, **options)
 
 
 def _require_precision(store: FeatureStore, config: TrainConfig, levels: Sequence[str]) -> None:
@@ -510,57 +802,18 @@ def _own_learning_rate(name: str, head: Head) -> float:
     return float(value)
 
 
-def _num_planes(store: FeatureStore, config: TrainConfig) -> int:
+def _label_set(store: FeatureStore, config: TrainConfig) -> LabelSetSpec:
     if config.label_set not in store.label_sets:
         raise ConfigError(
             f"{config.store} has no label set {config.label_set!r} (it has "
             f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or set it "
             f"with `sam3cache store labels set {config.store} {config.label_set} --from MANIFEST`"
         )
-    return store.label_sets[config.label_set].num_planes
+    return store.label_sets[config.label_set]
 
 
-def _data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:
-    """Return a hash of what a run learns from, in the order that indices count in.
-
-    Of a mask its origin, size and time of change stand for its pixels: no mask has to be read.
-    """
-    by_row, masks = {sample.row: sample for sample in store.samples}, store.label_rows(label_set)
-    digest = hashlib.sha256()
-    for row in rows:
-        sample = by_row[row]
-        angles = (sample.primary_angle_deg, sample.secondary_angle_deg)
-        mask = dataclasses.astuple(masks[row])[1:]  # all but the row
-        line = (sample.id, sample.pixel_sha256, sample.split, *angles, *mask)
-        digest.update(f"{line!r}\n".encode())
-    return digest.hexdigest()
-
-
-def _trained_on(samples: Sequence[StoredSample]) -> dict[str, str]:
-    """Return what lets an evaluation tell images that a head knows; see ``CheckpointInfo``."""
-    if len(samples) > MAX_RECORDED_SAMPLES:
-        return {}
-    return {
-        "images": " ".join(sorted({short_hash(sample.pixel_sha256) for sample in samples})),
-        "groups": " ".join(sorted({short_hash(sample.group) for sample in samples})),
-    }
-
-
-def _mask(store: FeatureStore, row: int, label_set: str) -> Tensor:
-    mask_KHW = store.read_mask(row, label_set)
-    assert mask_KHW is not None
-    return torch.from_numpy(mask_KHW)
-
-
-def _rows(store: FeatureStore, config: TrainConfig, split: str) -> list[int]:
-    """Return the rows of a split, of which at least one has to have a mask."""
-    rows = [sample.row for sample in store.samples if sample.split == split]
-    if not any(store.has_mask(row, config.label_set) for row in rows):
-        counts = Counter(sample.split for sample in store.samples)
-        there = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
-        missing = "with a mask " if rows else ""
-        raise ConfigError(
-            f"{config.store} has no sample {missing}in split {split!r} (samples: {there}); "
-            "training needs both train and val: set the manifest's split column and extract again"
-        )
-    return rows
+def _mask(store: FeatureStore, row: int, label_set: LabelSetSpec) -> Tensor:
+    """Return a mask, a plane of 0, 1 and 255 a class."""
+    mask_MHW = store.read_mask(row, label_set.name)
+    assert mask_MHW is not None
+    return mask_planes(torch.from_numpy(mask_MHW), label_set.task, len(label_set.classes))

@@ -1,125 +1,240 @@
-"""Dice and cross-entropy of upsampled logits, without keeping anything at full size.
+"""Losses by name: logits upsampled to the target's grid and compared there.
 
-Shape legend: B batch, K mask planes, H height, W width of the logits, T side of the target grid.
+Every loss is a mean over images of what each gives by itself, so that parts of a batch add up to
+the whole. Pixels of label 255, padding among them, count nowhere. Nothing of the grid's full size
+is kept for the backward pass: loss and gradient are computed together, a few images at a time.
+
+Shape legend: B batch, K planes of logits, M planes of a stored mask, C classes, H height, W width,
+T side of the target grid.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import inspect
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sam3cache.records import IGNORE_LABEL
+from sam3cache.errors import ConfigError
+from sam3cache.tasks import Task
+from sam3cache.training.loss_fused import dice_bce_loss, dice_ce_loss
+from sam3cache.training.loss_monai import boundary_loss, cldice_loss, focal_loss, require_monai
 
-SMOOTHING = 1e-5
-"""Added above and below in Dice, as MONAI's ``DiceLoss`` does by default."""
+__all__ = ["LOSSES", "build_loss", "default_loss", "dice_bce_loss", "dice_ce_loss"]
 
-# Pixels compared at once: on a CPU one sample at 1008 px, which stays in its cache; on a GPU a
-# whole batch of one plane.
-_CHUNK_PIXELS = {"cpu": 1008**2, "cuda": 2**25}
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From logits (B, K, H, W) and a target (B, M, T, T) to a scalar."""
+
+# What computes a loss: also told the task and a weight for every class, or None.
+_Form = Callable[..., Tensor]
 
 
-def dice_bce_loss(logits_BKHW: Tensor, target_BKTT: Tensor, bce_weight: float = 0.5) -> Tensor:
-    """Compare bilinearly upsampled logits with masks.
+def _dice_bce(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    *,
+    bce_weight: float = 0.5,
+) -> Tensor:
+    return dice_bce_loss(logits_BKHW, target_BMTT, bce_weight, weights_C)
 
-    ``bce_weight`` x binary cross-entropy + (1 - ``bce_weight``) x soft Dice loss, each over the
-    pixels that count, an image and plane at a time, then averaged. Dice is
-    1 - (2 Σpy + ε) / (Σp + Σy + ε), which is MONAI's ``DiceLoss(sigmoid=True)`` (Milletari et al.
-    2016, without squares in the denominator).
 
-    Loss and gradient are computed together, a few samples at a time, so that memory does not grow
-    with the batch; the gradient is that of the formula, not an approximation.
+def _dice_ce(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    *,
+    ce_weight: float = 0.5,
+) -> Tensor:
+    return dice_ce_loss(logits_BKHW, target_BMTT, ce_weight, weights_C)
+
+
+def _focal(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    *,
+    gamma: float = 2.0,
+) -> Tensor:
+    return focal_loss(logits_BKHW, target_BMTT, task, weights_C, gamma)
+
+
+def _dice_focal(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    *,
+    focal_weight: float = 0.5,
+    gamma: float = 2.0,
+) -> Tensor:
+    focal = focal_loss(logits_BKHW, target_BMTT, task, weights_C, gamma)
+    dice = _base(logits_BKHW, target_BMTT, task, weights_C, 0.0)
+    return focal_weight * focal + (1 - focal_weight) * dice
+
+
+def _cldice(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    *,
+    cldice_weight: float = 0.3,
+    iterations: int = 10,
+    ce_weight: float = 0.5,
+) -> Tensor:
+    cldice = cldice_loss(logits_BKHW, target_BMTT, task, weights_C, iterations)
+    base = _base(logits_BKHW, target_BMTT, task, weights_C, ce_weight)
+    return cldice_weight * cldice + (1 - cldice_weight) * base
+
+
+def _boundary(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    *,
+    boundary_weight: float = 0.5,
+    ce_weight: float = 0.5,
+) -> Tensor:
+    boundary = boundary_loss(logits_BKHW, target_BMTT, task, weights_C)
+    base = _base(logits_BKHW, target_BMTT, task, weights_C, ce_weight)
+    return boundary_weight * boundary + (1 - boundary_weight) * base
+
+
+def _base(
+    logits_BKHW: Tensor,
+    target_BMTT: Tensor,
+    task: Task,
+    weights_C: Tensor | None,
+    ce_weight: float,
+) -> Tensor:
+    """Return the task's default loss."""
+    form = dice_bce_loss if task == "multilabel" else dice_ce_loss
+    return form(logits_BKHW, target_BMTT, ce_weight, weights_C)
+
+
+LOSSES: dict[str, _Form] = {
+    "dice-bce": _dice_bce,
+    "dice-ce": _dice_ce,
+    "focal": _focal,
+    "dice-focal": _dice_focal,
+    "cldice": _cldice,
+    "boundary": _boundary,
+}
+"""The losses that ``--loss`` takes; docs/heads.md says what each is."""
+
+_OF_ONE_TASK: dict[str, Task] = {"dice-bce": "multilabel", "dice-ce": "multiclass"}
+_OF_MONAI = ("focal", "dice-focal", "cldice", "boundary")
+
+
+def default_loss(task: Task) -> str:
+    """Return the name of the loss that a task is learned with unless told otherwise."""
+    return "dice-bce" if task == "multilabel" else "dice-ce"
+
+
+def build_loss(
+    name: str,
+    task: Task,
+    *,
+    class_weights: Sequence[float] | None = None,
+    **options: Any,
+) -> Loss:
+    """Return a loss, its options checked.
 
     Args:
-        logits_BKHW: float32 (or float64), over the padded square.
-        target_BKTT: uint8, 1 = mask, 0 = not, 255 = does not count.
-        bce_weight: in [0, 1].
+        name: a key of ``LOSSES``.
+        task: what the head is asked; a few losses are of one task alone.
+        class_weights: one a class, in their order: how much each counts against the others. Only
+            their ratios matter; in "multiclass" the pixels of no class weigh 1 in cross-entropy
+            and focal loss, beside which the classes' weights are taken as they are.
+        options: keyword arguments of the loss, plain JSON values; see docs/heads.md.
 
     Returns:
-        The mean loss, a scalar of the logits' type.
+        A function of logits, float32 (B, K, H, W) over the padded square, and a target, uint8
+        (B, M, T, T) with 255 where nothing counts: the mean over images, a scalar.
+
+    Raises:
+        ConfigError: the loss, an option or the weights are not what they can be, or MONAI is
+            needed and not installed.
     """
-    loss: Tensor = _DiceBce.apply(logits_BKHW, target_BKTT, bce_weight)
+    if name not in LOSSES:
+        raise ConfigError(f"no loss is named {name!r}; take one of {', '.join(LOSSES)}")
+    if _OF_ONE_TASK.get(name, task) != task:
+        raise ConfigError(
+            f"loss {name} is for a {_OF_ONE_TASK[name]} label set, this one is {task}; take "
+            f"{default_loss(task)}, or leave --loss out"
+        )
+    _check_options(name, options)
+    weights = None if class_weights is None else _checked_weights(class_weights, task)
+    if name in _OF_MONAI:
+        require_monai(name)
+    form = LOSSES[name]
+
+    def loss(logits_BKHW: Tensor, target_BMTT: Tensor) -> Tensor:
+        weights_C = None
+        if weights is not None:
+            num_classes = logits_BKHW.shape[1] - (task == "multiclass")
+            if len(weights) != num_classes:
+                raise ConfigError(
+                    f"class_weights has {len(weights)} values for {num_classes} classes; give one "
+                    "a class, in their order"
+                )
+            weights_C = logits_BKHW.new_tensor(weights)
+        # Sums over a million pixels need float32, whatever the head computes in.
+        with torch.autocast(logits_BKHW.device.type, enabled=False):
+            return form(logits_BKHW, target_BMTT, task, weights_C, **options)
+
     return loss
 
 
-class _DiceBce(torch.autograd.Function):
-    """The loss, with its gradient computed in the forward pass while the pixels are at hand."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_BKHW: Tensor, target_BKTT: Tensor, bce_weight: float) -> Tensor:
-        num_samples, num_planes = target_BKTT.shape[:2]
-        device_type = logits_BKHW.device.type
-        pixels = target_BKTT[0].numel()
-        step = max(1, _CHUNK_PIXELS.get(device_type, _CHUNK_PIXELS["cuda"]) // pixels)
-        gradient_BKHW = torch.empty_like(logits_BKHW)
-        loss = logits_BKHW.new_zeros(())
-        # Sums over a million pixels need float32, whatever the head computes in.
-        with torch.autocast(device_type, enabled=False):
-            for at in range(0, num_samples, step):
-                part = slice(at, at + step)
-                part_loss, gradient_BKHW[part] = _loss_and_gradient(
-                    logits_BKHW[part], target_BKTT[part], bce_weight
-                )
-                loss += part_loss
-        scale = 1 / (num_samples * num_planes)
-        ctx.save_for_backward(gradient_BKHW.mul_(scale))
-        return loss * scale
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_BKHW,) = ctx.saved_tensors
-        return gradient_BKHW * upstream, None, None
+def _checked_weights(class_weights: Sequence[float], task: Task) -> list[float]:
+    weights = list(class_weights)
+    numbers = all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights)
+    if not numbers or not any(weights):
+        raise ConfigError(
+            f"class_weights is {weights!r}: expected a number of 0 or more a class, and not all 0"
+        )
+    if len(weights) == 1 and task == "multilabel":
+        raise ConfigError(
+            "class_weights has one value: with one class there is nothing to weigh it against; "
+            "leave it out"
+        )
+    return [float(w) for w in weights]
 
 
-def _loss_and_gradient(
-    logits_BKHW: Tensor, target_BKTT: Tensor, bce_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Return the loss summed over images and planes, and its gradient by the logits."""
-    size_px = target_BKTT.shape[-1]
-    rows_TH = _interpolation(logits_BKHW.shape[-2], size_px, logits_BKHW)
-    columns_TW = _interpolation(logits_BKHW.shape[-1], size_px, logits_BKHW)
-
-    def total(x_BKTT: Tensor) -> Tensor:
-        return x_BKTT.sum(dim=(2, 3), keepdim=True)
-
-    x_BKTT = rows_TH @ logits_BKHW @ columns_TW.T
-    counted_BKTT = target_BKTT != IGNORE_LABEL
-    y_BKTT = (target_BKTT == 1).to(x_BKTT.dtype)
-    p_BKTT = x_BKTT.sigmoid().mul_(counted_BKTT)
-
-    num_counted = total(counted_BKTT).clamp(min=1)
-    # Cross-entropy with logits is softplus(x) - x y.
-    bce = (total(F.softplus(x_BKTT).mul_(counted_BKTT)) - total(x_BKTT.mul_(y_BKTT))) / num_counted
-    above = 2 * total(p_BKTT * y_BKTT) + SMOOTHING
-    below = total(p_BKTT) + total(y_BKTT) + SMOOTHING
-    loss = bce_weight * bce + (1 - bce_weight) * (1 - above / below)
-
-    # d Dice loss / dp = (above - 2 y below) / below², dp/dx = p (1 - p), d BCE / dx = (p - y) / n;
-    # all are 0 where p and y are, that is, where pixels do not count.
-    gradient_BKTT = (1 - p_BKTT).mul_(p_BKTT)
-    gradient_BKTT.mul_(
-        (y_BKTT * (-2 * (1 - bce_weight) / below)).add_((1 - bce_weight) * above / below**2)
-    )
-    gradient_BKTT.add_(p_BKTT.sub_(y_BKTT).mul_(bce_weight / num_counted))
-    return loss.sum(), rows_TH.T @ gradient_BKTT @ columns_TW
+# By option: what must hold, and what was expected.
+_SHARE = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bce_weight": _SHARE,
+    "ce_weight": _SHARE,
+    "focal_weight": _SHARE,
+    "cldice_weight": _SHARE,
+    "boundary_weight": _SHARE,
+    "gamma": (lambda v: _is_number(v) and 0 <= v <= 10, "a number from 0 to 10"),
+    "iterations": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= 100,
+        "a whole number from 1 to 100",
+    ),
+}
 
 
-def _interpolation(num_cells: int, size_px: int, like: Tensor) -> Tensor:
-    return _interpolation_matrix(num_cells, size_px, like.dtype, like.device)
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option not in accepted:
+            raise ConfigError(f"loss {name} has no option {option}; it takes {', '.join(accepted)}")
+        holds, expected = _RULES[option]
+        if not holds(value):
+            raise ConfigError(f"{option} of loss {name} is {value!r}: expected {expected}")
 
 
-@lru_cache(maxsize=8)
-def _interpolation_matrix(
-    num_cells: int, size_px: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return bilinear interpolation along one axis as a matrix (T, cells).
-
-    Two products with it are ``F.interpolate(align_corners=False)``, and two with its transpose
-    are the gradient: twenty times faster than PyTorch's on a CPU, and on a GPU the same in every
-    run, which PyTorch's is not.
-    """
-    eye = torch.eye(num_cells, dtype=dtype, device=device)[None, None]
-    return F.interpolate(eye, (size_px, num_cells), mode="bilinear", align_corners=False)[0, 0]
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,7 +1,8 @@
-"""What a run needs to go on after its last finished epoch as if it had never stopped.
+"""What a run needs to go on from its last step that was saved as if it had never stopped.
 
-One file, ``last/training.safetensors``, replaced in one step when an epoch is finished: weights,
-optimizer, random number generators, and in its header everything that is not a tensor.
+One file, ``last/training.safetensors``, replaced in one step when an epoch is finished, and within
+it now and then: weights, optimizer, random number generators, and in its header everything that is
+not a tensor.
 """
 
 from __future__ import annotations
@@ -26,38 +27,59 @@ _HEADER_KEY = "training"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands after an epoch; plain JSON values.
+    """Where a run stands after a step; plain JSON values.
 
     Attributes:
         settings: of the run.
         levels: fingerprints of the levels it reads, as in its checkpoints.
         epoch: epochs finished.
+        num_seen: images of the next epoch that it has been trained on already.
         best_epoch: epoch of the best validation Dice.
         best_dice: that Dice.
         elapsed_s: time spent on training and validation.
+        train_s: what of it went to training in the next epoch.
+        num_averaged: steps that the moving average of the weights has seen.
+        micro_batch: samples that go through the head at once.
         scaler: state of the gradient scaler, empty without one.
     """
 
     settings: Mapping[str, Any]
     levels: Mapping[str, Mapping[str, Any]]
     epoch: int = 0
+    num_seen: int = 0
     best_epoch: int = 0
     best_dice: float = -1.0
     elapsed_s: float = 0.0
+    train_s: float = 0.0
+    num_averaged: int = 0
+    micro_batch: int | None = None
     scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_state(
-    path: Path, state: RunState, head: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    state: RunState,
+    head: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Tensor],
 ) -> None:
-    """Write the state of a run, atomically replacing the one before."""
+    """Write the state of a run, atomically replacing the one before.
+
+    Args:
+        path: where to.
+        state: what is not a tensor.
+        head: weights and buffers.
+        optimizer: moments.
+        extra: other tensors, by names that ``read_state`` gives them back by.
+    """
     tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    tensors |= {f"extra.{name}": tensor for name, tensor in extra.items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    device = next(head.parameters()).device
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    random = RandomState.get(next(head.parameters()).device)
+    tensors["random.cpu"] = random.cpu
+    if random.cuda is not None:
+        tensors["random.cuda"] = random.cuda
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(path, save(plain, {_HEADER_KEY: json.dumps(asdict(state))}))
 
@@ -101,7 +123,40 @@ def restore(
             "has changed: restore it, or start again with --overwrite"
         ) from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["random.cpu"])
     device = next(head.parameters()).device
-    if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    RandomState(tensors["random.cpu"], tensors.get("random.cuda")).set(device)
+
+
+def extra_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what was saved as ``extra``."""
+    prefix = "extra."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Torch's random number generators, as far as a training draws from them.
+
+    Attributes:
+        cpu: state of the CPU's.
+        cuda: state of a GPU's, if the training runs on one.
+    """
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def get(cls, device: torch.device) -> RandomState:
+        """Return the present state."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda)
+
+    def set(self, device: torch.device) -> None:
+        """Go on from this state."""
+        torch.set_rng_state(self.cpu)
+        if device.type == "cuda" and self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)

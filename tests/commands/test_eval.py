@@ -27,10 +27,14 @@ def test_people_get_narrow_tables_and_a_sentence(here, invoke):
         "view_store:Sided, epoch 7 (checkpoints/first/best) on features/angio.zarr, split test"
     )
     assert lines[1] == "10 images of 10 groups"
-    assert lines[2] == "Note: 1 of 10 images without a mask: they have no scores."
+    assert lines[2] == "Threshold 0.5: the checkpoint's own."
+    assert lines[3] == "Note: 1 of 10 images without a mask: they have no scores."
     (dice,) = (line.split() for line in lines if line.strip().startswith("Dice"))
     assert dice == ["Dice", "9", "1.000", "0.000", "1.000", "1.000", "to", "1.000"] + ["1.000"] * 2
+    views = [line.split()[:4] for line in lines if line.strip().startswith(("LAO", "RAO"))]
+    assert views == [["LAO", "cranial", "4", "1.000"], ["RAO", "cranial", "5", "1.000"]]
     assert any(line.startswith("The head uses the view angle: ") for line in lines)
+    assert any(line.startswith("The head does not use the features: ") for line in lines)
     assert any(line.split()[:2] == ["true", "1.0000"] for line in lines)
     assert lines[-2:] == [
         "Written: checkpoints/first/eval-test/per_image.csv and summary.json",
@@ -72,11 +76,13 @@ def test_options_reach_the_evaluation(here, invoke):
     result = invoke(
         *("eval", "features/angio.zarr", "checkpoints/first/best", *HEAD, "--json"),
         *("--no-angles-check", "--split", "all", "--threshold", "0.3", "-o", "out", "--seed", "4"),
-        "--no-page",
+        *("--no-features-check", "--by", "split", "--by", "group", "--no-page"),
     )
     summary = json.loads(result.stdout)
     assert (summary["split"], summary["threshold"], summary["seed"]) == ("all", 0.3, 4)
     assert (summary["angle_use"], summary["page"]) == (None, None)
+    assert summary["feature_use"] is None
+    assert list(summary["strata"]) == ["view", "split", "group"]
     assert not Path("out/report.html").exists()
     with Path("out/per_image.csv").open(encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == 10
@@ -100,6 +106,9 @@ def test_the_only_store_and_run_need_not_be_named(here, invoke):
         (["features/angio.zarr", "checkpoints/first"], 1, "name it again with --head"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--split", "val"], 2, "10 test"),
         (["features/angio.zarr", "checkpoints/first", "--threshold", "2"], 2, "threshold 2.0"),
+        (["features/angio.zarr", "checkpoints/first", *HEAD, "--threshold", "x"], 2, "or auto"),
+        (["features/angio.zarr", "checkpoints/first", *HEAD, "--threshold", "auto"], 2, "10 test"),
+        (["features/angio.zarr", "checkpoints/first", *HEAD, "--by", "x"], 2, "--by x"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--label-set", "x"], 1, "has: mask"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "-o", "file"], 2, "--output"),
     ],
@@ -118,3 +127,15 @@ def test_help_shows_how_to_call_it(invoke):
     result = invoke("eval", "--help")
     assert result.exit_code == 0
     assert "sam3cache eval features/angio.zarr checkpoints/first" in result.stdout
+
+
+def test_a_threshold_is_chosen_on_the_validation_split_of_the_store(here, invoke):
+    shapes = {"fpn_72": (4, 12, 12)}
+    build_store(here / "x.zarr", num_samples=12, level_shapes=shapes)
+    quick = ("--head", "linear", "--epochs", "1", "--loss-size", "12", "--device", "cpu")
+    assert invoke("train", "x.zarr", "--name", "run", *quick).exit_code == 0
+    options = ("--threshold", "auto", "--by", "vessel", "--device", "cpu", "--no-page")
+    lines = invoke("eval", "x.zarr", "checkpoints/run", *options).stdout.splitlines()
+    assert lines[2].startswith("Threshold 0.")
+    assert lines[2].endswith("on the 4 images with a mask of split val; none is evaluated here.")
+    assert any(line.split()[:1] == ["RCA"] for line in lines)

@@ -70,7 +70,17 @@ def test_bad_masks_are_listed_and_say_so_by_the_exit_code(here, invoke):
     ("line", "exit_code", "reason"),
     [
         ("labels set x.zarr a/b --from reader2.csv", 2, "label set 'a/b': expected letters"),
-        ("labels set x.zarr r --from reader2.csv --classes a,b", 2, "which is one class"),
+        (
+            "labels set x.zarr r --from reader2.csv --classes a,b",
+            1,
+            "1 planes of 96 x 96; expected 2",
+        ),
+        ("labels set x.zarr r --from reader2.csv --classes a=1,b", 2, "'b' has no number"),
+        ("labels set x.zarr r --from reader2.csv --classes no.json", 2, "no.json: No such file"),
+        ("labels set x.zarr mask --from reader2.csv --classes a,b", 2, "choose another name"),
+        ("labels set x.zarr r --from reader2.csv --masks b", 1, "no column 'b' with masks"),
+        ("labels set x.zarr r --from reader2.csv --masks ,", 2, "--masks ',' names nothing"),
+        ("labels show x.zarr r", 1, "has no label set r"),
         ("labels set x.zarr r --from no.csv", 1, "no.csv: no such file or folder"),
         ("labels set no.zarr r --from reader2.csv", 1, "no.zarr does not exist"),
         ("labels set x.zarr r --from reader2.csv --overlay reader2", 1, "is there and no overlay"),

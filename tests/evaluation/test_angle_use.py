@@ -7,12 +7,13 @@ from sam3cache.evaluation.angle_use import (
     NUM_SHUFFLES,
     AngleTrial,
     AngleUse,
-    derangement,
     format_view,
     judge,
     mean_angles_deg,
     plan_trial,
+    view_region,
 )
+from sam3cache.evaluation.shuffling import derangement
 
 NAN = float("nan")
 
@@ -83,11 +84,11 @@ def judged(
 ) -> AngleUse:
     """Judge images whose Dice falls by ``gain_N`` when their angles are shuffled."""
     num_images = len(gain_N)
-    true_NK = np.full((num_images, 1), 0.7)
+    true_NC = np.full((num_images, 1), 0.7)
     trial = AngleTrial(np.zeros((NUM_SHUFFLES, num_images, 2)), np.array([20.0, -5.0]))
-    shuffled_SNK = np.stack([true_NK - gain_N[:, None]] * NUM_SHUFFLES)
+    shuffled_SNC = np.stack([true_NC - gain_N[:, None]] * NUM_SHUFFLES)
     groups = [f"g{i % (num_groups or num_images)}" for i in range(num_images)]
-    return judge(trial, true_NK, shuffled_SNK, true_NK - 0.01, groups, max_change, seed=0)
+    return judge(trial, true_NC, shuffled_SNC, true_NC - 0.01, groups, max_change, seed=0)
 
 
 NOISE = np.random.default_rng(0).standard_normal(40)
@@ -119,20 +120,20 @@ def test_the_verdict_follows_from_the_interval(
 
 
 def test_a_head_that_finds_nothing_is_not_said_to_ignore_the_angle() -> None:
-    nothing_NK = np.zeros((10, 1))
+    nothing_NC = np.zeros((10, 1))
     trial = AngleTrial(np.zeros((2, 10, 2)), np.zeros(2))
     groups = [f"g{i}" for i in range(10)]
-    shuffled_SNK = np.stack([nothing_NK] * 2)
-    use = judge(trial, nothing_NK, shuffled_SNK, nothing_NK, groups, 0.01, seed=0)
+    shuffled_SNC = np.stack([nothing_NC] * 2)
+    use = judge(trial, nothing_NC, shuffled_SNC, nothing_NC, groups, 0.01, seed=0)
     assert use.verdict == "undecided"
     assert "cannot be told: it finds next to nothing" in use.sentence
 
 
 def test_the_figures_are_paired_means_over_what_can_be_compared() -> None:
     trial = AngleTrial(np.zeros((2, 4, 2)), np.array([20.0, -5.0]))
-    true_NK = np.array([[0.8], [0.6], [NAN], [0.9]])  # the third has an empty mask
-    shuffled_SNK = np.array([[[0.7], [NAN], [NAN], [NAN]], [[0.5], [0.2], [NAN], [NAN]]])
-    use = judge(trial, true_NK, shuffled_SNK, true_NK - 0.05, ["a", "b", "c", "d"], 0.5, seed=0)
+    true_NC = np.array([[0.8], [0.6], [NAN], [0.9]])  # the third has an empty mask
+    shuffled_SNC = np.array([[[0.7], [NAN], [NAN], [NAN]], [[0.5], [0.2], [NAN], [NAN]]])
+    use = judge(trial, true_NC, shuffled_SNC, true_NC - 0.05, ["a", "b", "c", "d"], 0.5, seed=0)
     assert (use.num_images, use.num_groups) == (2, 2)
     assert use.dice_true == pytest.approx(0.7)
     assert use.dice_shuffled == pytest.approx((0.6 + 0.2) / 2)
@@ -162,3 +163,21 @@ def test_masks_that_are_all_empty_leave_the_question_open() -> None:
 )
 def test_a_view_is_written_as_cardiologists_do(primary: float, secondary: float, text: str) -> None:
     assert format_view(primary, secondary) == text
+
+
+@pytest.mark.parametrize(
+    ("primary", "secondary", "region"),
+    [
+        (30.0, 25.0, "LAO cranial"),
+        (30.0, -25.0, "LAO caudal"),
+        (-30.0, 25.0, "RAO cranial"),
+        (-30.0, -0.1, "RAO caudal"),
+        (0.0, 0.0, "LAO cranial"),
+        (None, 25.0, ""),
+        (30.0, None, ""),
+    ],
+)
+def test_a_view_is_of_one_of_four_regions(
+    primary: float | None, secondary: float | None, region: str
+) -> None:
+    assert view_region(primary, secondary) == region

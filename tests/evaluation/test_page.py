@@ -29,8 +29,10 @@ class Page(HTMLParser):
         self.tags: Counter[str] = Counter()
         self.links: list[str] = []
         self.images: dict[str, str] = {}
+        self.tables: list[list[list[str]]] = []
         self._text: list[str] = []
         self._hidden = 0
+        self._in_cell = False
         self.feed(html)
         self.text = " ".join(" ".join(self._text).split())
 
@@ -41,11 +43,21 @@ class Page(HTMLParser):
         if tag == "img":
             self.images[values["alt"] or ""] = values["src"] or ""
         self._hidden += tag in ("style", "script")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden -= tag in ("style", "script")
+        self._in_cell &= tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.tables[-1][-1][-1] += data
         if not self._hidden:
             self._text.append(data)
 
@@ -90,7 +102,7 @@ def test_the_page_lies_beside_the_figures_and_needs_no_other_file(spread: EvalCo
     assert not re.search(r"url\((?!#)|@import", page.html)
     ids = re.findall(r'\sid="([^"]+)"', page.html)
     assert len(ids) == len(set(ids))
-    assert page.tags["svg"] == 2
+    assert page.tags["svg"] == 4
     assert len(page.html) < 3e6
 
 
@@ -255,7 +267,7 @@ def test_curves_mark_the_epoch_that_was_measured(spread: EvalConfig) -> None:
     # Once for a screen, once for a phone.
     assert page.text.count("epoch 3: 0.500") == page.text.count("epoch 3: 0.400") == 2
     assert page.text.count("Validation Dice") == 2
-    assert page.tags["svg"] == 4
+    assert page.tags["svg"] == 6
 
 
 @pytest.mark.parametrize(
@@ -305,7 +317,7 @@ def test_every_class_is_drawn_and_told(tmp_path: Path) -> None:
     assert "The borders of all 2 classes are drawn alike: LAD, LCX." in page.text
     assert "Median Dice 0.500 Image s0" in page.text
     assert "LAD 0.500, LCX 0.500" in page.text
-    assert page.tags["svg"] == 4
+    assert page.tags["svg"] == 6
     # The second plane begins one cell below the first, and ends one cell below it.
     drawn_HW3 = page.picture("s1 with the borders")
     for y in (2, 6, 3, 7):
@@ -359,6 +371,25 @@ def test_a_head_that_reads_no_level_of_a_tower_has_a_page(tmp_path: Path) -> Non
             assert "The head reads the picture itself; these are features" in page.text
         else:
             assert "the store holds no features to show" in page.text
+
+
+def test_what_the_head_makes_of_its_levels_is_told(tmp_path: Path) -> None:
+    config, _ = run_of(tmp_path, [Drawn(shift % 4) for shift in range(12)])
+    page, result = page_of(replace(config, check_features=True))
+    use = result.feature_use
+    assert use is not None
+    assert f"Were the features used? {use.sentence}" in page.text
+    (part,) = use.parts
+    gain = part.true_minus_shuffled
+    assert gain is not None
+    assert gain.interval is not None
+    assert (
+        f"The image's own {use.dice_true:.4f} features (fpn_72) of another image "
+        f"{part.dice_shuffled:.4f} {gain.mean:+.4f} {gain.interval.low:.4f} to "
+        f"{gain.interval.high:.4f} 12 images of 12 groups compared"
+    ) in page.text
+    page, _ = page_of(replace(config, check_features=False))
+    assert "Not asked: the evaluation ran without its features check." in page.text
 
 
 def test_unknown_angles_are_called_unknown(tmp_path: Path) -> None:

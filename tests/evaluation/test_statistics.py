@@ -47,7 +47,7 @@ def test_copies_of_a_patients_image_do_not_narrow_the_interval() -> None:
 
 
 def test_a_seed_gives_the_same_interval_again_and_another_seed_another() -> None:
-    values, groups = np.array([0.1, 0.5, 0.6, 0.9]), list("abcd")
+    values, groups = np.random.default_rng(3).uniform(size=12), list("abcdefghijkl")
     first = bootstrap_interval(values, groups, seed=0)
     assert first == bootstrap_interval(values, groups, seed=0)
     assert first != bootstrap_interval(values, groups, seed=1)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from picture_folder import write_images
+from worker_thread import one_process
 
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.extract.job import plan_job, read_request
@@ -31,7 +32,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    return extract(config(folder, folder.parent / "undisturbed.zarr")).store
+    with one_process():
+        return extract(config(folder, folder.parent / "undisturbed.zarr")).store
 
 
 def config(folder: Path, store: Path) -> ExtractConfig:

@@ -10,11 +10,18 @@ import pytest
 import zarr
 from picture_folder import write_images
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.errors import ManifestError, StoreError
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import open_store
 from sam3cache.features.receipts import break_seal, write_receipt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_are_threads():
+    with one_process():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -249,15 +256,7 @@ def test_a_manifest_of_which_nothing_can_be_read_stops_before_it_starts(copy):
 def test_launches_on_one_store_share_the_work_and_agree_on_who_seals_it(tmp_path):
     folder = write_images(tmp_path / "pictures", num_images=40)
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "sam3cache",
-            "extract",
-            str(folder),
-            "-o",
-            str(tmp_path / "x.zarr"),
-        ),
+        *(sys.executable, "-m", "sam3cache", "extract", folder, "-o", tmp_path / "x.zarr"),
         *("--levels", "image_1008", "--backbone", "sam3-mini", "--devices", "cpu", "--json"),
     ]
     launches = [
@@ -270,23 +269,23 @@ def test_launches_on_one_store_share_the_work_and_agree_on_who_seals_it(tmp_path
     assert len(open_store(tmp_path / "x.zarr").samples) == 40
 
 
-def test_the_command_lists_what_it_set_aside_and_says_so_by_its_exit_code(copy, run_cli):
-    result = run_cli(
+def test_the_command_lists_what_it_set_aside_and_says_so_by_its_exit_code(copy, invoke):
+    result = invoke(
         *("extract", copy, "-o", copy.parent / "x.zarr", "--levels", "image_1008"),
         *("--backbone", "sam3-mini", "--devices", "cpu", "--json"),
     )
-    assert result.returncode == 3
+    assert result.exit_code == 3
     assert result.stderr.count("set aside: s03 (images/03.png)") == 1
     assert json.loads(result.stdout)["num_samples"] == 4
 
 
-def test_a_folder_one_too_deep_is_said_to_teach_nothing(tmp_path, run_cli):
-    write_images(tmp_path / "pictures", num_images=2)
-    run = run_cli(
-        *("extract", "pictures/images", "-o", "x.zarr"),
+def test_a_folder_one_too_deep_is_said_to_teach_nothing(tmp_path, invoke):
+    folder = write_images(tmp_path / "pictures", num_images=2)
+    result = invoke(
+        *("extract", folder / "images", "-o", tmp_path / "x.zarr"),
         *("--levels", "image_1008", "--devices", "cpu"),
     )
-    assert run.returncode == 0, run.stderr
-    assert "0 have a mask, 0 both view angles." in run.stdout
-    assert "Without masks nothing can be trained" in run.stdout
-    assert "Next:" not in run.stdout
+    assert result.exit_code == 0, result.stderr
+    assert "0 have a mask, 0 both view angles." in result.stdout
+    assert "Without masks nothing can be trained" in result.stdout
+    assert "Next:" not in result.stdout

@@ -22,6 +22,7 @@ from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import open_store
 
 DEVICES = ("cpu", "cpu")
+ASIDE_EXIT_CODE = 3  # Most pictures are missing.
 
 
 def command(pictures: Path, store: Path) -> list[str]:
@@ -44,7 +45,8 @@ def files_of(store: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def undisturbed(pictures, tmp_path_factory):
     store = tmp_path_factory.mktemp("undisturbed") / "x.zarr"
-    subprocess.run(command(pictures, store), check=True, timeout=120, capture_output=True)
+    run = subprocess.run(command(pictures, store), timeout=120, capture_output=True, text=True)
+    assert run.returncode == ASIDE_EXIT_CODE, run.stderr
     return store
 
 
@@ -80,7 +82,7 @@ def test_stored_features_are_those_of_sam3s_own_forward_image(pictures, undistur
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # As many as each of the two workers had.
     try:
-        for sample in (store.samples[0], store.samples[7], store.samples[17]):
+        for sample in (store.samples[0], store.samples[4], store.samples[-1]):
             picture = Image.open(pictures / sample.source)
             scale = 1008 / max(picture.size)
             content = torch.from_numpy(np.array(picture))[None]
@@ -115,10 +117,10 @@ def test_killed_and_run_again_it_is_as_if_undisturbed(pictures, undisturbed, tmp
     assert not (store / "complete.json").exists()
 
     again = subprocess.run(command(pictures, store), capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == ASIDE_EXIT_CODE, again.stderr
     assert {key: (store / key).stat().st_mtime_ns for key in done} == done
     assert files_of(store) == files_of(undisturbed)
-    assert open_store(store).samples == open_store(undisturbed).samples
+    assert open_store(store).sample_rows == open_store(undisturbed).sample_rows
     assert list(store.rglob("*.partial")) == []
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from picture_folder import write_images
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.errors import ConfigError
 from sam3cache.extract import ExtractConfig, extract
@@ -23,9 +24,11 @@ LEVELS = ("fpn_72", "fpn_72.int8", "fpn_72.bf16", "image_1008")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     write_images(folder / "pictures", 3)
-    extract(
-        ExtractConfig(folder / "pictures", folder / "x.zarr", levels=LEVELS, backbone="sam3-mini")
+    config = ExtractConfig(
+        folder / "pictures", folder / "x.zarr", levels=LEVELS, backbone="sam3-mini"
     )
+    with one_process():
+        extract(config)
     return folder
 
 

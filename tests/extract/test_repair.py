@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from picture_folder import write_images
+from worker_thread import one_process
 
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import repair_store, verify_store
@@ -17,6 +18,12 @@ def config(folder: Path) -> ExtractConfig:
     return ExtractConfig(
         folder / "pictures", folder / "x.zarr", levels=("image_1008",), backbone="sam3-mini"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_are_threads():
+    with one_process():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from picture_folder import write_images
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.errors import ConfigError, ManifestError, StoreBusyError
 from sam3cache.extract import ExtractConfig, extract
@@ -20,9 +24,16 @@ from sam3cache.extract.relabel import (
     set_annotations,
     set_labels,
 )
-from sam3cache.features import open_store, staging_of, store_lock
+from sam3cache.features import open_store, staging_of, store_lock, verify_store
+from sam3cache.images import parse_classes
 
 NUM_IMAGES = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_are_threads() -> Iterator[None]:
+    with one_process():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +157,155 @@ def test_a_manifest_without_a_use_changes_nothing(
     assert (place / "x.zarr/complete.json").read_bytes() == seal
 
 
-def test_several_classes_are_refused_before_anything_is_read() -> None:
-    with pytest.raises(ConfigError, match="which is one class; set a label set a class instead"):
-        LabelsConfig(Path("x"), "mask", Path("m.csv"), classes=("lad", "rca"))
+def write_branches(place: Path, names: tuple[str, ...] = ("branches",)) -> Path:
+    """Write masks of numbers 2 and 16 that differ by sample and column, and their CSV."""
+    lines = [",".join(("id", "mask", *names))]
+    for i in range(NUM_IMAGES):
+        height_px, width_px = ((96, 128), (128, 96), (112, 112))[i % 3]
+        files = []
+        for k, name in enumerate(names):
+            (place / name).mkdir(exist_ok=True)
+            mask = np.zeros((height_px // 2, width_px // 2), np.uint8)
+            mask[i + k], mask[-1] = (2, 16)[i % 2], 255
+            Image.fromarray(mask).save(place / name / f"{i:02}.png")
+            files.append(f"{name}/{i:02}.png")
+        lines.append(",".join((f"s{i:02}", f"{names[0]}/{i:02}.png", *files)))
+    return write(place / "branches.csv", *lines)
 
 
-COMMAND = (sys.executable, "-m", "sam3cache", "store", "labels", "set")
+def test_class_numbers_of_a_column_become_1_to_c(place: Path) -> None:
+    store, manifest = place / "x.zarr", write_branches(place)
+    classes = parse_classes("rca=16,lad=2")
+    config = LabelsConfig(store, "branches", manifest, classes=classes, mask_columns=("branches",))
+    result = set_labels(config)
+    assert (result.num_with_mask, result.set_aside) == (NUM_IMAGES, ())
+    opened = open_store(store)
+    spec = opened.label_sets["branches"]
+    assert (spec.task, spec.classes, spec.num_planes) == ("multiclass", ("rca", "lad"), 1)
+    for row in range(NUM_IMAGES):
+        mask = opened.read_mask(row, "branches")
+        assert mask is not None
+        assert (mask[0, row] == (2, 1)[row % 2]).all()
+        assert (mask[0, -1] == 255).all()
+        assert not mask[0, row + 1 : -1].any()
+    assert verify_store(store).findings == ()
+
+
+def test_one_class_of_many_is_a_binary_mask(place: Path) -> None:
+    manifest = write_branches(place)
+    classes = parse_classes("lad=2,background=*")
+    set_labels(LabelsConfig(place / "x.zarr", "lad", manifest, classes=classes))
+    opened = open_store(place / "x.zarr")
+    assert opened.label_sets["lad"].task == "multilabel"
+    first, second = opened.read_mask(0, "lad"), opened.read_mask(1, "lad")
+    assert np.unique(first).tolist() == [0, 1, 255]
+    assert np.unique(second).tolist() == [0, 255]
+
+
+def test_an_unknown_number_sets_its_sample_aside_and_says_which(place: Path) -> None:
+    manifest = write_branches(place)
+    classes = parse_classes("lad=2,lcx=3")
+    with Image.open(place / "branches/04.png") as picture:
+        mask = np.array(picture)
+    mask[0, :7] = 9
+    Image.fromarray(mask).save(place / "branches/04.png")
+    result = set_labels(LabelsConfig(place / "x.zarr", "branches", manifest, classes=classes))
+    assert [aside.id for aside in result.set_aside] == [
+        "s01", "s03", "s04", "s05", "s07", "s09", "s11", "s13", "s15", "s17", "s19",
+    ]  # fmt: skip
+    assert (
+        "branches/04.png: class number 9 (7 pixels), which no class has; known are 0, 2, 3, "
+        in (result.set_aside[2].reason)
+    )
+    assert open_store(place / "x.zarr").read_mask(4, "branches") is None
+
+
+def test_planes_come_from_a_column_a_class(place: Path) -> None:
+    store, manifest = place / "x.zarr", write_branches(place, ("lad", "rca", "lcx"))
+    lines = manifest.read_text("utf-8").splitlines()
+    lines[1], lines[2] = lines[1].replace("rca/00.png", ""), "s01,,,,"
+    write(manifest, *lines)
+    config = LabelsConfig(
+        store,
+        "vessels",
+        manifest,
+        classes=parse_classes("LAD,RCA"),
+        mask_columns=("lad", "rca"),
+    )
+    result = set_labels(config)
+    assert (result.num_with_mask, result.set_aside) == (NUM_IMAGES - 1, ())
+    opened = open_store(store)
+    spec = opened.label_sets["vessels"]
+    assert (spec.task, spec.classes, spec.num_planes) == ("multilabel", ("LAD", "RCA"), 2)
+    first, third = opened.read_mask(0, "vessels"), opened.read_mask(2, "vessels")
+    assert not opened.has_mask(1, "vessels")
+    assert first is not None
+    assert third is not None
+    assert first[0, 0].all()
+    assert (first[1] == 255).all()
+    assert [third[0, 2:4].max(1).tolist(), third[1, 2:4].max(1).tolist()] == [[1, 0], [0, 1]]
+    # What was a mask of two planes may become one of class numbers, as a whole.
+    classes = parse_classes("a=2,b=16")
+    set_labels(replace(config, classes=classes, mask_columns=("lcx",)))
+    assert open_store(store).label_sets["vessels"].task == "multiclass"
+    assert verify_store(store).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "columns", "message"),
+    [
+        ("mask", "a,b", (), "label set mask is of foreground and background, .* another name"),
+        ("mask", "a=1,b=2", (), "label set mask is of foreground and background"),
+        ("x", "a,b", ("one", "two", "three"), "3 columns of masks for the classes a, b; expected"),
+        ("x", "a=1,b=2", ("one", "two"), "2 columns of masks for the classes a, b; expected one"),
+        ("x", "a,b", ("one", "one"), "columns of masks one,one: expected names, each once"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused_before_anything_is_read(
+    name: str, classes: str, columns: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelsConfig(
+            Path("x"), name, Path("m.csv"), classes=parse_classes(classes), mask_columns=columns
+        )
+
+
+@pytest.mark.parametrize("other", ["lad=16,rca=2", "lad=2,rca=16,background=7"])
+def test_what_was_staged_for_other_classes_is_not_taken(place: Path, other: str) -> None:
+    store, manifest = place / "x.zarr", write_branches(place)
+
+    def stop(num_done: int, num_total: int) -> None:
+        if num_done:
+            raise InterruptedError
+
+    first = LabelsConfig(store, "branches", manifest, classes=parse_classes("lad=2,rca=16"))
+    with pytest.raises(InterruptedError):
+        set_labels(first, stop)
+    staged = staging_of(store, "branches") / "labels/branches/masks/c/0/0/0/0"
+    before = staged.stat().st_mtime_ns
+    set_labels(replace(first, classes=parse_classes(other)))
+    final = store / "labels/branches/masks/c/0/0/0/0"
+    assert final.stat().st_mtime_ns != before
+    mask = open_store(store).read_mask(0, "branches")
+    assert mask is not None
+    assert (mask[0, 0] == parse_classes(other).numbers[2]).all()
+
+
+def test_extract_leaves_class_numbers_as_they_are(place: Path) -> None:
+    store, manifest = place / "x.zarr", write_branches(place)
+    classes = parse_classes("rca=16,lad=2")
+    set_labels(LabelsConfig(store, "branches", manifest, classes=classes))
+    before = open_store(store).read_mask(0, "branches")
+    with (place / "pictures/manifest.csv").open("a", encoding="utf-8") as file:
+        file.write("again,images/00.png,,0,0,train,p9\n")
+    assert extract(config_of(place / "pictures")).sealed
+    opened = open_store(store)
+    assert opened.label_sets["branches"].task == "multiclass"
+    assert np.array_equal(opened.read_mask(0, "branches"), before)
 
 
 def test_killed_while_masks_are_read_the_old_ones_serve_and_the_same_command_goes_on(
-    place: Path,
+    place: Path, invoke: Callable[..., Result]
 ) -> None:
     store = place / "x.zarr"
     set_labels(LabelsConfig(store, "reader2", write_masks(place, "old", level=0)))
@@ -165,8 +315,12 @@ def test_killed_while_masks_are_read_the_old_ones_serve_and_the_same_command_goe
         mask = place / f"reader2/{i:02}.png"
         with Image.open(mask) as small:
             small.resize((small.width * 40, small.height * 40)).save(mask)
-    command = [*COMMAND, str(store), "reader2", "--from", str(manifest)]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["store", "labels", "set", str(store), "reader2", "--from", str(manifest)]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "sam3cache", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     receipt = staging_of(store, "reader2") / "receipts/labels.reader2/00000000.json"
     deadline = time.monotonic() + 60
     while not receipt.exists():
@@ -182,8 +336,8 @@ def test_killed_while_masks_are_read_the_old_ones_serve_and_the_same_command_goe
     assert receipt.stat().st_mtime_ns == before
     staged = shard.stat().st_mtime_ns
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert again.returncode == 0, again.stderr
+    again = invoke(*command)
+    assert again.exit_code == 0, again.stderr
     opened = open_store(store)
     assert all(opened.read_mask(row, "reader2").all() for row in range(NUM_IMAGES))
     assert (store / "labels/reader2/masks/c/0/0/0/0").stat().st_mtime_ns == staged

@@ -10,6 +10,7 @@ import pytest
 from picture_folder import write_images
 from PIL import Image
 from store_builder import build_store
+from worker_thread import one_process
 
 from sam3cache.errors import (
     ConfigError,
@@ -667,7 +668,8 @@ def test_a_store_that_is_being_extracted_is_not_repacked(base, copy, tmp_path):
 def run(folder, output):
     from sam3cache.extract import ExtractConfig, extract
 
-    return extract(ExtractConfig(folder, output, levels=("image_1008",), backbone="sam3-mini"))
+    with one_process():
+        return extract(ExtractConfig(folder, output, levels=("image_1008",), backbone="sam3-mini"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3cache.errors import HeadError
-from sam3cache.heads import HEADS, build_head, forward_gflop
+from sam3cache.heads import HEADS, build_head, describe_head, forward_gflop
 from sam3cache.heads.film_detail import FilmDetail, channel_norm
 from sam3cache.heads.head import Head
 from sam3cache.records import Batch
@@ -71,6 +71,43 @@ def test_arithmetic_is_counted_as_pytorch_documents_it() -> None:
     assert forward_gflop(head, SMALL_SHAPES) == pytest.approx(2 * 16 * 4 * 9 * 36 / 1e9)
     assert head.training
     assert torch.equal(torch.get_rng_state(), before), "a count must not change a training"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_parts_add_up_to_the_whole(name: str) -> None:
+    shapes = SHAPES | {"fpn_144": (64, 36, 36)}
+    head = build_head(name, shapes, num_classes=2)
+    parts = describe_head(head, shapes)
+    total = parts.pop("total")
+    assert "other" not in parts, "every parameter and product belongs to a part"
+    assert [*parts] == [part for part, _ in head.named_children()]
+    assert total.parameters == sum(p.numel() for p in head.parameters())
+    assert total.parameters == sum(part.parameters for part in parts.values())
+    assert total.gflop == pytest.approx(sum(part.gflop for part in parts.values()))
+    assert total.gflop == forward_gflop(head, shapes)
+    assert all(part.gflop > 0 for part in parts.values())
+
+
+def test_what_a_head_does_by_itself_is_a_part_of_its_own() -> None:
+    class ByItself(Head):
+        needs = ("fpn_72",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(16, 4, 1), nn.ReLU())
+            self.weight = nn.Parameter(torch.ones(1, 4, 1, 1))
+
+        def forward(self, batch: Batch) -> Tensor:
+            # A part's own parts, not the part; and twice.
+            first = self.layers[0]
+            hidden = first(batch.levels["fpn_72"].float()) + first(batch.levels["fpn_72"].float())
+            return nn.functional.conv2d(hidden, self.weight)
+
+    parts = describe_head(ByItself(), SMALL_SHAPES)
+    assert [*parts] == ["layers", "other", "total"]
+    assert parts["layers"] == (16 * 4 + 4, 2 * (2 * 16 * 4 * 36) / 1e9)
+    assert parts["other"] == (4, 2 * 4 * 36 / 1e9)
+    assert parts["total"].parameters == 16 * 4 + 4 + 4
 
 
 @pytest.mark.parametrize(("stride_px", "side"), [(4, 252), (8, 126)])
@@ -143,6 +180,23 @@ def test_it_can_be_had_without_the_features() -> None:
     build_head("film-detail", shapes, SMALL | {"use_features": False})
 
 
+def test_it_can_be_had_without_the_picture() -> None:
+    shapes = {"fpn_72": SMALL_SHAPES["fpn_72"]}
+    torch.manual_seed(0)
+    head = build_head("film-detail", shapes, SMALL | {"use_image": False}, num_classes=3).eval()
+    assert head.needs == ("fpn_72",)
+    batch, other = small_batch(), small_batch(seed=1)
+    with torch.no_grad():
+        logits_BKHW = head(batch)
+        assert logits_BKHW.shape == (2, 3, 21, 21), "stride 4, as with the picture"
+        # There is nothing else to start from: a new head does not ignore the features.
+        assert not torch.allclose(logits_BKHW, head(with_features(batch, other.levels["fpn_72"])))
+    parts = describe_head(build_head("film-detail", SHAPES, {"use_image": False}), SHAPES)
+    whole = describe_head(build_head("film-detail", SHAPES), SHAPES)
+    assert parts["context"] == whole["context"]
+    assert "stem" not in parts
+
+
 @pytest.mark.parametrize("use_features", [True, False])
 def test_the_view_reaches_the_output_with_and_without_features(use_features: bool) -> None:
     head, batch = after_some_steps(small_head(use_features=use_features)), small_batch()
@@ -160,6 +214,8 @@ def test_the_view_reaches_the_output_with_and_without_features(use_features: boo
         ({"context_width": 0}, "context_width is 0: expected a multiple of 8"),
         ({"embedding_dim": 0}, "embedding_dim is 0: expected at least 1"),
         ({"use_features": "no"}, "use_features is 'no': expected true or false"),
+        ({"use_image": 0}, "use_image is 0: expected true or false"),
+        ({"use_features": False, "use_image": False}, "are both false: expected one of them true"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_in_one_line(

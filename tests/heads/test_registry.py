@@ -78,7 +78,11 @@ def test_a_users_own_head_is_found_in_the_working_directory(users_heads: str) ->
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("unet", {}, r"no head is named 'unet'; take one of film-detail, film-conv, linear"),
+        (
+            "unet",
+            {},
+            r"no head is named 'unet'; take one of film-detail, film-conv, film-pyramid, linear",
+        ),
         (":Net", {}, r"no head is named ':Net'"),
         ("film-conv", {"depth": 3}, r"film-conv has no option depth; it takes embedding_dim"),
         ("film-conv", {"widths": 3}, r"film-conv cannot be built with options \{'widths': 3\}"),

@@ -1,4 +1,4 @@
-"""The miniature of SAM 3's tower, real pictures, a real store, and a head trained on it."""
+"""The miniature of SAM 3's tower, real pictures, a real store, and heads on its features."""
 
 import dataclasses
 import shutil
@@ -7,55 +7,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from picture_folder import write_images
+from head_runs import levels_of, write_run
 from PIL import Image
 
+from sam3cache.backbone import NumericPath
 from sam3cache.errors import CheckpointError, FingerprintError, ImageError
-from sam3cache.extract import ExtractConfig, extract
-from sam3cache.features import FeatureStore, StoredSample, open_store
+from sam3cache.features import FEATURE_PRECISIONS, FeatureStore, Precision, StoredSample, open_store
+from sam3cache.features.precision import decode, encode
 from sam3cache.heads import build_head, load_checkpoint, save_checkpoint
 from sam3cache.heads.film_conv import FilmConv
 from sam3cache.images import read_image
-from sam3cache.inference import Equivalence, Predictor, check_equivalence, load
+from sam3cache.inference import Predictor, check_equivalence, load
+from sam3cache.inference.equivalence import compare, rounding
 from sam3cache.loading import CachedSamples
-from sam3cache.records import Sample
+from sam3cache.records import Batch, Sample
 from sam3cache.training import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("inference"), num_images=3)
+def run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "first"
+    return write_run(levels_of(open_store(store_path)), folder, "film-conv")
 
 
-@pytest.fixture(scope="module")
-def store(pictures: Path) -> FeatureStore:
-    path = pictures / "x.zarr"
-    config = ExtractConfig(pictures, path, levels=("fpn_72", "image_1008"), backbone="sam3-mini")
-    assert extract(config).sealed
-    return open_store(path)
-
-
-@pytest.fixture(scope="module")
-def run(store: FeatureStore) -> Path:
-    config = TrainConfig(
-        str(store.path),
-        "first",
-        head="film-conv",
-        output=str(store.path.parent / "checkpoints"),
-        head_options={"embedding_dim": 64, "widths": [16, 16]},
-        epochs=1,
-        learning_rate=1e-2,
-        loss_size_px=144,
-        device="cpu",
-    )
-    return train(config).run_dir
-
-
-def test_the_default_heads_logits_are_as_close(store: FeatureStore, pictures: Path) -> None:
+def test_the_default_heads_logits_are_as_close(
+    store: FeatureStore, pictures: Path, tmp_path: Path
+) -> None:
     config = TrainConfig(
         str(store.path),
         "detail",
-        output=str(store.path.parent / "checkpoints"),
+        output=str(tmp_path),
         head_options={"embedding_dim": 16, "width": 8, "context_width": 8},
         epochs=1,
         learning_rate=1e-2,
@@ -73,14 +54,10 @@ def predictor(run: Path) -> Predictor:
     return load(run)
 
 
-@pytest.fixture(scope="module")
-def found(store: FeatureStore, run: Path, pictures: Path) -> tuple[Equivalence, ...]:
-    return check_equivalence(store, run, store.samples[:2], pictures)
-
-
 def test_logits_from_the_store_differ_from_online_ones_by_no_more_than_float16_explains(
-    found: tuple[Equivalence, ...],
+    store: FeatureStore, run: Path, pictures: Path
 ) -> None:
+    found = check_equivalence(store, run, store.samples[:2], pictures)
     assert [e.id for e in found] == ["s00", "s01"]
     for e in found:
         assert e.holds
@@ -97,7 +74,7 @@ def test_masks_differ_only_where_a_logit_lies_below_the_bound(
     angles = (sample.primary_angle_deg, sample.secondary_angle_deg)
     with torch.inference_mode():
         stored = predictor.head(CachedSamples(store, [0], ["fpn_72"]).batch([0]))
-        online = predictor.head(predictor.batch(pixels, *angles)[0])
+        online = predictor.head(predictor.batch([predictor.prepare(pixels)], [angles]))
     # Zero goes between the two logits that differ most, so that one mask at least must differ.
     worst = int((stored - online).abs().argmax())
     shift = float(stored.flatten()[worst] + online.flatten()[worst]) / 2
@@ -187,7 +164,7 @@ def test_an_unknown_architecture_is_refused(run: Path, tmp_path: Path) -> None:
 
 def test_the_resize_mode_is_that_of_the_features(run: Path, tmp_path: Path) -> None:
     squashing = load(with_fields(run, tmp_path / "run", {"preprocessing.resize_mode": "squash"}))
-    _, letterbox = squashing.batch(np.zeros((10, 20, 1), np.uint8), 0.0, 0.0)
+    letterbox = squashing.prepare(np.zeros((10, 20, 1), np.uint8)).letterbox
     assert (letterbox.content_height_px, letterbox.content_width_px) == (1008, 1008)
 
 
@@ -205,3 +182,69 @@ def test_what_the_checkpoint_records_is_enough_to_rebuild_the_tower(predictor: P
     assert predictor.tower is not None
     assert predictor.tower.spec.name == "sam3-mini"
     assert predictor.tower.levels == ("fpn_72",)
+
+
+@pytest.mark.parametrize("precision", ["int8", "r5"])
+def test_a_head_trained_on_fewer_bits_is_held_to_what_these_explain(
+    store: FeatureStore, pictures: Path, tmp_path: Path, precision: str
+) -> None:
+    run = write_run(levels_of(store, precision), tmp_path / "run", "film-conv")
+    (one,) = check_equivalence(store, run, store.samples[:1], pictures)
+    assert one.holds, one
+    assert one.bound > 0
+    # Four steps of int8 are no rounding, nor are 3 % where 1 of 32 parts is rounded away.
+    predictor = load(run)
+    sample = store.samples[0]
+    image = predictor.prepare(read_image(Sample(sample.id, sample.source, pictures)))
+    batch = predictor.batch([image], [(sample.primary_angle_deg, sample.secondary_angle_deg)])
+    feature = batch.levels["fpn_72"]
+    gradient = sign_of_gradient(predictor, batch)
+    limit = rounding(precision, "fp32", feature)  # type: ignore[arg-type]
+    for share, holds in ((0.5, True), (3.0, False)):
+        moved = dataclasses.replace(batch, levels={"fpn_72": feature + share * limit * gradient})
+        found = compare("moved", predictor, moved, batch)
+        assert found.holds is holds, (share, found)
+
+
+def sign_of_gradient(predictor: Predictor, batch: Batch) -> torch.Tensor:
+    """Return the direction in which each feature moves the logits, taken together, up."""
+    feature = batch.levels["fpn_72"].clone().requires_grad_()
+    logits = predictor.head(dataclasses.replace(batch, levels={"fpn_72": feature}))
+    (gradient,) = torch.autograd.grad(logits.flatten()[100], feature)
+    return gradient.sign()
+
+
+@pytest.mark.parametrize("precision", FEATURE_PRECISIONS)
+@pytest.mark.parametrize("path", ["fp32", "bf16"])
+def test_no_value_of_a_store_is_farther_from_one_made_online_than_rounding_explains(
+    precision: Precision, path: NumericPath
+) -> None:
+    """Over values of every size that float16 has, at extraction and online next to the same."""
+    random = np.random.default_rng(0)
+    size = random.uniform(-23, 8, (32, 1, 1)) + random.uniform(-8, 3, (32, 64, 64))
+    online = (random.choice([-1, 1], size.shape) * 2.0**size).astype(np.float32)
+    # Values in the middle between two steps of int8 go either way at a nudge.
+    steps = np.abs(online).max(axis=(1, 2), keepdims=True) / 127
+    online[::2] = ((np.round(online / steps) + 0.5) * steps)[::2]
+    # So do values between that in the middle of two of r5 or r7, and its neighbour in float16.
+    steps = {"r7": 2.0**-7}.get(precision, 2.0**-5)
+    mantissa = 1 + (np.floor(random.uniform(0, 1 / steps, size.shape)) + 0.5) * steps - 2.0**-11
+    online[1::4] = (mantissa * 2.0 ** np.floor(size))[1::4]
+    nudge = 2e-7 * random.choice([-1, 1], online.shape)
+    extracted = (online * (1 + nudge)).astype(np.float32)
+    if path == "bf16":
+        online = torch.from_numpy(online).bfloat16().float().numpy()
+        up = np.nextafter(online, np.inf, dtype=np.float32)
+        extracted = online + random.choice([-1, 0, 1], online.shape) * 2.0**-7 * (
+            2.0 ** np.floor(np.log2(np.abs(up)))
+        ).astype(np.float32)
+    stored = decode(precision, encode(precision, extracted)).astype(np.float32)
+    kept = online
+    if precision not in ("float16", "bf16"):
+        kept = decode(precision, encode(precision, online)).astype(np.float32)
+    limit = rounding(precision, path, torch.from_numpy(kept)).numpy()
+    difference = np.abs(stored - kept)
+    assert (difference <= limit).all(), float((difference / limit).max())
+    # Nor is the limit one that anything would keep.
+    assert difference.max() > 0
+    assert (difference / limit).max() > 0.4

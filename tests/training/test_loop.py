@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from sam3cache.errors import (
     FingerprintError,
     HeadError,
     NumericError,
+    StoppedError,
     UnsealedStoreError,
 )
 from sam3cache.features import open_store
@@ -28,6 +31,7 @@ from sam3cache.heads import load_checkpoint
 from sam3cache.heads.checkpoint import read_record
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.training import Progress, TrainConfig, train
+from sam3cache.training.state import read_state
 
 SHAPES = {"fpn_72": (8, 12, 12)}
 
@@ -277,6 +281,215 @@ def test_a_crash_between_writing_and_committing_an_epoch_is_made_good(
     resumed = train(dataclasses.replace(config, resume=True))
     assert load_checkpoint(resumed.run_dir / "last")[1].epoch == 4
     assert [line["epoch"] for line in metrics_of(resumed.run_dir)] == [1, 2, 3, 4]
+
+
+class _Stop:
+    """Wants a stop from the first step of an epoch on, or from its first validated batch on."""
+
+    def __init__(self, epoch: int, *, validating: bool = False) -> None:
+        self.epoch, self.validating, self.reached = epoch, validating, False
+
+    def report(self, progress: Progress) -> None:
+        is_there = progress.stage == "train" and progress.loss is not None
+        is_there = is_there and (progress.num_validated is not None) == self.validating
+        self.reached = self.reached or (is_there and progress.epoch == self.epoch)
+
+    def __call__(self) -> str | None:
+        return "a test" if self.reached else None
+
+
+@pytest.mark.parametrize(
+    ("stop", "where"),
+    [
+        (_Stop(1), "in epoch 1, after 3 of 8 images; go on with --resume"),
+        (_Stop(1, validating=True), "in epoch 1, after 8 of 8 images"),
+        (_Stop(3), "in epoch 3, after 3 of 8 images"),
+    ],
+    ids=["in the first epoch", "while validating", "in the third epoch"],
+)
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"ema": 0.9, "warmup_epochs": 1.5, "micro_batch": 2, "augment": ("noise",)}],
+    ids=["plain", "with an average"],
+)
+def test_a_run_stopped_within_an_epoch_goes_on_to_the_bit(
+    store: Path, straight: Path, tmp_path: Path, stop: _Stop, where: str, values: dict[str, Any]
+) -> None:
+    stop.reached = False
+    if values:
+        straight = train(config_for(store, tmp_path / "straight", **values)).run_dir
+    config = config_for(store, tmp_path, **values)
+    with pytest.raises(StoppedError, match=where) as caught:
+        train(config, stop.report, stop)
+    assert "was stopped by a test" in str(caught.value)
+    torch.manual_seed(99)
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_same_run(straight, resumed.run_dir)
+
+
+def test_a_run_that_is_stopped_while_it_loads_has_changed_nothing(
+    tmp_path: Path,
+) -> None:
+    # A store of its own, as others may be in memory already.
+    root = build_store(tmp_path / "x.zarr", num_samples=9, level_shapes=SHAPES)
+    config = config_for(root, tmp_path)
+    with pytest.raises(StoppedError, match="before its first step; nothing is lost"):
+        train(config, stop=lambda: "a test")
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_a_run_ended_by_a_signal_within_an_epoch_goes_on_to_the_bit(
+    store: Path, tmp_path: Path, how: str
+) -> None:
+    # One long epoch: whatever is saved, is saved within it.
+    config = config_for(store, tmp_path, epochs=1, batch_size=1, save_minutes=0)
+    config = dataclasses.replace(config, head_options={"widths": [256, 256]}, loss_size_px=504)
+    options = ["--name", "run", "--head", "film-conv", "--head-option", "widths=[256,256]"]
+    options += ["--epochs", "1", "--batch-size", "1", "--lr", "3e-3", "--loss-size", "504"]
+    options += ["--device", "cpu", "-o", str(tmp_path), "--set", "save_minutes=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "sam3cache", "train", str(store), *options]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    state = config.run_dir / "last" / "training.safetensors"
+    deadline_s = time.monotonic() + 90
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    process.send_signal(getattr(signal, how))
+    _, errors = process.communicate(timeout=60)
+    if how == "SIGTERM":
+        assert process.returncode == 130
+        assert re.search(r"was stopped by SIGTERM in epoch 1, after \d of 8 images", errors)
+    num_seen = read_state(state)[0].num_seen
+    assert 0 < num_seen < 8
+    straight = train(dataclasses.replace(config, output=str(tmp_path / "straight")))
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_same_run(straight.run_dir, resumed.run_dir)
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(store: Path, straight: Path, tmp_path: Path) -> None:
+    for micro_batch in (1, 2):
+        config = config_for(store, tmp_path / str(micro_batch), micro_batch=micro_batch)
+        result = train(config)
+        assert result.micro_batch == micro_batch
+        for whole, parts in zip(metrics_of(straight), metrics_of(result.run_dir), strict=True):
+            assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-4)
+            assert parts["val_dice"] == pytest.approx(whole["val_dice"], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["dice-bce", "focal", "dice-focal", "cldice", "boundary"])
+def test_parts_of_a_batch_add_up_to_the_batch_whatever_the_loss(
+    store: Path, tmp_path: Path, name: str
+) -> None:
+    values: dict[str, Any] = {"loss": name, "epochs": 1, "batch_size": 8}
+    whole = train(config_for(store, tmp_path / "whole", **values))
+    parts = train(config_for(store, tmp_path / "parts", micro_batch=3, **values))
+    # After one step: what the step was, and what it led to.
+    (one,), (other,) = metrics_of(whole.run_dir), metrics_of(parts.run_dir)
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+    weights = [load_file(run.run_dir / "last" / "model.safetensors") for run in (whole, parts)]
+    for key, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][key], atol=1e-4), key
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    result = train(config_for(store, tmp_path, ema=0.5))
+    # It changes nothing in how the weights themselves are trained.
+    assert [m["train_loss"] for m in metrics_of(result.run_dir)] == [
+        m["train_loss"] for m in metrics_of(straight)
+    ]
+    state = load_file(result.run_dir / "last" / "training.safetensors")
+    kept = load_file(result.run_dir / "last" / "model.safetensors")
+    assert all(torch.equal(kept[name], state[f"extra.{name}"]) for name in kept)
+    weights = load_file(straight / "last" / "training.safetensors")
+    assert all(torch.equal(weights[f"head.{name}"], state[f"head.{name}"]) for name in kept)
+    assert not all(torch.equal(weights[f"head.{name}"], kept[name]) for name in kept)
+
+
+def test_a_run_without_progress_ends_when_patience_does(store: Path, tmp_path: Path) -> None:
+    config = config_for(store, tmp_path, epochs=9, patience=2, learning_rate=1e-12)
+    result = train(config)
+    assert (result.epochs, result.best_epoch, result.stopped_early) == (3, 1, True)
+    again = train(dataclasses.replace(config, resume=True))
+    assert (again.epochs, again.images_per_s) == (3, None)
+
+
+def test_the_learning_rate_rises_first_and_goes_by_the_batch_size_if_told_to(
+    store: Path, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"warmup_epochs": 2, "lr_scaling": "sqrt", "batch_size": 4}
+    result = train(config_for(store, tmp_path, **values))
+    rates = [line["lr"] for line in metrics_of(result.run_dir)]
+    # 3e-3 is for a batch of 16; of 8 steps 4 rise, and each line has its epoch's second.
+    assert rates[:2] == pytest.approx([1.5e-3 * 2 / 5, 1.5e-3 * 4 / 5])
+    assert rates[2:] == pytest.approx(
+        [1.5e-3 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in (1, 3)]
+    )
+
+
+@pytest.mark.parametrize("loss", [None, "dice-focal"])
+def test_class_numbers_are_learned_and_judged_by_class(tmp_path: Path, loss: str | None) -> None:
+    classes = ("LAD", "RCA")
+    root = build_store(
+        tmp_path / "x.zarr",
+        num_samples=24,
+        level_shapes=SHAPES,
+        mask_width_px=40,
+        classes=classes,
+        task="multiclass",
+    )
+    result = train(config_for(root, tmp_path, epochs=10, loss=loss, class_weights=[1, 1.5]))
+    head, info = load_checkpoint(result.best_checkpoint)
+    assert (info.task, info.classes, info.num_classes) == ("multiclass", classes, 3)
+    from sam3cache.loading import CachedSamples
+
+    opened = open_store(root)
+    rows = [sample.row for sample in opened.samples if sample.split == "val"]
+    samples, dice = CachedSamples(opened, rows, head.needs), []
+    for index in range(len(samples)):
+        mask_1HW = samples.mask(index)
+        assert mask_1HW is not None
+        with torch.no_grad():
+            logits_KHW = head(samples.batch([index]))[0]
+        chosen_HW = samples.letterbox(index).logits_to_grid(logits_KHW, 48, 40).argmax(0)
+        of_class = [
+            dice_iou_precision_recall(chosen_HW == number, (mask_1HW[0] == number).byte()).dice
+            for number in (1, 2)
+        ]
+        defined = [value for value in of_class if value is not None]
+        dice.append(sum(defined) / len(defined))
+    assert result.best_dice == pytest.approx(sum(dice) / len(dice), abs=1e-6)
+    assert result.best_dice > 0.4
+    assert len(set(map(str, dice))) > 1
+
+
+def test_as_many_go_through_the_head_at_once_as_fit(
+    store: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sam3cache.training import micro
+
+    assert read_record(straight / "last").settings["micro_batch"] == 3
+    stop = _Stop(1)
+    with pytest.raises(StoppedError):  # so that there is something to resume
+        train(config_for(store, tmp_path), stop.report, stop)
+    monkeypatch.setattr(micro, "MAX_CPU_BYTES", 1)
+    result = train(config_for(store, tmp_path / "small", epochs=1))
+    assert result.micro_batch == 1
+    # A run keeps to what it began with.
+    assert train(config_for(store, tmp_path, resume=True)).micro_batch == 3
+
+
+def test_a_compiled_head_learns_the_same(store: Path, tmp_path: Path) -> None:
+    # The smallest head, and batches of one size: compiling takes longer than all the rest.
+    values: dict[str, Any] = {"head": "linear", "head_options": {}, "epochs": 2, "batch_size": 8}
+    eager = train(config_for(store, tmp_path / "eager", **values))
+    compiled = train(config_for(store, tmp_path / "compiled", compile=True, **values))
+    for one, other in zip(metrics_of(eager.run_dir), metrics_of(compiled.run_dir), strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    assert load_checkpoint(compiled.best_checkpoint)[1].epoch == compiled.best_epoch
 
 
 def test_resuming_a_finished_run_only_tells_its_result(straight: Path, store: Path) -> None:

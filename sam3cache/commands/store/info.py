@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_store
-from sam3cache.commands.printing import size_text, table
+from sam3cache.commands.printing import classes_text, size_text, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _NUM_ASIDE_SHOWN = 5
+_NUM_CLASSES_SHOWN = 4
 _NUM_DIGEST_CHARACTERS = 12
 
 
@@ -90,6 +91,9 @@ def _heading(summary: dict[str, Any]) -> Iterator[str]:
         + f", {summary['num_with_both_angles']} with both view angles; "
         + f"{size_text(summary['size_bytes'])}"
     )
+    if summary["variants"]:
+        counts = ", ".join(f"{name} {count}" for name, count in summary["variants"].items())
+        yield f"Variants of training samples: {counts}"
 
 
 def _splits_table(summary: dict[str, Any]) -> Table:
@@ -118,7 +122,7 @@ def _labels_table(summary: dict[str, Any]) -> Table:
     for name, labels in summary["label_sets"].items():
         made.add_row(
             name + (" (overlay)" if labels["in_overlay"] else ""),
-            ", ".join(labels["classes"]),
+            classes_text(labels["classes"], labels["task"], _NUM_CLASSES_SHOWN),
             str(labels["num_masks"]),
             str(labels["num_files"]),
             size_text(labels["size_bytes"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +12,17 @@ from typing import TYPE_CHECKING
 import click
 
 from sam3cache.commands.extract import SET_ASIDE_EXIT_CODE
-from sam3cache.commands.printing import echo_json, warn_of_samples
+from sam3cache.commands.printing import (
+    classes_text,
+    echo_json,
+    names_of,
+    table,
+    warn_of_samples,
+)
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
-    from sam3cache.features import LabelSetSummary
+    from sam3cache.features import ClassCount, LabelSetSummary
 
 _STORE = click.argument("store", type=click.Path(path_type=Path))
 _OVERLAY = click.option(
@@ -56,10 +63,17 @@ def labels() -> None:
     help="TOML file that says which column of the CSV is what (docs/data.md).",
 )
 @click.option(
+    "--masks",
+    metavar="COLUMNS",
+    help="Columns of the CSV with the masks, or folders beside images/: one, or lad_mask,rca_mask "
+    "for a mask a class. [default: mask, or masks/]",
+)
+@click.option(
     "--classes",
     default="foreground",
     show_default=True,
-    help="What the masks are of; one class, as masks are read as foreground and background.",
+    help="What the masks are of: names (planes of yes and no), as lad,rca; names with the class "
+    "numbers in the files, as lad=1,rca=2; or a .json or .toml file with such numbers.",
 )
 @_OVERLAY
 @_JSON
@@ -68,6 +82,7 @@ def set_(
     name: str,
     manifest: Path,
     columns: Path | None,
+    masks: str | None,
     classes: str,
     overlay: Path | None,
     as_json: bool,
@@ -78,19 +93,25 @@ def set_(
     a whole, and serves until the new one is complete. Masks that cannot be used are listed, their
     samples have none, and the exit code is then 3. Interrupted, the same command goes on.
 
+    Masks are foreground and background, unless --classes says more (docs/labels.md).
+
     \b
     Examples:
       sam3cache store labels set features/angio.zarr reader2 --from reader2.csv
+      sam3cache store labels set features/phantoms.zarr branches --from phantoms \
+          --masks branches --classes phantoms/classes.json
       sam3cache store labels set /data/angio.zarr mask --from mended.csv --overlay my-labels
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     from sam3cache.extract.relabel import LabelsConfig, set_labels
+    from sam3cache.images import parse_classes
 
     config = LabelsConfig(
         store=store,
         name=name,
         manifest=manifest,
         columns=columns,
-        classes=tuple(part.strip() for part in classes.split(",")),
+        classes=parse_classes(classes),
+        mask_columns=tuple(names_of("--masks", masks) or ()),
         overlay=overlay,
     )
     with ExitStack() as stack:
@@ -111,6 +132,12 @@ def set_(
         )
         if result.num_unmatched_rows:
             click.echo(f"{result.num_unmatched_rows} rows of {manifest.name} are of no sample.")
+        if result.absent_classes:
+            click.echo(
+                f"warning: no mask shows {', '.join(result.absent_classes)}; check that --classes "
+                "gives the numbers that the files have (255 is ignored unless it is named).",
+                err=True,
+            )
         beside = f" --overlay {overlay.as_posix()}" if overlay else ""
         click.echo(f"Next: sam3cache train {store.as_posix()} --label-set {name}{beside}")
     if result.set_aside:
@@ -142,10 +169,57 @@ def list_(store: Path, overlay: Path | None, as_json: bool) -> None:
 def _line(summary: LabelSetSummary) -> str:
     where = " (in the overlay)" if summary.in_overlay else ""
     return (
-        f"{summary.name}{where}: {', '.join(summary.classes)}; {summary.num_with_mask} samples "
-        f"with a mask, {summary.num_without_mask} without; up to {summary.height_px} x "
-        f"{summary.width_px} px; {summary.size_bytes / 1e6:.1f} MB"
+        f"{summary.name}{where}: {classes_text(summary.classes, summary.task)}; "
+        f"{summary.num_with_mask} samples with a mask, {summary.num_without_mask} without; "
+        f"up to {summary.height_px} x {summary.width_px} px; {summary.size_bytes / 1e6:.1f} MB"
     )
+
+
+@labels.command("show")
+@_STORE
+@click.argument("name")
+@_OVERLAY
+@_JSON
+def show(store: Path, name: str, overlay: Path | None, as_json: bool) -> None:
+    """Count the samples and pixels of each class of the label set NAME, by split.
+
+    It reads every mask of the set. What too few training samples show cannot be learned, and what
+    no other sample shows cannot be measured.
+
+    \b
+    Example:
+      sam3cache store labels show features/phantoms.zarr branches
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.features import count_classes, open_store
+
+    with ExitStack() as stack:
+        stages = Stages(stack)
+
+        def report(num_done: int, num_total: int) -> None:
+            stages.show("Counting", num_done, num_total)
+
+        counts = count_classes(open_store(store, overlay=overlay), name, report)
+    if as_json:
+        click.echo(json.dumps([asdict(count) for count in counts], indent=2))
+    else:
+        _print_counts(counts)
+
+
+def _print_counts(counts: Sequence[ClassCount]) -> None:
+    from rich.console import Console
+
+    splits = tuple(counts[0].num_samples)
+    made = table("class", *(f"{split} samples" for split in splits), "% of train pixels")
+    for count in counts:
+        share = count.num_pixels["train"] / max(count.num_counted["train"], 1)
+        made.add_row(
+            count.name, *(str(count.num_samples[split]) for split in splits), f"{share:.3%}"[:-1]
+        )
+    Console(highlight=False, markup=False, soft_wrap=True).print(made)
+    for split in splits:
+        absent = [count.name for count in counts if not count.num_samples[split]]
+        if absent:
+            click.echo(f"No sample of {split} shows {', '.join(absent)}.")
 
 
 @labels.command("remove")

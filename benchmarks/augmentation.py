@@ -1,0 +1,447 @@
+"""What caching costs in quality: augmentation of a cached head, against the tower in the loop.
+
+Phantoms of this program's own seed go through sam3-mini once, with variants of the training
+pictures (VIEWS). The default head then learns from the same 10 patients, in turn, with three seeds:
+
+- without augmentation;
+- with each of the free augmentations of `sam3cache train --augment`, and with all of them;
+- with the stored variants, of which each epoch draws one a picture; and with both;
+- with the tower in the loop: each picture is flipped, turned, and changed in gamma anew every time
+  that it is seen, then goes through the frozen tower. That is what caching forgoes. Pictures lie
+  decoded in memory, in its favour.
+
+All have the head, the loss, the learning rate, the number of steps and the choice of the best
+epoch by validation in common, and are measured on the same test patients as `sam3cache eval` does.
+
+Exits with 1 when a bound is missed (not checked with --quick: too few steps):
+
+- an epoch with all free augmentations takes at most FREE_TIME times one without;
+- an epoch with variants takes at most VARIANTS_TIME times one without;
+- an epoch with the tower in the loop takes at least LOOP_TIME times one without.
+
+What each gains in Dice is told, whatever it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy as np
+import torch
+from heads import write_split
+from numpy.typing import NDArray
+from reporting import Bound, Machine, Report, duration, significant
+from torch import Tensor
+
+from sam3cache.backbone import Tower, load_tower
+from sam3cache.evaluation import EvalConfig, evaluate
+from sam3cache.extract import ExtractConfig, extract
+from sam3cache.features import FeatureStore, StoredSample, open_store
+from sam3cache.geometry import Letterbox
+from sam3cache.heads import CheckpointInfo, build_head, save_checkpoint
+from sam3cache.heads.checkpoint import read_record
+from sam3cache.images import letterbox_image, read_image, read_manifest
+from sam3cache.images.phantom import make_phantoms
+from sam3cache.loading.augment import AUGMENTATIONS
+from sam3cache.records import Batch
+from sam3cache.runtime import pick_device
+from sam3cache.training import TrainConfig, build_loss, default_loss, train
+from sam3cache.variants import Variant
+
+HEAD = "film-detail"
+PHANTOM_SEED = 7_003
+VIEWS = ("hflip", "rot10", "rot-10", "gamma1.5")
+FREE = tuple(AUGMENTATIONS)
+
+MAX_ROTATION_DEG, MAX_GAMMA = 10.0, 1.5
+LOSS_PX, QUICK_LOSS_PX = 1008, 504
+
+FREE_TIME = 1.3
+VARIANTS_TIME = 1.2
+LOOP_TIME = 1.2
+
+# Patients of four pictures each, in short of two.
+VIEWS_A_PATIENT, QUICK_VIEWS_A_PATIENT = 4, 2
+SPLITS = ("train",) * 10 + ("val",) * 4 + ("test",) * 14
+QUICK_SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Contestant:
+    """A way to train.
+
+    Attributes:
+        label: in the table.
+        augment: names of free augmentations.
+        variants: as for ``TrainConfig``; None: the tower in the loop.
+        dice: by seed, mean over the test images.
+        epoch_s: by seed, median time that an epoch trained, validation left out.
+    """
+
+    label: str
+    augment: tuple[str, ...] = ()
+    variants: str | None = "none"
+    dice: list[float] = field(default_factory=list)
+    epoch_s: list[float] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return the exit status."""
+    options = parse_options(arguments)
+    machine = Machine(options.device)
+    contestants = [
+        Contestant("no augmentation"),
+        *([] if options.quick else [Contestant(f"`{name}`", (name,)) for name in FREE]),
+        Contestant("all free ones", FREE),
+        Contestant("variants", variants="all"),
+        *([] if options.quick else [Contestant("variants and all free ones", FREE, "all")]),
+        Contestant("tower in the loop", variants=None),
+    ]
+    with tempfile.TemporaryDirectory(dir=options.workdir, prefix="sam3cache-") as name:
+        folder = Path(name)
+        splits, views = options.splits, options.views_a_patient
+        print(f"Drawing {views * len(splits)} phantoms", flush=True)
+        drawn = make_phantoms(
+            folder / "pictures", views * len(splits), PHANTOM_SEED, views_per_patient=views
+        )
+        manifest = write_split(drawn, "10 patients, 5 epochs", splits)
+        store, costs = extract_views(manifest, folder / "views.zarr", options.device)
+        loop = Loop(store, manifest, options.device)
+        for seed in range(options.seeds):
+            for number, contestant in enumerate(contestants):
+                config = TrainConfig(
+                    store=str(store.path),
+                    name=f"{number}-{seed}",
+                    output=str(folder),
+                    head=HEAD,
+                    epochs=options.epochs,
+                    batch_size=4,
+                    loss_size_px=QUICK_LOSS_PX if options.quick else LOSS_PX,
+                    seed=seed,
+                    device=options.device,
+                    augment=contestant.augment,
+                    variants=contestant.variants or "none",
+                )
+                if contestant.variants is None:
+                    first = read_record(folder / f"0-{seed}" / "best")
+                    epoch_s = loop.train(config, first)
+                else:
+                    train(config)
+                    epoch_s = epoch_times(config.run_dir)
+                contestant.epoch_s.append(median(epoch_s))
+                contestant.dice.append(dice(store.path, config.run_dir, "test", options.device))
+                print(
+                    f"seed {seed}: {contestant.label} {contestant.dice[-1]:.4f}, an epoch "
+                    f"{duration(contestant.epoch_s[-1])}",
+                    flush=True,
+                )
+        tower_s = loop.tower_s / max(1, loop.num_images)
+    return report(options, machine, contestants, costs, tower_s).publish(options.json)
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="3 patients, one epoch, one seed, under a minute"
+    )
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every training [12]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
+    parser.add_argument("--workdir", type=Path, help="where pictures and stores lie meanwhile")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result; a folder names it itself"
+    )
+    options = parser.parse_args(arguments)
+    options.device = pick_device(options.device)
+    options.seeds = 1 if options.quick else 3
+    options.splits = QUICK_SPLITS if options.quick else SPLITS
+    options.views_a_patient = QUICK_VIEWS_A_PATIENT if options.quick else VIEWS_A_PATIENT
+    options.epochs = options.epochs or (1 if options.quick else 12)
+    return options
+
+
+def extract_views(manifest: Path, root: Path, device: str) -> tuple[FeatureStore, dict[str, float]]:
+    """Extract the pictures, then variants of those for training; return what the latter cost."""
+    config = ExtractConfig(manifest, root, backbone="sam3-mini", devices=(device,))
+    print("Extracting", flush=True)
+    first = extract(config)
+    bytes_before = level_bytes(open_store(root))
+    print("Extracting variants", flush=True)
+    second = extract(replace(config, variants=VIEWS))
+    store = open_store(root)
+    return store, {
+        "first_pass_s": first.elapsed_s,
+        "variants_s": second.elapsed_s,
+        "first_pass_bytes": bytes_before,
+        "variants_bytes": level_bytes(store) - bytes_before,
+    }
+
+
+def level_bytes(store: FeatureStore) -> int:
+    """Return what a store's levels take."""
+    return sum(
+        shard.size_bytes
+        for (item, _), receipt in store.receipts.items()
+        if item.startswith("levels.")
+        for shard in receipt.shards
+    )
+
+
+def epoch_times(run_dir: Path) -> list[float]:
+    """Return how long each epoch of a run trained."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    num_train = read_record(run_dir / "last").settings["num_train"]
+    return [num_train / json.loads(line)["images_per_s"] for line in lines]
+
+
+def dice(store: Path, checkpoint: Path, split: str, device: str) -> float:
+    """Return the mean Dice over the images of a split."""
+    config = EvalConfig(
+        store,
+        checkpoint,
+        split="val" if split == "val" else "test",
+        device=device,
+        check_angles=False,
+        check_features=False,
+        page=False,
+    )
+    (metrics,) = evaluate(config).classes.values()
+    value = metrics["dice"].mean
+    assert value is not None
+    return value
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A training picture as a script without a cache has it: decoded, with its mask."""
+
+    sample: StoredSample
+    pixels_HWC: NDArray[np.uint8]
+    mask_KHW: NDArray[np.uint8]
+
+
+class Loop:
+    """A script without a cache: image augmentation and the frozen tower in every step.
+
+    Attributes:
+        tower_s: time in the tower so far.
+        num_images: images that went through it.
+    """
+
+    def __init__(self, store: FeatureStore, manifest: Path, device: str) -> None:
+        files = {sample.id: sample for sample in read_manifest(manifest).samples}
+        self.store, self.device = store, device
+        self.pictures: list[Picture] = []
+        for sample in store.samples:
+            mask_KHW = store.read_mask(sample.row)
+            if sample.split == "train" and mask_KHW is not None:
+                self.pictures.append(Picture(sample, read_image(files[sample.id]), mask_KHW))
+        self.tower: Tower = load_tower(
+            "sam3-mini",
+            levels=("fpn_72",),
+            device=device,
+            numeric_path="fp32" if device == "cpu" else "bf16",
+        )
+        self.tower_s, self.num_images = 0.0, 0
+
+    def train(self, config: TrainConfig, like: CheckpointInfo) -> list[float]:
+        """Train a head as ``sam3cache.training.train`` does; return the time of each epoch.
+
+        Args:
+            config: of the run.
+            like: the record of a run from the cache, with which the head is written.
+        """
+        torch.manual_seed(config.seed)
+        shapes = {name: spec.shape for name, spec in self.store.served_levels.items()}
+        head = build_head(config.head, shapes, num_classes=like.num_classes).to(self.device)
+        rate = float(like.settings["learning_rate"])
+        optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=config.weight_decay)
+        loss_of = build_loss(default_loss(like.task), like.task)
+        random = np.random.default_rng(config.seed)
+        steps_an_epoch = math.ceil(len(self.pictures) / config.batch_size)
+        num_steps, step = steps_an_epoch * config.epochs, 0
+        epoch_s, best = [], -1.0
+        for epoch in range(1, config.epochs + 1):
+            started_s = time.perf_counter()
+            order = random.permutation(len(self.pictures)).tolist()
+            head.train()
+            for start in range(0, len(order), config.batch_size):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+                batch = self.batch(order[start : start + config.batch_size], random, config)
+                assert batch.target_BKTT is not None
+                with self.autocast():
+                    logits_BKHW: Tensor = head(batch)
+                loss = loss_of(logits_BKHW.float(), batch.target_BKTT)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+                optimizer.step()
+                step += 1
+            self.wait()
+            epoch_s.append(time.perf_counter() - started_s)
+            info = replace(like, epoch=epoch, settings={**like.settings, "name": config.name})
+            save_checkpoint(config.run_dir / "last", head, info)
+            reached = dice(self.store.path, config.run_dir / "last", "val", self.device)
+            if reached > best:
+                best = reached
+                save_checkpoint(config.run_dir / "best", head, info)
+        return epoch_s
+
+    def batch(
+        self, order: Sequence[int], random: np.random.Generator, config: TrainConfig
+    ) -> Batch:
+        """Change pictures at random and put them through the tower."""
+        images, targets, angles, contents = [], [], [], []
+        for picture in (self.pictures[i] for i in order):
+            sample, pixels_HWC, mask_KHW = picture.sample, picture.pixels_HWC, picture.mask_KHW
+            degrees = (sample.primary_angle_deg, sample.secondary_angle_deg)
+            for variant in draw_variants(random):
+                pixels_HWC = variant.picture(pixels_HWC)
+                mask_KHW = variant.mask(mask_KHW, sample.height_px, sample.width_px)
+                degrees = variant.angles(*degrees)
+            square_CHW, box = letterbox_image(pixels_HWC)
+            images.append(square_CHW)
+            targets.append(target_of(box, mask_KHW, config.loss_size_px))
+            angles.append(degrees)
+            contents.append((box.content_height_px, box.content_width_px))
+        image_BCHW = torch.stack(images).to(self.device)
+        self.wait()
+        started_s = time.perf_counter()
+        feature_BCHW = self.tower(image_BCHW)["fpn_72"].to(torch.float16)
+        self.wait()
+        self.tower_s += time.perf_counter() - started_s
+        self.num_images += len(order)
+        return Batch(
+            levels={"fpn_72": feature_BCHW, "image_1008": image_BCHW},
+            angles_B2=torch.tensor(angles, dtype=torch.float32, device=self.device),
+            content_B2=torch.tensor(contents, device=self.device),
+            target_BKTT=torch.stack(targets).to(self.device),
+            rows=tuple(self.pictures[i].sample.row for i in order),
+        )
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        """Compute as the training from the cache does where its precision is auto."""
+        if self.device == "cpu":
+            return nullcontext()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
+        return torch.autocast(torch.device(self.device).type, dtype)
+
+    def wait(self) -> None:
+        """Let a GPU catch up."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+
+
+def draw_variants(random: np.random.Generator) -> list[Variant]:
+    """Return what a picture is changed by: of the kinds of VIEWS, but any amount between."""
+    changes = [
+        Variant("rot", float(random.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG))),
+        Variant("gamma", float(MAX_GAMMA ** random.uniform(-1, 1))),
+    ]
+    return changes if random.random() < 0.5 else [Variant("hflip"), *changes]
+
+
+def target_of(box: Letterbox, mask_KHW: NDArray[np.uint8], size_px: int) -> Tensor:
+    """Lay a mask on the target's grid."""
+    return box.mask_to_target(torch.from_numpy(np.ascontiguousarray(mask_KHW)), size_px)
+
+
+def report(
+    options: argparse.Namespace,
+    machine: Machine,
+    contestants: Sequence[Contestant],
+    costs: dict[str, float],
+    tower_s: float,
+) -> Report:
+    """Lay out what was found, and check the bounds."""
+    plain = contestants[0]
+    slower = {
+        contestant.label: median(
+            own / without for own, without in zip(contestant.epoch_s, plain.epoch_s, strict=True)
+        )
+        for contestant in contestants
+    }
+    rows = []
+    for contestant in contestants:
+        gains = [own - base for own, base in zip(contestant.dice, plain.dice, strict=True)]
+        once = duration(costs["variants_s"]) if contestant.variants == "all" else ""
+        disk = f"{costs['variants_bytes'] / 1e6:.0f} MB" if contestant.variants == "all" else ""
+        rows.append(
+            (
+                contestant.label,
+                spread(contestant.dice),
+                "" if contestant is plain else spread(gains, "+.3f"),
+                duration(median(contestant.epoch_s)),
+                f"{significant(slower[contestant.label])} ×",
+                once,
+                disk,
+            )
+        )
+    limits = (
+        ("all free ones", "at most", FREE_TIME),
+        ("variants", "at most", VARIANTS_TIME),
+        ("tower in the loop", "at least", LOOP_TIME),
+    )
+    bounds = []
+    for label, word, limit in () if options.quick else limits:
+        ratio = slower[label]
+        holds = ratio <= limit if word == "at most" else ratio >= limit
+        bounds.append(Bound(f"{label}: an epoch takes {word} {limit} × one without", ratio, holds))
+    counts = {
+        name: options.views_a_patient * options.splits.count(name) for name in ("train", "test")
+    }
+    return Report(
+        program="augmentation",
+        columns=("training", "Dice", "gained", "an epoch", "against none", "once", "disk"),
+        rows=rows,
+        notes=[
+            f"`{HEAD}` on sam3-mini's features of {counts['train']} synthetic angiograms, "
+            f"{options.epochs} epochs in batches of 4; Dice over {counts['test']} of other "
+            f"patients; mean ± standard deviation of {options.seeds} seeds, and of what is gained "
+            "seed by seed.",
+            f"Variants: {', '.join(VIEWS)}; extracting them took {duration(costs['variants_s'])} "
+            f"once, and all pictures themselves {duration(costs['first_pass_s'])}. In the loop "
+            f"every picture is flipped half the time, turned by up to {MAX_ROTATION_DEG:g} degrees "
+            f"and raised to a gamma of up to {MAX_GAMMA:g} or its inverse, anew each time.",
+            f"sam3-mini is a miniature: its tower takes {significant(tower_s)} s an image here. "
+            "SAM 3's own takes far longer (`benchmarks/train.py --full`), every time in the loop.",
+        ],
+        bounds=bounds,
+        figures={
+            "dice": {c.label: c.dice for c in contestants},
+            "epoch_s": {c.label: c.epoch_s for c in contestants},
+            "tower_s_per_image": tower_s,
+            **costs,
+        },
+        settings={
+            "phantom_seed": PHANTOM_SEED,
+            "head": HEAD,
+            "epochs": options.epochs,
+            "batch_size": 4,
+            "variants": VIEWS,
+            "augmentations": {name: dict(values) for name, values in AUGMENTATIONS.items()},
+        },
+        machine=machine.fields(),
+    )
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Write a mean and, of several values, their standard deviation."""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

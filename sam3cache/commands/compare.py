@@ -1,0 +1,177 @@
+"""``sam3cache compare``: which of some runs is better, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sam3cache.commands.printing import table
+from sam3cache.commands.progress import Stages
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sam3cache.evaluation import Comparison, PairComparison
+
+
+@click.command("compare")
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    default="test",
+    show_default=True,
+    help="Images to compare on.",
+)
+@click.option(
+    "--baseline", metavar="NAME", help="Run that the others are compared with. [default: the first]"
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Store to evaluate on and to take pictures from. [default: that of the evaluations]",
+)
+@click.option(
+    "--overlay",
+    type=click.Path(path_type=Path),
+    help="Folder of labels and annotations kept beside the store.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the results. [default: compare-SPLIT-NAMES beside the baseline]",
+)
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    help="Your own head as package.module:Class; once for each that has to be evaluated or drawn.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--batch-size", default=16, show_default=True, help="Images a forward pass.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--page/--no-page",
+    default=True,
+    show_default=True,
+    help="Also write report.html: plot, tables, and images with the runs side by side.",
+)
+@click.option(
+    "--allow-unsealed", is_flag=True, help="Use what an unfinished extraction has written so far."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON on stdout.")
+def compare(
+    runs: tuple[Path, ...],
+    split: Any,
+    baseline: str | None,
+    store: Path | None,
+    overlay: Path | None,
+    output: Path | None,
+    heads: tuple[str, ...],
+    device: str,
+    batch_size: int,
+    seed: int,
+    page: bool,
+    allow_unsealed: bool,
+    as_json: bool,
+) -> None:
+    """Compare RUNS with the first of them, image by image.
+
+    Each is a run's folder, an evaluation's, or a folder of runs. Runs named NAME-seed0, NAME-seed1
+    are one experiment, NAME: seeds are averaged image by image, folds put together. NAME alone
+    stands for all of them. What was not evaluated on the split yet is evaluated first.
+
+    Differences are paired by image; their 95% intervals come from a bootstrap over groups
+    (patients). With several runs p-values are corrected by Holm's method. Only the images that all
+    runs scored count.
+
+    \b
+    Examples:
+      sam3cache compare checkpoints/film-conv checkpoints/linear
+      sam3cache compare checkpoints --baseline linear --split val
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.evaluation import CompareConfig
+    from sam3cache.evaluation import compare as compare_runs
+    from sam3cache.runtime import pick_device
+
+    config = CompareConfig(
+        paths=runs,
+        split=split,
+        baseline=baseline,
+        store=store,
+        heads=heads,
+        batch_size=batch_size,
+        device=pick_device(device),
+        seed=seed,
+        output=output,
+        overlay=overlay,
+        allow_unsealed=allow_unsealed,
+        page=page,
+    )
+    with ExitStack() as stack:
+        stages = Stages(stack)
+
+        def report(run: str, num_done: int, num_total: int) -> None:
+            stages.show(f"Evaluating {run}", num_done, num_total)
+
+        result = compare_runs(config, report)
+    if as_json:
+        click.echo(json.dumps(result.record(), indent=2, allow_nan=False))
+    else:
+        _print(result)
+
+
+def _print(result: Comparison) -> None:
+    """Print the tables and the sentences, for people."""
+    from rich.console import Console
+
+    # soft_wrap: a path or sentence is one line, for whoever copies or greps it.
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"Split {result.split}: {result.num_images} images of {result.num_groups} groups, "
+        f"against {result.baseline}"
+    )
+    for notice in result.notices:
+        console.print(f"Note: {notice}")
+    console.print(_runs_table(result))
+    for pair in result.comparisons:
+        for name in pair.measures:
+            console.print(_measures_table(pair, name))
+    for pair in result.comparisons:
+        console.print(pair.sentence)
+    console.print(
+        f"Written: {result.output.as_posix()}/differences.csv, differences.svg and comparison.json"
+    )
+    if result.page is not None:
+        console.print(f"Page: {result.page.as_posix()}")
+
+
+def _runs_table(result: Comparison) -> Table:
+    from sam3cache.evaluation import interval_text, number_text
+
+    rows = table("run", "trainings", "Dice", "95% interval", "head")
+    for one in result.experiments:
+        rows.add_row(
+            one.name,
+            str(len(one.runs)),
+            number_text(one.dice),
+            interval_text(one.dice_interval),
+            one.head,
+        )
+    return rows
+
+
+def _measures_table(pair: PairComparison, name: str) -> Table:
+    from sam3cache.evaluation import measure_rows
+
+    title = pair.name if len(pair.measures) == 1 else f"{pair.name}, {name}"
+    columns = ("images", "base", "run", "diff.", "95% interval", "better", "worse")
+    rows = table(title, *columns)
+    for _, *cells in measure_rows({name: pair.measures[name]}):
+        rows.add_row(*cells)
+    return rows

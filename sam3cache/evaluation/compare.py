@@ -1,0 +1,626 @@
+"""Runs against a baseline, image by image: which is better, and how sure is that?
+
+Shape legend: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import io
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sam3cache.errors import ConfigError
+from sam3cache.evaluation.compare_cases import ComparedCase, compared_cases
+from sam3cache.evaluation.compare_page import comparison_html
+from sam3cache.evaluation.compare_runs import (
+    OVER_CLASSES,
+    Experiment,
+    Run,
+    Scores,
+    check_same_training,
+    combine,
+    find_experiments,
+    is_evaluated,
+    listed,
+    read_scores,
+    read_summary,
+)
+from sam3cache.evaluation.compare_statistics import (
+    Differences,
+    PairedDifference,
+    holm,
+    paired_difference,
+)
+from sam3cache.evaluation.compare_verdict import SMALL_DICE, Verdict, judge
+from sam3cache.evaluation.evaluate import EvalConfig, evaluate
+from sam3cache.evaluation.figures import differences_svg
+from sam3cache.evaluation.page import PAGE_FILE
+from sam3cache.evaluation.scores import DISTANCES
+from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Interval, summarise
+from sam3cache.records import SPLITS
+from sam3cache.runtime import write_atomic
+
+RECORD_FILE = "comparison.json"
+DIFFERENCES_FILE = "differences.csv"
+PLOT_FILE = "differences.svg"
+HEADLINE = "dice"
+
+STORES = Path("features")
+"""Where the store of a run's name is looked for, when none is given."""
+
+Report = Callable[[str, int, int], None]
+"""Called with the run that is evaluated, images done and images in all."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of one comparison.
+
+    Attributes:
+        paths: runs, checkpoints, evaluations, or folders of runs; see ``find_experiments``.
+        split: "train", "val", "test" or "all"; of an evaluation that is given itself, its own.
+        baseline: name of the one that the others are compared with; None: the first.
+        store: to evaluate and to draw from; None: the one that the evaluations tell, if it is
+            still there.
+        heads: the user's own heads, each as "package.module:Class".
+        batch_size: images a forward pass.
+        device: torch device name.
+        seed: of the bootstrap.
+        output: folder of the results; None: beside the baseline's run.
+        overlay: folder of labels and annotations beside the store, or None.
+        allow_unsealed: evaluate on what an unfinished extraction has written so far.
+        page: also write report.html, the comparison as a page to look at.
+    """
+
+    paths: tuple[Path, ...]
+    split: Literal["train", "val", "test", "all"] = "test"
+    baseline: str | None = None
+    store: Path | None = None
+    heads: tuple[str, ...] = ()
+    batch_size: int = 16
+    device: str = "cpu"
+    seed: int = 0
+    output: Path | None = None
+    overlay: Path | None = None
+    allow_unsealed: bool = False
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching a file.
+
+        Raises:
+            ConfigError: when a value cannot be used.
+        """
+        if not self.paths:
+            raise ConfigError("nothing is named to compare; give two runs, or a folder of runs")
+        if self.split not in (*SPLITS, "all"):
+            raise ConfigError(f"split {self.split!r}: expected one of {', '.join(SPLITS)}, all")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch size {self.batch_size}: expected at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the experiments that were compared, on the images that all of them scored.
+
+    Attributes:
+        name: of its folder.
+        head: name of the head.
+        runs: names of its seeds or folds; its own alone where it is a single run.
+        evaluations: folders that the scores come from.
+        thresholds: probability from which a pixel counts as mask, of each run.
+        dice: mean Dice of the images.
+        dice_interval: of the mean, by group; None for fewer than two groups.
+        dice_of_runs: the mean of each run that scored all the images; of a single run its own.
+    """
+
+    name: str
+    head: str
+    runs: tuple[str, ...]
+    evaluations: tuple[str, ...]
+    thresholds: tuple[float | None, ...]
+    dice: float | None
+    dice_interval: Interval | None
+    dice_of_runs: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class PairComparison:
+    """One experiment against the baseline.
+
+    Attributes:
+        name: of the experiment.
+        verdict: see ``judge``.
+        sentence: the verdict and its reason in plain words.
+        dice: difference of Dice, over an image's classes where there are several.
+        p_corrected: its p-value, corrected by Holm's method for the number of comparisons.
+        measures: by class, by measure, the difference; intervals of these are not corrected.
+    """
+
+    name: str
+    verdict: Verdict
+    sentence: str
+    dice: PairedDifference
+    p_corrected: float | None
+    measures: Mapping[str, Mapping[str, PairedDifference]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        baseline: name of the experiment that the others are compared with.
+        split: of the images.
+        num_images: images that all experiments scored.
+        num_groups: groups they belong to.
+        experiments: the baseline first.
+        comparisons: of all others, in the order they were named.
+        left_out: by experiment, ids of images that it scored and another did not.
+        notices: what a reader has to know before the figures, in whole sentences.
+        seed: of the bootstrap.
+        output: folder that the results were written to.
+        page: the comparison as a page to look at; None when that was not asked.
+    """
+
+    baseline: str
+    split: str
+    num_images: int
+    num_groups: int
+    experiments: tuple[Compared, ...]
+    comparisons: tuple[PairComparison, ...]
+    left_out: Mapping[str, tuple[str, ...]]
+    notices: tuple[str, ...]
+    seed: int
+    output: Path
+    page: Path | None
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        record = dataclasses.asdict(self)
+        record["output"] = self.output.as_posix()
+        record["page"] = None if self.page is None else self.page.as_posix()
+        record["bootstrap"] = {
+            "unit": "group",
+            "num_resamples": NUM_RESAMPLES,
+            "level": LEVEL,
+            "method": "expanded percentile",
+        }
+        record["correction"] = "holm"
+        record["small_dice"] = SMALL_DICE
+        return record
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """An experiment with what its runs scored."""
+
+    experiment: Experiment
+    summaries: tuple[Mapping[str, Any], ...]
+    scores: tuple[Scores, ...]
+    together: Scores = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+
+def compare(
+    config: CompareConfig, report: Report = lambda run, num_done, num_total: None
+) -> Comparison:
+    """Compare runs with a baseline on the same images, and write what was found.
+
+    A run that was not evaluated on the split, or was trained anew since, is evaluated first.
+
+    Args:
+        config: what to compare.
+        report: told of progress while a run is evaluated.
+
+    Raises:
+        ConfigError: there is nothing to compare, or what there is cannot be compared: other
+            images, other pixels, other masks.
+        StoreError: a run has to be evaluated, and the store does not serve.
+        CheckpointError: likewise, and its checkpoint does not.
+    """
+    experiments = find_experiments(config.paths, config.split)
+    first = _baseline_first(experiments, config.baseline)
+    output = _prepare_output(config, first)
+    evaluated = [_evaluate(experiment, experiments, config, report) for experiment in first]
+    notices = [*_check_alike(evaluated)]
+    everywhere = frozenset.intersection(*map(_ids, evaluated))
+    ids = [name for name in evaluated[0].together.ids if name in everywhere]
+    if not ids:
+        raise ConfigError(
+            f"{evaluated[0].name} and {listed([e.name for e in evaluated[1:]])} have no image in "
+            "common; compare runs that were evaluated on the same images"
+        )
+    left_out = {
+        one.name: tuple(name for name in one.together.ids if name not in everywhere)
+        for one in evaluated
+    }
+    notices += _of_images(left_out, len(ids))
+    classes, metrics = _in_common(evaluated)
+    scores = [one.together.of(ids, classes, metrics) for one in evaluated]
+    notices += _check_masks(evaluated, scores)
+    groups = scores[0].groups
+    notices += _of_groups(evaluated, scores)
+
+    pairs = _pairs(evaluated, scores, config.seed)
+    compared = tuple(
+        _compared(one, of, ids, config.seed) for one, of in zip(evaluated, scores, strict=True)
+    )
+    notices += _of_training(evaluated, compared, pairs)
+    result = Comparison(
+        baseline=evaluated[0].name,
+        split=", ".join(dict.fromkeys(str(s.get("split")) for e in evaluated for s in e.summaries)),
+        num_images=len(ids),
+        num_groups=len(set(groups)),
+        experiments=compared,
+        comparisons=tuple(pairs),
+        left_out={name: names for name, names in left_out.items() if names},
+        notices=tuple(notices),
+        seed=config.seed,
+        output=output,
+        page=output / PAGE_FILE if config.page else None,
+    )
+    differences = _write(result, scores)
+    # Whatever else is in the folder, no page of earlier figures stands beside these.
+    (output / PAGE_FILE).unlink(missing_ok=True)
+    if result.page is not None:
+        cases, sentences = _cases(evaluated, scores, config)
+        date = datetime.datetime.now().astimezone().date()
+        html = comparison_html(result, differences, cases, sentences, date)
+        write_atomic(result.page, html.encode())
+    return result
+
+
+def _baseline_first(experiments: Sequence[Experiment], baseline: str | None) -> list[Experiment]:
+    names = [experiment.name for experiment in experiments]
+    if len(experiments) < 2:
+        raise ConfigError(f"{listed(names)} is all there is to compare; name another run beside it")
+    if baseline is None:
+        return list(experiments)
+    if baseline not in names:
+        raise ConfigError(f"baseline {baseline!r}: expected one of {', '.join(names)}")
+    at = names.index(baseline)
+    return [experiments[at], *experiments[:at], *experiments[at + 1 :]]
+
+
+def _prepare_output(config: CompareConfig, experiments: Sequence[Experiment]) -> Path:
+    """Make the folder of the results, before anything is computed for it."""
+    run = experiments[0].runs[0]
+    beside = (run.folder or run.evaluation).resolve().parent
+    if run.folder is None and run.evaluation.name.startswith("eval-"):
+        beside = beside.parent
+    names = "-".join(re.sub(r"[^\w.-]", "-", experiment.name) for experiment in experiments)
+    # A name of a folder has its limits on every system; the record names all that were compared.
+    folder = config.output or _as_given(beside) / f"compare-{config.split}-{names[:80]}"
+    if (folder / RECORD_FILE).exists() or not folder.exists() or not any(folder.iterdir()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            reason = error.strerror
+    else:
+        reason = "it holds something else"
+    raise ConfigError(
+        f"results cannot be written to {folder} ({reason}); name another folder by --output"
+    )
+
+
+def _as_given(folder: Path) -> Path:
+    """Return a folder relative to the present one, where it lies within."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _ids(evaluated: _Evaluated) -> frozenset[str]:
+    return frozenset(evaluated.together.ids)
+
+
+def _evaluate(
+    experiment: Experiment, all_of_them: Sequence[Experiment], config: CompareConfig, report: Report
+) -> _Evaluated:
+    """Read what an experiment's runs scored, evaluating what has not been."""
+    check_same_training(experiment)
+    for run in experiment.runs:
+        if is_evaluated(run):
+            continue
+        info = run.info()
+        if run.folder is None or info is None:
+            raise ConfigError(f"{run.evaluation} lacks a part of an evaluation; write it anew")
+        store = config.store or _known_store(run, all_of_them)
+        if store is None:
+            raise ConfigError(
+                f"{run.name} was not evaluated on split {config.split} with the weights it has "
+                f"now; name the store by --store, or run `sam3cache eval STORE "
+                f"{run.folder.as_posix()} --split {config.split}` first"
+            )
+        evaluate(
+            EvalConfig(
+                store=store,
+                checkpoint=run.folder,
+                split=config.split,
+                batch_size=config.batch_size,
+                device=config.device,
+                seed=config.seed,
+                head=info.head if info.head in config.heads else None,
+                allow_unsealed=config.allow_unsealed,
+                overlay=config.overlay,
+                output=run.evaluation,
+                check_angles=False,
+                check_features=False,
+                page=False,
+            ),
+            partial(report, run.name),
+        )
+    summaries = tuple(read_summary(run.evaluation) for run in experiment.runs)
+    scores = tuple(
+        read_scores(run.evaluation, summary)
+        for run, summary in zip(experiment.runs, summaries, strict=True)
+    )
+    return _Evaluated(experiment, summaries, scores, combine(experiment, scores))
+
+
+def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
+    """Return the store that another evaluation tells of, or one of the name the run learned on."""
+    for other in itertools.chain.from_iterable(e.runs for e in experiments):
+        if is_evaluated(other):
+            store = Path(str(read_summary(other.evaluation).get("store", "")))
+            if (store / "zarr.json").is_file():
+                return store
+    info = run.info()
+    named = STORES / str(info.settings.get("store", "") if info else "")
+    return named if (named / "zarr.json").is_file() else None
+
+
+def _check_alike(evaluated: Sequence[_Evaluated]) -> list[str]:
+    """Refuse other pixels of the same images; say which settings of the evaluations differ."""
+    seen: dict[frozenset[str], tuple[str, object]] = {}
+    for one in evaluated:
+        for run, summary, scores in zip(
+            one.experiment.runs, one.summaries, one.scores, strict=True
+        ):
+            pixels = summary.get("data_sha256")
+            other, there = seen.setdefault(frozenset(scores.ids), (run.name, pixels))
+            if there != pixels:
+                raise ConfigError(
+                    f"{other} and {run.name} were evaluated on images of the same names but with "
+                    "other pixels; evaluate both on one store"
+                )
+    sentences = []
+    for name, title in (
+        ("threshold", "thresholds"),
+        ("split", "splits"),
+        ("label_set", "label sets"),
+    ):
+        values = {one.name: {str(s.get(name)) for s in one.summaries} for one in evaluated}
+        if len(set(map(frozenset, values.values()))) > 1:
+            told = ", ".join(f"{of} {'/'.join(sorted(v))}" for of, v in values.items())
+            sentences.append(f"The evaluations are of other {title}: {told}.")
+    return sentences
+
+
+def _in_common(evaluated: Sequence[_Evaluated]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the classes, which have to be the same, and the measures that all have."""
+    together = [one.together for one in evaluated]
+    if len({frozenset(of.classes) for of in together}) > 1:
+        told = "; ".join(f"{of.name} has {', '.join(of.together.classes)}" for of in evaluated)
+        raise ConfigError(f"the runs were measured on other classes ({told}); compare like heads")
+    metrics = [m for m in together[0].metrics if all(m in of.metrics for of in together)]
+    if HEADLINE not in metrics:
+        raise ConfigError("the evaluations have no Dice in common; write them anew")
+    return together[0].classes, metrics
+
+
+def _check_masks(evaluated: Sequence[_Evaluated], scores: Sequence[Scores]) -> list[str]:
+    """Refuse other masks of the same images, by the number of their pixels.
+
+    The hash over all masks of a store differs from one store to the next, also where the masks
+    that are compared do not, so that it alone tells nothing.
+    """
+    sentences = []
+    for other, of in zip(evaluated[1:], scores[1:], strict=True):
+        hashes = [
+            {str(s.get("data", {}).get("labels_sha256")) for s in one.summaries}
+            for one in (evaluated[0], other)
+        ]
+        if hashes[0] == hashes[1]:
+            continue
+        same_NC = (scores[0].true_px_NC == of.true_px_NC) | (
+            np.isnan(scores[0].true_px_NC) & np.isnan(of.true_px_NC)
+        )
+        changed = [of.ids[i] for i in np.flatnonzero(~same_NC.all(axis=1))]
+        if changed:
+            raise ConfigError(
+                f"{evaluated[0].name} and {other.name} were measured against other masks of "
+                f"{len(changed)} images ({listed(changed)}); evaluate both anew on one label set"
+            )
+        sentences.append(
+            f"{evaluated[0].name} and {other.name} were measured on stores or label sets of other "
+            "content; the masks of these images have the same number of pixels."
+        )
+    return sentences
+
+
+def _of_images(left_out: Mapping[str, Sequence[str]], num_images: int) -> list[str]:
+    return [
+        f"{len(names)} images of {name} were not scored by all others and are left out, "
+        f"{num_images} stay: {listed(names)}."
+        for name, names in left_out.items()
+        if names
+    ]
+
+
+def _of_groups(evaluated: Sequence[_Evaluated], scores: Sequence[Scores]) -> list[str]:
+    return [
+        f"{other.name} knows other groups than {evaluated[0].name}; the groups of "
+        f"{evaluated[0].name} are taken."
+        for other, of in zip(evaluated[1:], scores[1:], strict=True)
+        if of.groups != scores[0].groups
+    ]
+
+
+def _of_training(
+    evaluated: Sequence[_Evaluated],
+    compared: Sequence[Compared],
+    pairs: Sequence[PairComparison],
+) -> list[str]:
+    """Say what the intervals do not know of: images seen in training, and other seeds."""
+    sentences = []
+    for one in evaluated:
+        num_seen = sum(int(s.get("num_seen_in_training") or 0) for s in one.summaries)
+        if num_seen and any(s.get("split") != "train" for s in one.summaries):
+            sentences.append(
+                f"{one.name} was trained on {num_seen} of the images it was evaluated on: its "
+                "scores on those say little about new ones."
+            )
+    single = [one.name for one in compared if len(one.dice_of_runs) < 2]
+    if single:
+        sentences.append(
+            f"One training each: {listed(single)}. What another seed would have given is not in "
+            "the intervals, which are over images; train several seeds to see it."
+        )
+    for pair in pairs:
+        spreads = [
+            (one.name, max(known) - min(known))
+            for one in compared
+            if one.name in (pair.name, compared[0].name)
+            if len(known := [dice for dice in one.dice_of_runs if dice is not None]) > 1
+        ]
+        name, spread = max(spreads, key=lambda of: of[1], default=("", 0.0))
+        if pair.verdict != "equal" and abs(pair.dice.mean or 0.0) < spread:
+            sentences.append(
+                f"The trainings of {name} differ by {spread:.3f} Dice among themselves, which is "
+                f"more than {pair.name} differs from {compared[0].name}."
+            )
+    return sentences
+
+
+def _pairs(
+    evaluated: Sequence[_Evaluated], scores: Sequence[Scores], seed: int
+) -> list[PairComparison]:
+    first, groups = scores[0], scores[0].groups
+    headline = first.classes[0]
+    measures = [
+        {
+            name: {
+                metric: paired_difference(
+                    first.values(name, metric),
+                    of.values(name, metric),
+                    groups,
+                    seed,
+                    lower_is_better=metric in DISTANCES,
+                )
+                for metric in first.metrics
+            }
+            for name in first.classes
+        }
+        for of in scores[1:]
+    ]
+    dice = [of[headline][HEADLINE] for of in measures]
+    corrected = holm([difference.p_value for difference in dice])
+    pairs = []
+    for other, of, difference, p in zip(evaluated[1:], measures, dice, corrected, strict=True):
+        verdict, sentence = judge(
+            other.name,
+            evaluated[0].name,
+            difference,
+            p_corrected=p,
+            num_comparisons=len(dice),
+            over_classes=headline == OVER_CLASSES,
+        )
+        pairs.append(PairComparison(other.name, verdict, sentence, difference, p, of))
+    return pairs
+
+
+def _compared(one: _Evaluated, scores: Scores, ids: Sequence[str], seed: int) -> Compared:
+    headline = scores.classes[0]
+    values = [None if np.isnan(v) else float(v) for v in scores.values(headline, HEADLINE)]
+    summary = summarise(values, scores.groups, seed)
+    of_runs = []
+    for of in one.scores:
+        if set(ids) <= set(of.ids):
+            dice_N = of.of(ids, [headline]).values(headline, HEADLINE)
+            known = dice_N[np.isfinite(dice_N)]
+            of_runs.append(float(known.mean()) if len(known) else None)
+    return Compared(
+        name=one.name,
+        head=", ".join(dict.fromkeys(str(s.get("head")) for s in one.summaries)),
+        runs=tuple(run.name for run in one.experiment.runs),
+        evaluations=tuple(run.evaluation.as_posix() for run in one.experiment.runs),
+        thresholds=tuple(s.get("threshold") for s in one.summaries),
+        dice=summary.mean,
+        dice_interval=summary.interval,
+        dice_of_runs=tuple(of_runs),
+    )
+
+
+def _cases(
+    evaluated: Sequence[_Evaluated], scores: Sequence[Scores], config: CompareConfig
+) -> tuple[list[ComparedCase], list[str]]:
+    """Return the images to show, and a sentence on what cannot be shown."""
+    store = config.store
+    if store is None:
+        told = (Path(str(s.get("store", ""))) for one in evaluated for s in one.summaries)
+        store = next((path for path in told if (path / "zarr.json").is_file()), None)
+    if store is None:
+        return [], ["No pictures, since the store is not at hand; name it by --store."]
+    return compared_cases(
+        store,
+        {
+            one.name: list(zip(one.experiment.runs, one.summaries, one.scores, strict=True))
+            for one in evaluated
+        },
+        scores[0].ids,
+        {
+            one.name: of.values(of.classes[0], HEADLINE)
+            for one, of in zip(evaluated, scores, strict=True)
+        },
+        heads=config.heads,
+        device=config.device,
+        overlay=config.overlay,
+        allow_unsealed=config.allow_unsealed,
+    )
+
+
+def _write(result: Comparison, scores: Sequence[Scores]) -> list[Differences]:
+    """Write the table of differences, the plot and the record; return what was plotted."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    first = scores[0]
+    columns = [f"{m}_{kind}" for m in first.metrics for kind in ("baseline", "run", "difference")]
+    writer.writerow(["run", "id", "group", "class_name", *columns])
+    for pair, of in zip(result.comparisons, scores[1:], strict=True):
+        for i, k in itertools.product(range(len(first.ids)), range(len(first.classes))):
+            before_M, after_M = first.value_NCM[i, k], of.value_NCM[i, k]
+            cells_M3 = np.stack((before_M, after_M, after_M - before_M), axis=1)
+            cells = ["" if np.isnan(value) else repr(float(value)) for value in cells_M3.flat]
+            writer.writerow([pair.name, first.ids[i], first.groups[i], first.classes[k], *cells])
+    write_atomic(result.output / DIFFERENCES_FILE, table.getvalue().encode())
+    headline = first.classes[0]
+    differences = [
+        Differences(
+            pair.name, of.values(headline, HEADLINE) - first.values(headline, HEADLINE), pair.dice
+        )
+        for pair, of in zip(result.comparisons, scores[1:], strict=True)
+    ]
+    write_atomic(result.output / PLOT_FILE, differences_svg("plot", differences).encode())
+    text = json.dumps(result.record(), indent=2, allow_nan=False) + "\n"
+    write_atomic(result.output / RECORD_FILE, text.encode())
+    return differences

@@ -1,0 +1,149 @@
+"""A comparison as one page to look at, which needs no other file and no network.
+
+Shape legend: C classes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from sam3cache.evaluation import figures
+from sam3cache.evaluation.angle_use import format_view
+from sam3cache.evaluation.cases import shown_size_px, stored_picture
+from sam3cache.evaluation.compare_cases import ComparedCase
+from sam3cache.evaluation.compare_runs import OVER_CLASSES
+from sam3cache.evaluation.compare_statistics import Differences, PairedDifference
+from sam3cache.evaluation.compare_verdict import SMALL_DICE, signed_interval
+from sam3cache.evaluation.scores import DISTANCES, METRICS
+from sam3cache.evaluation.statistics import (
+    LEVEL,
+    NUM_RESAMPLES,
+    interval_text,
+    number_text,
+)
+
+if TYPE_CHECKING:
+    from sam3cache.evaluation.compare import Compared, Comparison
+
+TEMPLATE_FILE = "compare.html.jinja"
+
+PICTURE_PX = 640
+"""Longest side of a picture: several stand beside each other."""
+
+
+def comparison_html(
+    result: Comparison,
+    differences: Sequence[Differences],
+    cases: Sequence[ComparedCase],
+    sentences: Sequence[str],
+    date: datetime.date,
+) -> str:
+    """Fill the page in.
+
+    Args:
+        result: what was found.
+        differences: what is plotted.
+        cases: images to show.
+        sentences: what of them cannot be shown.
+        date: of the comparison; all else on the page depends on the comparison alone.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files("sam3cache.evaluation").joinpath(TEMPLATE_FILE)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        baseline=result.baseline,
+        others=[pair.name for pair in result.comparisons],
+        split="all splits" if result.split == "all" else f"split {result.split}",
+        date=date.isoformat(),
+        num_images=result.num_images,
+        num_groups=result.num_groups,
+        notices=result.notices,
+        sentences=[(pair.verdict, pair.sentence) for pair in result.comparisons],
+        runs=[_run(one) for one in result.experiments],
+        plots=[
+            figures.differences_svg(f"differences-{width_px}", differences, width_px)
+            for width_px in (figures.WIDE_PX, figures.NARROW_PX)
+        ],
+        tables=[
+            {"title": f"{pair.name} against {result.baseline}", "rows": measure_rows(pair.measures)}
+            for pair in result.comparisons
+        ],
+        several_classes=OVER_CLASSES in result.comparisons[0].measures,
+        cases=[_case(case) for case in cases],
+        case_sentences=sentences,
+        colours={"true": figures.TRUE_COLOUR, "predicted": figures.PREDICTED_COLOUR},
+        level_percent=f"{LEVEL:.0%}",
+        num_resamples=NUM_RESAMPLES,
+        small_dice=SMALL_DICE,
+        num_comparisons=len(result.comparisons),
+    )
+
+
+def measure_rows(
+    measures: Mapping[str, Mapping[str, PairedDifference]],
+) -> Iterable[tuple[str, ...]]:
+    """Yield a row a class and measure: both means, the difference, its interval, the counts."""
+    for class_name, of_class in measures.items():
+        for metric, d in of_class.items():
+            yield (
+                class_name,
+                METRICS.get(metric, metric) + (" ↓" if metric in DISTANCES else ""),
+                str(d.num_images),
+                number_text(d.baseline),
+                number_text(d.other),
+                "–" if d.mean is None else f"{d.mean:+.3f}",
+                signed_interval(d.interval),
+                str(d.num_better),
+                str(d.num_worse),
+            )
+
+
+def _run(one: Compared) -> dict[str, Any]:
+    known = [dice for dice in one.dice_of_runs if dice is not None]
+    return {
+        "name": one.name,
+        "head": one.head,
+        "runs": ", ".join(one.runs) if len(one.runs) > 1 else "",
+        "num_runs": len(one.runs),
+        "dice": number_text(one.dice),
+        "interval": interval_text(one.dice_interval),
+        "of_runs": ", ".join(number_text(dice) for dice in known) if len(known) > 1 else "–",
+    }
+
+
+def _case(case: ComparedCase) -> dict[str, Any]:
+    assert case.mask_CHW is not None
+    size_px = shown_size_px(case.letterbox, PICTURE_PX)
+    picture = stored_picture(case.store, case.sample.row, case.letterbox)
+    if picture is not None:
+        picture = figures.resized(picture, size_px)
+    shown = []
+    for name, dice in case.dice.items():
+        predicted_CHW = case.predicted_CHW.get(name)
+        uri = None
+        if predicted_CHW is not None:
+            drawn = figures.draw_contours(picture, size_px, case.mask_CHW, predicted_CHW)
+            # Lines on an even ground: exact, and smaller than JPEG would be.
+            uri = figures.png_uri(drawn) if picture is None else figures.jpeg_uri(drawn)
+        shown.append({"name": name, "dice": number_text(dice), "contours": uri})
+    sample = case.sample
+    angles_deg = (sample.primary_angle_deg, sample.secondary_angle_deg)
+    return {
+        "title": case.title,
+        "id": sample.id,
+        "view": "view unknown" if any(map(math.isnan, angles_deg)) else format_view(*angles_deg),
+        # By default the file's own path, which has no business on a page that travels.
+        "group": "" if sample.group == sample.source else sample.group,
+        "difference": f"{case.difference:+.3f}",
+        "runs": shown,
+        "width": size_px[1],
+        "height": size_px[0],
+        "has_picture": picture is not None,
+    }

@@ -1,0 +1,373 @@
+"""The runs that a comparison is of: where they lie, which belong together, what they scored.
+
+A run's name ends in "-seed0" or "-fold1" where it is one of several of an experiment. What the
+images say decides how they are taken together: runs that scored the same images are averaged image
+by image, runs that scored none in common (folds) are put together, each image once.
+
+Shape legend: N images, C classes, M measures.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam3cache.errors import CheckpointError, ConfigError
+from sam3cache.evaluation.evaluate import checkpoint_folder
+from sam3cache.evaluation.report import IMAGES_FILE, SUMMARY_FILE
+from sam3cache.heads.checkpoint import MODEL_FILE, CheckpointInfo, read_record
+
+OVER_CLASSES = "all classes"
+"""The class that stands for the mean over an image's classes, where there are several."""
+
+MAX_NAMES = 5
+"""Most names that are listed in one sentence."""
+
+_MEMBER = re.compile(r"(^|[-_.])(seed|fold)[-_]?\d+(?=$|[-_.])")
+_CHECKPOINTS = ("best", "last")
+
+# Beside anything of folds: what may differ between the runs of one experiment.
+_OF_ONE_RUN = frozenset(
+    {
+        *("name", "seed", "order_seed", "store", "overlay", "num_train", "num_val", "data_sha256"),
+        *("device", "residency", "precision", "micro_batch", "compile", "save_minutes"),
+        "allow_unsealed",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One trained head, or one evaluation of it.
+
+    Attributes:
+        name: of its folder.
+        folder: of the run or checkpoint; None where there is an evaluation alone.
+        evaluation: folder of its evaluation on the split, there or not.
+    """
+
+    name: str
+    folder: Path | None
+    evaluation: Path
+
+    def info(self) -> CheckpointInfo | None:
+        """Return what its checkpoint records; None where there is none that can be read."""
+        if self.folder is None:
+            return None
+        try:
+            return read_record(checkpoint_folder(self.folder))
+        except CheckpointError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Runs that are compared as one: seeds or folds of the same training, or a single run."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a run, or an experiment, scored.
+
+    Attributes:
+        ids: of the images.
+        groups: by image.
+        classes: of the masks; of several the first is ``OVER_CLASSES``.
+        metrics: names of the measures.
+        value_NCM: NaN where an image has none.
+        true_px_NC: pixels of the mask; NaN without a mask, and for ``OVER_CLASSES``.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    value_NCM: NDArray[np.float64]
+    true_px_NC: NDArray[np.float64]
+
+    def values(self, class_name: str, metric: str) -> NDArray[np.float64]:
+        """Return one measure of one class, a value an image."""
+        return self.value_NCM[:, self.classes.index(class_name), self.metrics.index(metric)]
+
+    def of(
+        self, ids: Sequence[str], classes: Sequence[str], metrics: Sequence[str] | None = None
+    ) -> Scores:
+        """Return the scores of these images, in this order, and of these classes and measures."""
+        metrics = self.metrics if metrics is None else metrics
+        place = {name: i for i, name in enumerate(self.ids)}
+        rows = np.array([place[name] for name in ids], dtype=np.intp)
+        columns = np.array([self.classes.index(name) for name in classes], dtype=np.intp)
+        planes = np.array([self.metrics.index(name) for name in metrics], dtype=np.intp)
+        return Scores(
+            tuple(ids),
+            tuple(self.groups[i] for i in rows),
+            tuple(classes),
+            tuple(metrics),
+            self.value_NCM[np.ix_(rows, columns, planes)],
+            self.true_px_NC[np.ix_(rows, columns)],
+        )
+
+
+def find_experiments(paths: Sequence[Path], split: str) -> list[Experiment]:
+    """Find what the paths hold: a run, a checkpoint, an evaluation, or a folder of runs.
+
+    A path that is nothing itself stands for its seeds and folds: ``checkpoints/first`` for
+    ``checkpoints/first-seed0``, ``checkpoints/first-seed1`` and so on.
+
+    Raises:
+        ConfigError: a path holds none of these, or two experiments cannot be told apart.
+    """
+    found = [experiment for path in paths for experiment in _experiments_in(path, split)]
+    names = [experiment.name for experiment in found]
+    if len(set(names)) < len(names):
+        # Named as one writes them, where the last part alone does not tell them apart.
+        found = [
+            dataclasses.replace(e, name=_long_name(e)) if names.count(e.name) > 1 else e
+            for e in found
+        ]
+    names = [experiment.name for experiment in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{twice[0]} is named twice; name each run once")
+    return found
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read the summary that an evaluation wrote.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    with _readable(folder):
+        summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        if not all(summary["classes"].values()):
+            raise ValueError("it tells of no measure")
+        return summary
+
+
+def read_scores(folder: Path, summary: Mapping[str, Any]) -> Scores:
+    """Read the scores that an evaluation wrote, of the classes and measures of its summary.
+
+    Raises:
+        ConfigError: the table is missing or damaged.
+    """
+    with _readable(folder):
+        classes = tuple(summary["classes"])
+        metrics = tuple(summary["classes"][classes[0]])
+        with (folder / IMAGES_FILE).open(encoding="utf-8", newline="") as file:
+            return _read_table(csv.DictReader(file), classes, metrics)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn whatever a damaged file can cause into one line."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{folder} does not hold an evaluation that can be read ({reason}); write it anew with "
+            "`sam3cache eval`"
+        ) from None
+
+
+def is_evaluated(run: Run) -> bool:
+    """Return whether there is an evaluation of the weights that the run has now."""
+    if not all((run.evaluation / name).is_file() for name in (IMAGES_FILE, SUMMARY_FILE)):
+        return False
+    info = run.info()
+    if info is None:
+        return True
+    return bool(read_summary(run.evaluation).get("weights_sha256") == info.weights_sha256)
+
+
+def check_same_training(experiment: Experiment) -> None:
+    """Refuse to take together what was not trained alike, but for seeds and folds.
+
+    Raises:
+        ConfigError: with every setting that differs.
+    """
+    recorded = [(run, info) for run in experiment.runs if (info := run.info()) is not None]
+    if len(recorded) < 2:
+        return
+    first, of_first = recorded[0][0], _of_training(recorded[0][1])
+    for run, info in recorded[1:]:
+        here = _of_training(info)
+        differences = [
+            f"{name} {of_first.get(name)} → {here.get(name)}"
+            for name in sorted({*of_first, *here})
+            if of_first.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ConfigError(
+                f"{first.name} and {run.name} are not seeds or folds of one experiment "
+                f"({'; '.join(differences)}); rename one, or give the two by themselves"
+            )
+
+
+def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
+    """Take the runs of an experiment together.
+
+    Of runs with the same images each value is the mean, where all of them have one; runs that
+    have no image in common are put one after the other.
+
+    Raises:
+        ConfigError: they share some images, but not all; or they share no class.
+    """
+    classes = [name for name in scores[0].classes if all(name in s.classes for s in scores)]
+    metrics = [name for name in scores[0].metrics if all(name in s.metrics for s in scores)]
+    if not classes or not metrics:
+        raise ConfigError(f"the runs of {experiment.name} have no class and measure in common")
+    by_images: dict[frozenset[str], list[Scores]] = {}
+    for one in scores:
+        by_images.setdefault(frozenset(one.ids), []).append(one)
+    parts = []
+    for same in by_images.values():
+        aligned = [one.of(same[0].ids, classes, metrics) for one in same]
+        mean_NCM = np.mean([one.value_NCM for one in aligned], axis=0)
+        parts.append(dataclasses.replace(aligned[0], value_NCM=mean_NCM))
+    ids = [name for part in parts for name in part.ids]
+    if len(set(ids)) < len(ids):
+        shared = sorted({name for name in ids if ids.count(name) > 1})
+        raise ConfigError(
+            f"the runs of {experiment.name} share {len(shared)} images ({listed(shared)}) but not "
+            "all: seeds score the same images, folds none in common; evaluate them on one split "
+            "of one store, or give them by themselves"
+        )
+    return Scores(
+        tuple(ids),
+        tuple(group for part in parts for group in part.groups),
+        tuple(classes),
+        tuple(metrics),
+        np.concatenate([part.value_NCM for part in parts]),
+        np.concatenate([part.true_px_NC for part in parts]),
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write names for people, the first few of many."""
+    rest = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _experiments_in(path: Path, split: str) -> list[Experiment]:
+    run = _run_at(path, split)
+    if run is not None:
+        return [Experiment(run.name, (run,))]
+    if path.is_dir():
+        experiments = _by_stem(sorted(path.iterdir()), split, path.resolve().name)
+        if experiments:
+            return experiments
+    elif path.parent.is_dir():
+        beside = [
+            other
+            for other in sorted(path.parent.iterdir())
+            if other.name.startswith(path.name) and _stem(other.name, "") == path.name
+        ]
+        experiments = _by_stem(beside, split, path.name)
+        if experiments:
+            return experiments
+    raise ConfigError(
+        f"{path} holds nothing to compare: expected a run such as checkpoints/first, a folder of "
+        f"runs, or an evaluation with {IMAGES_FILE} and {SUMMARY_FILE}"
+    )
+
+
+def _run_at(path: Path, split: str) -> Run | None:
+    """Return the run, checkpoint or evaluation that lies at a path, if one does."""
+    own_name = path.resolve().name
+    if (path / SUMMARY_FILE).is_file() and (path / IMAGES_FILE).is_file():
+        if own_name.startswith("eval-"):
+            own_name = path.resolve().parent.name
+        return Run(own_name, None, path)
+    evaluation = path / f"eval-{split}"
+    if (checkpoint_folder(path) / MODEL_FILE).is_file():
+        if own_name in _CHECKPOINTS:
+            own_name = f"{path.resolve().parent.name}/{own_name}"
+        return Run(own_name, path, evaluation)
+    if (evaluation / SUMMARY_FILE).is_file():
+        return Run(own_name, None, evaluation)
+    return None
+
+
+def _by_stem(paths: Iterable[Path], split: str, otherwise: str) -> list[Experiment]:
+    runs: dict[str, list[Run]] = {}
+    for path in paths:
+        run = _run_at(path, split) if path.is_dir() else None
+        if run is not None:
+            runs.setdefault(_stem(path.name, otherwise), []).append(run)
+    return [Experiment(stem, tuple(sorted(of, key=_order))) for stem, of in runs.items()]
+
+
+def _stem(name: str, otherwise: str) -> str:
+    """Return an experiment's name, from that of one of its runs."""
+    return _MEMBER.sub("", name).strip("-_.") or otherwise
+
+
+def _order(run: Run) -> list[tuple[str, int]]:
+    """Order names by the numbers in them: seed2 before seed10."""
+    parts = re.split(r"(\d+)", run.name)
+    return [
+        (text, int(number)) for text, number in zip(parts[::2], [*parts[1::2], "0"], strict=True)
+    ]
+
+
+def _long_name(experiment: Experiment) -> str:
+    run = experiment.runs[0]
+    folder = (run.folder or run.evaluation).resolve()
+    if folder.name.startswith("eval-"):
+        folder = folder if run.folder is None else folder.parent
+    return f"{folder.parent.name}/{experiment.name if len(experiment.runs) > 1 else folder.name}"
+
+
+def _of_training(info: CheckpointInfo) -> dict[str, Any]:
+    settings = {
+        name: value
+        for name, value in info.settings.items()
+        if name not in _OF_ONE_RUN and "fold" not in name
+    }
+    return {**settings, "head": info.head, "head_options": dict(info.head_options)}
+
+
+def _read_table(
+    lines: Iterable[Mapping[str, str]], classes: tuple[str, ...], metrics: tuple[str, ...]
+) -> Scores:
+    """Read per_image.csv: a line an image and class, in any order."""
+    groups: dict[str, str] = {}
+    values: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        groups[line["id"]] = line["group"]
+        values[line["id"], line["class_name"]] = [
+            float(line[name]) if line[name] else np.nan for name in (*metrics, "true_px")
+        ]
+    nothing = [np.nan] * (len(metrics) + 1)
+    table = np.array([[values.get((id_, name), nothing) for name in classes] for id_ in groups])
+    if not len(table):
+        raise ValueError("it has no images")
+    value_NCM, true_px_NC = table[..., :-1], table[..., -1]
+    if len(classes) > 1:
+        classes = (OVER_CLASSES, *classes)
+        value_NCM = np.concatenate((_mean_over_classes(value_NCM), value_NCM), axis=1)
+        true_px_NC = np.pad(true_px_NC, ((0, 0), (1, 0)), constant_values=np.nan)
+    return Scores(tuple(groups), tuple(groups.values()), classes, metrics, value_NCM, true_px_NC)
+
+
+def _mean_over_classes(value_NCM: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (N, 1, M): the mean over the classes that have a value; NaN where none has."""
+    known_NCM = np.isfinite(value_NCM)
+    sum_N1M = np.where(known_NCM, value_NCM, 0.0).sum(axis=1, keepdims=True)
+    num_N1M = known_NCM.sum(axis=1, keepdims=True)
+    return np.where(num_N1M > 0, sum_N1M / np.maximum(num_N1M, 1), np.nan)

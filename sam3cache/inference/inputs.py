@@ -1,0 +1,140 @@
+"""What a user names to be predicted, as samples: files, folders, patterns, manifests."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sam3cache.errors import ConfigError
+from sam3cache.images import read_manifest
+from sam3cache.images.files import SUFFIXES
+from sam3cache.records import Sample, SetAside
+
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt")
+_WILDCARDS = "*?["
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is to be predicted.
+
+    Attributes:
+        samples: in the order in which they were named. Ids may be there twice, of two manifests.
+        set_aside: rows of manifests that cannot be used, each with its reason.
+    """
+
+    samples: tuple[Sample, ...]
+    set_aside: tuple[SetAside, ...] = ()
+
+
+def find_images(
+    names: Sequence[str | Path],
+    *,
+    columns: Path | None = None,
+    primary_angle_deg: float | None = None,
+    secondary_angle_deg: float | None = None,
+) -> Inputs:
+    """Find the images that paths and patterns stand for.
+
+    Args:
+        names: pictures of any format that extraction reads; folders of pictures, or with images/
+            in them; CSV manifests; patterns with * ? [ for any of these, ** for folders of any
+            depth. What is named twice is taken once.
+        columns: a ``columns.toml`` for the manifests.
+        primary_angle_deg: of all images; None: as the manifest says, or unknown.
+        secondary_angle_deg: likewise.
+
+    Raises:
+        ConfigError: a path is not there, a pattern matches nothing, or an angle is given for the
+            images of a manifest that has its own.
+        ManifestError: a manifest or folder as a whole cannot be used.
+    """
+    files: list[Path] = []
+    samples: list[Sample] = []
+    set_aside: list[SetAside] = []
+    given = {
+        name: angle_deg
+        for name, angle_deg in (
+            ("primary_angle", primary_angle_deg),
+            ("secondary_angle", secondary_angle_deg),
+        )
+        if angle_deg is not None
+    }
+    paths = [path for name in names for path in _matches(name)]
+    tables = [path for path in paths if _is_table(path)]
+    if columns is not None and not tables:
+        raise ConfigError(f"--columns {columns}: no manifest is named whose columns it could say")
+    for path in dict.fromkeys(paths):
+        if not _is_table(path) and not path.is_dir():
+            files.append(path)
+            continue
+        manifest = read_manifest(path, columns if _is_table(path) else None)
+        if clash := [name for name in given if name in manifest.fields]:
+            raise ConfigError(
+                f"--{clash[0].replace('_', '-')} is for images without angles, and {path} has a "
+                f"column of {clash[0].replace('_', ' ')}s; leave it out"
+            )
+        samples += manifest.samples
+        set_aside += manifest.set_aside
+    samples += _of_files(files)
+    angles = {f"{name}_deg": angle_deg for name, angle_deg in given.items()}
+    if angles:
+        samples = [replace(sample, **angles) for sample in samples]  # type: ignore[arg-type]
+    return Inputs(tuple(_each_once(samples)), tuple(set_aside))
+
+
+def _matches(name: str | Path) -> list[Path]:
+    """Return the paths of a name: itself, or in order what its pattern matches."""
+    path = Path(name)
+    if path.exists():
+        return [path]
+    if not set(_WILDCARDS) & set(str(name)):
+        raise ConfigError(f"{name}: no such file or folder; check the path")
+    # Not every shell does this, and Windows' own never.
+    found = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207
+    kept = [p for p in found if _is_table(p) or p.suffix.lower() in SUFFIXES]
+    if not kept:
+        raise ConfigError(
+            f"{name}: the pattern matches no picture and no manifest; known are "
+            f"{', '.join(sorted(SUFFIXES))} and {', '.join(MANIFEST_SUFFIXES)}"
+        )
+    return kept
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a path is that of a CSV; a folder with one counts, as its columns matter."""
+    if path.is_dir():
+        return (path / "manifest.csv").is_file()
+    return path.suffix.lower() in MANIFEST_SUFFIXES
+
+
+def _of_files(files: Sequence[Path]) -> list[Sample]:
+    """Return a sample a file, called by its path below the folder that all of them share."""
+    if not files:
+        return []
+    parents = [str(path.absolute().parent) for path in files]
+    try:
+        common: str | None = os.path.commonpath(parents)
+    except ValueError:  # Drives of Windows have nothing in common.
+        common = None
+    samples = []
+    for path in files:
+        root = Path(common) if common is not None else path.absolute().parent
+        source = path.absolute().relative_to(root)
+        samples.append(Sample(source.with_suffix("").as_posix(), source.as_posix(), root))
+    return samples
+
+
+def _each_once(samples: Iterable[Sample]) -> list[Sample]:
+    """Leave out what is there twice: the same picture by the same id."""
+    seen: set[tuple[str, str, int | None]] = set()
+    kept = []
+    for sample in samples:
+        key = (sample.id, str(sample.image_path.absolute()), sample.frame)
+        if key not in seen:
+            seen.add(key)
+            kept.append(sample)
+    return kept

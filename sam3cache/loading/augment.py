@@ -1,0 +1,299 @@
+"""Augmentation of cached batches, for nothing on disk; and which variant of an image to take when.
+
+Features of a changed picture cannot be made from cached ones, but much can be changed beside that:
+which part of the square a head sees, what its stem makes of the picture, how far it relies on
+single features. All of it happens on the batch's device, after loading, in training alone.
+
+Shape legend: B batch, C channels, H height, W width, K mask planes, N images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam3cache.errors import ConfigError, InputSizeError
+from sam3cache.geometry import INPUT_SIZE_PX, PATCH_PX
+from sam3cache.records import Batch
+
+TOKENS = INPUT_SIZE_PX // PATCH_PX
+"""Tokens along a side of the square."""
+
+STRIDE_TOKENS = 4
+"""Sides of crops are multiples of so many tokens: heads halve a grid of tokens twice."""
+
+IMAGE_LEVEL = "image_1008"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far a batch is changed; the defaults change nothing.
+
+    Attributes:
+        crop_side: side of the part of the square that is kept, as a share of it, in (0, 1]; it is
+            rounded to whole tokens. The part lies elsewhere in each sample, where there is picture.
+        crop_share: share of the batches that are cropped, in [0, 1]; all samples of a batch are,
+            or none is, so that they stay of one size.
+        brightness: most that is added to the picture, as a share of white.
+        contrast: the picture's difference from middle grey is multiplied by exp(u), u in
+            [-contrast, contrast].
+        gamma: the picture is raised to the power exp(u), u in [-gamma, gamma].
+        pixel_noise: most standard deviation of noise that is added to the picture, as a share of
+            white.
+        feature_noise: most standard deviation of noise that is added to features, as a share of
+            their own in that sample and level.
+        channel_dropout: share of a level's channels that are set to 0, in [0, 1); the others are
+            scaled up for it.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    crop_side: float = 1.0
+    crop_share: float = 1.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 0.0
+    pixel_noise: float = 0.0
+    feature_noise: float = 0.0
+    channel_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "crop_side": (0 < self.crop_side <= 1, "above 0, at most 1"),
+            "crop_share": (0 <= self.crop_share <= 1, "from 0 to 1"),
+            "channel_dropout": (0 <= self.channel_dropout < 1, "from 0 to below 1"),
+        }
+        for field in fields(self):
+            value = getattr(self, field.name)
+            holds, expected = limits.get(field.name, (0 <= value < math.inf, "0 or more"))
+            if not holds:
+                raise ConfigError(f"augmentation {field.name} is {value!r}: expected {expected}")
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Augmentation:
+        """Return the augmentation of some names in :data:`AUGMENTATIONS`, all together.
+
+        Raises:
+            ConfigError: when a name is not among them.
+        """
+        values: dict[str, float] = {}
+        for name in names:
+            if name not in AUGMENTATIONS:
+                raise ConfigError(
+                    f"augmentation {name!r} is unknown; expected some of {', '.join(AUGMENTATIONS)}"
+                )
+            values |= AUGMENTATIONS[name]
+        return cls(**values)
+
+    def require_grid(self, sizes_px: Mapping[str, int]) -> None:
+        """Refuse crops of grids that tokens do not divide; :func:`augment` would refuse them, too.
+
+        Args:
+            sizes_px: by name of a level, or "target", the side of its grid.
+
+        Raises:
+            ConfigError: when a part of the square would not be whole on one of the grids.
+        """
+        if self.crop_side < 1 and self.crop_share > 0:
+            _crop_tokens(sizes_px, self.crop_side)
+
+
+AUGMENTATIONS: Mapping[str, Mapping[str, float]] = {
+    "crop": {"crop_side": 2 / 3, "crop_share": 0.5},
+    "photometric": {"brightness": 0.1, "contrast": 0.2, "gamma": 0.3, "pixel_noise": 0.03},
+    "noise": {"feature_noise": 0.2},
+    "channel-dropout": {"channel_dropout": 0.1},
+}
+"""By the names of ``--augment``, what each changes."""
+
+
+def augment(batch: Batch, augmentation: Augmentation, generator: torch.Generator) -> Batch:
+    """Return a batch changed at random, on its own device.
+
+    The same batch and the same state of the generator give the same result on the same kind of
+    device. Values are drawn once a sample: a picture and its target, and all levels, are cropped
+    alike.
+
+    Args:
+        batch: of a training, with its target or without; it is not changed itself.
+        augmentation: how far.
+        generator: of random numbers; one on the CPU keeps a GPU from waiting.
+
+    Returns:
+        A batch of the same levels, dtypes and rows. Of a crop all grids are smaller, still square,
+        and ``content_B2`` says what of the part, from its top left, is picture.
+
+    Raises:
+        ConfigError: when a crop would not be whole on one of the grids.
+        InputSizeError: when a level is not square.
+    """
+    levels = dict(batch.levels)
+    if IMAGE_LEVEL in levels:
+        image_BCHW = levels[IMAGE_LEVEL]
+        levels[IMAGE_LEVEL] = _photometric(image_BCHW, batch.content_B2, augmentation, generator)
+    for name in sorted(levels):
+        if name != IMAGE_LEVEL:
+            noisy_BCHW = _noise(levels[name], augmentation.feature_noise, generator)
+            levels[name] = _channel_dropout(noisy_BCHW, augmentation.channel_dropout, generator)
+    return _crop(replace(batch, levels=levels), augmentation, generator)
+
+
+def choose_rows(groups: Sequence[Sequence[int]], seed: int, epoch: int) -> list[int]:
+    """Return which of its variants each image is seen by in an epoch, the image itself among them.
+
+    Each is as likely as the others. What an image gets depends on the seed, the epoch and its
+    place in ``groups`` alone.
+
+    Args:
+        groups: by image, its own row (or index) and those of its variants.
+        seed: of the training.
+        epoch: which pass this is.
+
+    Returns:
+        One of each group, in the order of the groups.
+    """
+    state = np.random.SeedSequence([seed, epoch, len(groups)]).generate_state(2, np.uint64)
+    draws_N = np.random.Generator(np.random.PCG64(state.tolist())).random(len(groups))
+    return [
+        group[int(draw * len(group))] for group, draw in zip(groups, draws_N.tolist(), strict=True)
+    ]
+
+
+def _uniform(
+    num: int, limit: float, generator: torch.Generator, device: torch.device, low: float = -1.0
+) -> Tensor:
+    """Return (num, 1, 1, 1) values from ``low * limit`` to ``limit``."""
+    drawn = torch.rand(num, generator=generator, device=generator.device)
+    return ((low + (1 - low) * drawn) * limit).to(device)[:, None, None, None]
+
+
+def _normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return normal noise of a tensor's shape, drawn on its own device."""
+    if generator.device.type != x.device.type:
+        # Numbers by the million do not travel: a generator of the device's own goes on from here.
+        state = torch.randint(2**62, (), generator=generator, device=generator.device)
+        generator = torch.Generator(x.device).manual_seed(int(state))
+    return torch.randn(x.shape, generator=generator, device=x.device)
+
+
+def _photometric(
+    image_BCHW: Tensor, content_B2: Tensor, augmentation: Augmentation, generator: torch.Generator
+) -> Tensor:
+    """Change a picture's brightness, contrast, gamma and noise; padding stays 0."""
+    settings = augmentation
+    if not (settings.brightness or settings.contrast or settings.gamma or settings.pixel_noise):
+        return image_BCHW
+    num, device = len(image_BCHW), image_BCHW.device
+
+    def drawn(limit: float, low: float = -1.0) -> Tensor:
+        return _uniform(num, limit, generator, device, low)
+
+    pixels_BCHW = image_BCHW.float() / 255
+    pixels_BCHW = pixels_BCHW.pow(drawn(settings.gamma).exp())
+    factor, summand = drawn(settings.contrast).exp(), drawn(settings.brightness)
+    pixels_BCHW = (pixels_BCHW - 0.5) * factor + 0.5 + summand
+    if settings.pixel_noise:
+        # The same in all channels: a grey picture that lies in three stays grey.
+        noise_B1HW = _normal_like(pixels_BCHW[:, :1], generator)
+        pixels_BCHW = pixels_BCHW + drawn(settings.pixel_noise, 0.0) * noise_B1HW
+    pixels_BCHW = (pixels_BCHW * 255).round_().clamp_(0, 255)
+    height, width = image_BCHW.shape[-2:]
+    content_B2 = content_B2.to(device)
+    # Of a miniature of the square, as tests have it, the content is as much smaller.
+    limit_B2 = content_B2 * torch.tensor([height, width], device=device) / INPUT_SIZE_PX
+    is_row_BH = torch.arange(height, device=device) < limit_B2[:, :1]
+    is_column_BW = torch.arange(width, device=device) < limit_B2[:, 1:]
+    inside_B1HW = (is_row_BH[:, :, None] & is_column_BW[:, None])[:, None]
+    return (pixels_BCHW * inside_B1HW).to(torch.uint8)
+
+
+def _noise(feature_BCHW: Tensor, limit: float, generator: torch.Generator) -> Tensor:
+    if not limit:
+        return feature_BCHW
+    amount = _uniform(len(feature_BCHW), limit, generator, feature_BCHW.device, 0.0)
+    spread_B111 = feature_BCHW.float().std(dim=(1, 2, 3), keepdim=True)
+    noise_BCHW = _normal_like(feature_BCHW, generator).mul_(amount * spread_B111)
+    return feature_BCHW + noise_BCHW.to(feature_BCHW.dtype)
+
+
+def _channel_dropout(feature_BCHW: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    if not share:
+        return feature_BCHW
+    shape = feature_BCHW.shape[:2]
+    kept_BC = torch.rand(shape, generator=generator, device=generator.device) >= share
+    factor_BC = (kept_BC / (1 - share)).to(feature_BCHW)
+    return feature_BCHW * factor_BC[:, :, None, None]
+
+
+def _crop(batch: Batch, augmentation: Augmentation, generator: torch.Generator) -> Batch:
+    """Cut the same part of the square out of all that a batch holds of a sample."""
+    if augmentation.crop_side == 1 or not augmentation.crop_share:
+        return batch
+    grids = dict(batch.levels)
+    if batch.target_BKTT is not None:
+        grids["target"] = batch.target_BKTT
+    for name, grid in grids.items():
+        if grid.shape[-1] != grid.shape[-2]:
+            raise InputSizeError(
+                f"{name} of shape {tuple(grid.shape)} is not square, and cannot be cropped; leave "
+                "crop out of the augmentation"
+            )
+    step, side = _crop_tokens(
+        {name: grid.shape[-1] for name, grid in grids.items()}, augmentation.crop_side
+    )
+    draws = torch.rand(1 + 2 * len(batch.angles_B2), generator=generator, device=generator.device)
+    if draws[0].item() >= augmentation.crop_share or side == TOKENS:
+        return batch
+    # Where there is picture, and as much of it as can be.
+    room_B2 = (batch.content_B2.add(PATCH_PX - 1) // PATCH_PX - side).clamp(min=0)
+    draw_B2 = draws[1:].view(-1, 2).to(room_B2.device)
+    start_B2 = step * (draw_B2 * (room_B2 // step + 1)).long()
+    cropped = {name: _cut(grid, start_B2, side) for name, grid in grids.items()}
+    return replace(
+        batch,
+        content_B2=(batch.content_B2 - start_B2 * PATCH_PX).clamp(0, side * PATCH_PX),
+        target_BKTT=cropped.pop("target", None),
+        levels=cropped,
+    )
+
+
+def _crop_tokens(sizes_px: Mapping[str, int], share: float) -> tuple[int, int]:
+    """Return where a crop may begin, and its side, in tokens: both are whole on every grid.
+
+    Args:
+        sizes_px: by name, the side of each grid.
+        share: of the square's side that is asked for.
+
+    Raises:
+        ConfigError: when only the whole square is whole on every grid.
+    """
+    step = 1
+    for name, size_px in sizes_px.items():
+        step = math.lcm(step, TOKENS // math.gcd(TOKENS, size_px))
+        side_step = math.lcm(step, STRIDE_TOKENS)
+        if side_step >= TOKENS:
+            raise ConfigError(
+                f"no crop of the square is whole on the grid of {name}, {size_px} px a side; take "
+                f"a multiple of {TOKENS} (for the target --loss-size 1008, 504 or 288), or leave "
+                "crop out of the augmentation"
+            )
+    side_step = math.lcm(step, STRIDE_TOKENS)
+    return step, min(TOKENS, side_step * max(1, round(share * TOKENS / side_step)))
+
+
+def _cut(grid_BCHW: Tensor, start_B2: Tensor, side: int) -> Tensor:
+    """Return the part of each sample that begins at its start (y, x), all in tokens."""
+    num, channels, _, size = grid_BCHW.shape
+    device = grid_BCHW.device
+    # Whole by the choice of the starts. One gather: no start has to come to the processor.
+    first_B2 = start_B2.to(device) * size // TOKENS
+    at_B2k = first_B2[:, :, None] + torch.arange(side * size // TOKENS, device=device)
+    at_B111 = torch.arange(num, device=device)[:, None, None, None]
+    at_1C11 = torch.arange(channels, device=device)[None, :, None, None]
+    return grid_BCHW[at_B111, at_1C11, at_B2k[:, 0, None, :, None], at_B2k[:, 1, None, None, :]]

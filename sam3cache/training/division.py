@@ -1,0 +1,123 @@
+"""Which samples of a store a training learns from, and which it is judged by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sam3cache.errors import ConfigError
+from sam3cache.features import FeatureStore, StoredSample
+from sam3cache.heads.checkpoint import short_hash
+from sam3cache.loading.folds import fold_of_groups
+from sam3cache.training.config import TrainConfig
+from sam3cache.variants import parse_variants
+
+MAX_RECORDED_SAMPLES = 100_000
+"""Most training samples that a checkpoint lists, in 17 bytes each for image and group."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which rows of a store a run is about; all have a mask.
+
+    Attributes:
+        train: learned from, variants included.
+        val: validated on.
+        groups: by image that is learned from, its row and those of its variants.
+        num_without_mask: images left out for want of a mask.
+    """
+
+    train: list[int]
+    val: list[int]
+    groups: list[list[int]]
+    num_without_mask: int
+
+
+def divide(store: FeatureStore, config: TrainConfig) -> Division:
+    """Divide a store's samples into what is learned from and what is validated on."""
+    samples = store.samples  # without variants
+    if config.folds:
+        pool = [sample for sample in samples if sample.split in ("train", "val")]
+        fold_of = fold_of_groups(pool, config.folds, config.fold_seed, config.stratify)
+        val = [sample for sample in pool if fold_of[sample.group] == config.fold]
+        train = [sample for sample in pool if fold_of[sample.group] != config.fold]
+    else:
+        train = [sample for sample in samples if sample.split == "train"]
+        val = [sample for sample in samples if sample.split == "val"]
+    train_rows = _with_mask(store, config, "train", train)
+    val_rows = _with_mask(store, config, "val", val)
+    groups = {row: [row] for row in train_rows}
+    for variant in _variants(store, config):
+        if variant.base_row in groups:
+            groups[variant.base_row].append(variant.row)
+    return Division(
+        train=sorted(row for group in groups.values() for row in group),
+        val=val_rows,
+        groups=list(groups.values()),
+        num_without_mask=len(train) + len(val) - len(train_rows) - len(val_rows),
+    )
+
+
+def _variants(store: FeatureStore, config: TrainConfig) -> list[StoredSample]:
+    """Return the variants that a run draws from.
+
+    Raises:
+        ConfigError: one was named of which the store has none.
+    """
+    if config.variants in ("all", "none"):
+        return list(store.variants) if config.variants == "all" else []
+    wanted = parse_variants(config.variants.split(","))
+    there = {variant.variant for variant in store.variants}
+    if missing := [name for name in wanted if name not in there]:
+        raise ConfigError(
+            f"{config.store} has no variant {missing[0]!r} (it has "
+            f"{', '.join(sorted(there)) or 'none'}); name others with --variants, or extract it"
+        )
+    return [variant for variant in store.variants if variant.variant in wanted]
+
+
+def _with_mask(
+    store: FeatureStore, config: TrainConfig, split: str, samples: Sequence[StoredSample]
+) -> list[int]:
+    """Return the rows of a split that have a mask, of which there has to be one."""
+    rows = [sample.row for sample in samples if store.has_mask(sample.row, config.label_set)]
+    if not rows:
+        counts = Counter(sample.split for sample in store.samples)
+        there = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
+        missing = "with a mask " if samples else ""
+        raise ConfigError(
+            f"{config.store} has no sample {missing}in split {split!r} (samples: {there}); "
+            "training needs both train and val: set the manifest's split column and extract again"
+        )
+    return rows
+
+
+def data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:
+    """Return a hash of what a run learns from, in the order that indices count in.
+
+    Of a mask its origin, size and time of change stand for its pixels: no mask has to be read.
+    """
+    by_row = {sample.row: sample for sample in (*store.samples, *store.variants)}
+    masks, digest = store.label_rows(label_set), hashlib.sha256()
+    for row in rows:
+        sample = by_row[row]
+        angles = (sample.primary_angle_deg, sample.secondary_angle_deg)
+        # A variant has the mask of its image.
+        mask_row = row if sample.base_row is None else sample.base_row
+        mask = dataclasses.astuple(masks[mask_row])[1:]  # all but the row
+        line = (sample.id, sample.pixel_sha256, sample.split, *angles, *mask)
+        digest.update(f"{line!r}\n".encode())
+    return digest.hexdigest()
+
+
+def trained_on(samples: Sequence[StoredSample]) -> dict[str, str]:
+    """Return what lets an evaluation tell images that a head knows; see ``CheckpointInfo``."""
+    if len(samples) > MAX_RECORDED_SAMPLES:
+        return {}
+    return {
+        "images": " ".join(sorted({short_hash(sample.pixel_sha256) for sample in samples})),
+        "groups": " ".join(sorted({short_hash(sample.group) for sample in samples})),
+    }

@@ -1,0 +1,324 @@
+"""Many trainings as one: heads from a file, seeds and folds, over all devices of a machine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import statistics
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sam3cache.errors import ConfigError, HeadError, Sam3CacheError, StoppedError
+from sam3cache.features import open_store
+from sam3cache.heads import build_head
+from sam3cache.runtime import write_atomic
+from sam3cache.tasks import num_outputs
+from sam3cache.training.config import TrainConfig
+from sam3cache.training.loop import TrainResult
+from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
+from sam3cache.training.stopping import Stop, never
+from sam3cache.training.together import Outcome, failure_text
+
+SUMMARY_FILE = "summary.json"
+
+Status = Literal["done", "failed", "waiting"]
+
+# What all trainings of a file have in common, and what is made up for each of them.
+_NOT_IN_A_FILE = frozenset(
+    {"store", "output", "resume", "overwrite", "device", "allow_unsealed", "folds", "fold"}
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One of many trainings.
+
+    Attributes:
+        experiment: what it is a run of, with a seed and a fold of its own.
+        config: what to train.
+    """
+
+    experiment: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How one of many trainings stands.
+
+    Attributes:
+        experiment: what it is a run of.
+        name: folder of the run.
+        seed: of it.
+        fold: part that it is validated on, or None.
+        status: "done", "failed", or "waiting" for the next start.
+        error: what it failed by, else empty.
+        result: what came out; None unless it is done.
+    """
+
+    experiment: str
+    name: str
+    seed: int
+    fold: int | None
+    status: Status = "waiting"
+    error: str = ""
+    result: TrainResult | None = None
+
+
+@dataclass(frozen=True)
+class ExperimentSummary:
+    """What came out of all runs of one experiment.
+
+    Attributes:
+        name: of the experiment.
+        num_runs: seeds times folds.
+        num_done: how many have ended well.
+        dice_mean: mean of their best validation Dice; None without any.
+        dice_std: its standard deviation (n - 1); None for fewer than two.
+        best_epoch_mean: mean of the epochs of it.
+        elapsed_s_mean: mean time of training and validation.
+        parameters: of the head.
+        gflop: of its forward pass over one image.
+    """
+
+    name: str
+    num_runs: int
+    num_done: int
+    dice_mean: float | None
+    dice_std: float | None
+    best_epoch_mean: float | None
+    elapsed_s_mean: float | None
+    parameters: int | None
+    gflop: float | None
+
+
+def read_experiments(path: Path, base: TrainConfig) -> list[TrainConfig]:
+    """Read experiments from a TOML file: ``[[experiment]]`` tables, and ``[defaults]`` for all.
+
+    Keys are the attributes of :class:`TrainConfig`; ``name`` names an experiment.
+
+    Args:
+        path: of the file.
+        base: what holds where the file says nothing.
+
+    Returns:
+        A configuration an experiment, in the order of the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or an experiment cannot be trained.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}; correct it") from error
+    if unknown := sorted(content.keys() - {"defaults", "experiment"}):
+        raise ConfigError(
+            f"{path} has {unknown[0]!r}: expected [defaults] and [[experiment]] tables alone"
+        )
+    defaults, tables = content.get("defaults", {}), content.get("experiment", [])
+    if not (isinstance(defaults, dict) and isinstance(tables, list) and tables):
+        raise ConfigError(
+            f"{path} names no experiment: write an [[experiment]] table for each, with its name"
+        )
+    configs: list[TrainConfig] = []
+    for number, table in enumerate(tables, start=1):
+        where = f"{path}, experiment {number}"
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            raise ConfigError(f'{where} has no name: write name = "...", its folder')
+        _check_names(where, {**defaults, **table})
+        try:
+            configs.append(replace(base, **{**defaults, **table}))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        if [config.name for config in configs].count(table["name"]) > 1:
+            raise ConfigError(f"{where} is named {table['name']!r}, as another is; rename one")
+    return configs
+
+
+def _check_names(where: str, table: Mapping[str, Any]) -> None:
+    known = sorted({field.name for field in fields(TrainConfig)} - _NOT_IN_A_FILE)
+    for name in table:
+        if name not in known:
+            like = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {like[0]}?" if like else f"expected some of {', '.join(known)}"
+            raise ConfigError(f"{where}: {name!r} is no setting of an experiment; {hint}")
+
+
+def plan_runs(
+    experiments: Sequence[TrainConfig], *, seeds: int = 1, folds: int = 0
+) -> list[PlannedRun]:
+    """Return the runs of some experiments.
+
+    Args:
+        experiments: by their names; runs go into ``output/NAME``, with -seed1 and -fold0 behind
+            where there are several.
+        seeds: runs of each that differ in their seed, counted up from the experiment's own.
+        folds: parts of a cross-validation; 0: none.
+
+    Raises:
+        ConfigError: a number that cannot be.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds is {seeds}: expected at least 1")
+    planned = []
+    for config in experiments:
+        for seed in range(config.seed, config.seed + seeds):
+            for fold in range(folds) if folds else (None,):
+                name = config.name + (f"-seed{seed}" if seeds > 1 else "")
+                name += "" if fold is None else f"-fold{fold}"
+                own = replace(config, name=name, seed=seed, folds=folds, fold=fold)
+                planned.append(PlannedRun(config.name, own))
+    return planned
+
+
+def run_experiments(
+    runs: Sequence[PlannedRun],
+    devices: Sequence[str],
+    report: Callable[[PoolProgress], None] = lambda progress: None,
+    stop: Stop = never,
+) -> list[RunOutcome]:
+    """Train all runs, a process a device, and write ``summary.json`` beside their folders.
+
+    Each run comes out as if it were alone. One that fails is set aside, the others go on.
+
+    Args:
+        runs: of one store and one output folder.
+        devices: of each worker, such as ["cuda:0", "cuda:1"], or ["cpu", "cpu"].
+        report: called as the work goes on.
+        stop: asked now and then whether to stop.
+
+    Returns:
+        How each run stands, in the order of ``runs``.
+
+    Raises:
+        ConfigError: the output holds runs already.
+        StoreError: the store cannot be used.
+        StoppedError: it was told to stop, and all runs have saved where they were.
+    """
+    first = runs[0].config
+    open_store(first.store, allow_unsealed=first.allow_unsealed, overlay=first.overlay)
+    for run in runs:
+        run_dir = run.config.run_dir
+        if run_dir.exists() and not (run.config.resume or run.config.overwrite):
+            raise ConfigError(
+                f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
+                "with all that is not done, or --overwrite to replace them"
+            )
+    outcomes = [
+        RunOutcome(run.experiment, run.config.name, run.config.seed, run.config.fold)
+        for run in runs
+    ]
+    folder = Path(first.output)
+
+    def ended(number: int, outcome: Outcome) -> None:
+        if isinstance(outcome, StoppedError):
+            return
+        if isinstance(outcome, TrainResult):
+            outcomes[number] = replace(outcomes[number], status="done", result=outcome)
+        else:
+            outcomes[number] = replace(
+                outcomes[number], status="failed", error=failure_text(outcome)
+            )
+        write_summary(folder, outcomes)
+
+    levels = _levels_needed(runs, ended)
+    tasks = [
+        PoolTask(number, run.config, levels[run.experiment])
+        for number, run in enumerate(runs)
+        if outcomes[number].status == "waiting"
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = DevicePool(tasks, devices, report, ended, stop).run()
+    write_summary(folder, outcomes)
+    if reason is not None:
+        num_done = sum(outcome.status == "done" for outcome in outcomes)
+        raise StoppedError(
+            f"stopped by {reason} with {num_done} of {len(runs)} runs done; go on with --resume"
+        )
+    return outcomes
+
+
+def _levels_needed(
+    runs: Sequence[PlannedRun], ended: Callable[[int, Outcome], None]
+) -> dict[str, tuple[str, ...]]:
+    """Return by experiment what has to be read for it and those that share its samples.
+
+    Experiments whose head cannot be built have failed already.
+    """
+    needs: dict[str, tuple[str, ...]] = {}
+    first_of = {run.experiment: run.config for run in reversed(runs)}
+    for experiment, config in first_of.items():
+        try:
+            needs[experiment] = _needs(config)
+        except Sam3CacheError as error:
+            for number, run in enumerate(runs):
+                if run.experiment == experiment:
+                    ended(number, error)
+    together = tuple(dict.fromkeys(level for levels in needs.values() for level in levels))
+    return dict.fromkeys(first_of, together)
+
+
+def _needs(config: TrainConfig) -> tuple[str, ...]:
+    store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
+    if config.feature_precision is not None:
+        store.serve(config.feature_precision)
+    if config.label_set not in store.label_sets:
+        raise HeadError(
+            f"{config.store} has no label set {config.label_set!r} (it has "
+            f"{', '.join(store.label_sets) or 'none'}); correct label_set"
+        )
+    spec = store.label_sets[config.label_set]
+    shapes = {name: level.shape for name, level in store.served_levels.items()}
+    num_planes = num_outputs(spec.task, len(spec.classes))
+    head = build_head(config.head, shapes, config.head_options, num_classes=num_planes)
+    return tuple(head.needs)
+
+
+def summarize(outcomes: Sequence[RunOutcome]) -> list[ExperimentSummary]:
+    """Put the runs of each experiment together, in their order."""
+    summaries = []
+    for name in dict.fromkeys(outcome.experiment for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.experiment == name]
+        results = [outcome.result for outcome in own if outcome.result is not None]
+        dice = [result.best_dice for result in results]
+        summaries.append(
+            ExperimentSummary(
+                name=name,
+                num_runs=len(own),
+                num_done=len(results),
+                dice_mean=statistics.fmean(dice) if dice else None,
+                dice_std=statistics.stdev(dice) if len(dice) > 1 else None,
+                best_epoch_mean=(
+                    statistics.fmean(r.best_epoch for r in results) if results else None
+                ),
+                elapsed_s_mean=statistics.fmean(r.elapsed_s for r in results) if results else None,
+                parameters=results[0].parameters["total"] if results else None,
+                gflop=results[0].gflop if results else None,
+            )
+        )
+    return summaries
+
+
+def as_json(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
+    """Return what ``summary.json`` holds."""
+    return {
+        "experiments": [asdict(summary) for summary in summarize(outcomes)],
+        "runs": [asdict(outcome) | {"result": _result_json(outcome)} for outcome in outcomes],
+    }
+
+
+def _result_json(outcome: RunOutcome) -> dict[str, Any] | None:
+    if outcome.result is None:
+        return None
+    values = asdict(outcome.result)
+    # Where the summary lies is where the runs lie: no path of this machine is needed.
+    return values | {"run_dir": outcome.name, "best_checkpoint": f"{outcome.name}/best"}
+
+
+def write_summary(folder: Path, outcomes: Sequence[RunOutcome]) -> None:
+    """Write how all runs stand, replacing what was there."""
+    content = json.dumps(as_json(outcomes), indent=2) + "\n"
+    write_atomic(folder / SUMMARY_FILE, content.encode())

@@ -1,0 +1,522 @@
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare_store import HEAD, evaluated, write_shifted
+from page_store import CELL_PX, MASK_WIDTH_PX, Drawn, write_page_store
+from test_page import Page, nearest_difference
+
+from sam3cache.errors import ConfigError
+from sam3cache.evaluation import CompareConfig, Comparison, EvalConfig, compare, evaluate
+from sam3cache.evaluation.compare_runs import find_experiments
+from sam3cache.evaluation.compare_statistics import Differences, paired_difference
+from sam3cache.evaluation.figures import (
+    NARROW_PX,
+    PREDICTED_COLOUR,
+    TRUE_COLOUR,
+    WIDE_PX,
+    differences_svg,
+)
+from sam3cache.evaluation.statistics import Interval
+
+SHIFTS = [1, 1, 1, 1, 0, 1, 1, 2, 1, 1, 1, 1]
+"""Against one of 0 cells a head of 1 gains 0.25 Dice on all of these but one, where it loses it."""
+
+
+def write_store(root: Path, shifts: Sequence[int] = SHIFTS, **options: object) -> Path:
+    return write_page_store(root, [Drawn(shift) for shift in shifts], **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, and runs of 0 to 3 cells that were evaluated on it; copied by whoever wants one."""
+    root = tmp_path_factory.mktemp("world")
+    store = write_store(root / "angio.zarr")
+    for cells in range(4):
+        evaluated(root / f"head{cells}", store, cells)
+    return root
+
+
+@pytest.fixture
+def store(world: Path) -> Path:
+    return world / "angio.zarr"
+
+
+Head = Callable[..., Path]
+
+
+@pytest.fixture
+def head(tmp_path: Path, world: Path) -> Head:
+    """Put an evaluated run of so many cells into the test's folder, under a name."""
+
+    def put(cells: int, name: str = "") -> Path:
+        folder = tmp_path / (name or f"head{cells}")
+        return Path(shutil.copytree(world / f"head{cells}", folder))
+
+    return put
+
+
+def comparison(*paths: Path, **options: object) -> Comparison:
+    config = CompareConfig(paths, heads=(HEAD,), page=False)
+    return compare(replace(config, **options))  # type: ignore[arg-type]
+
+
+def test_differences_are_paired_by_image_and_said_in_one_sentence(head: Head) -> None:
+    first, second = head(0), head(1)
+    result = comparison(first, second)
+    assert (result.baseline, result.num_images, result.num_groups) == ("head0", 12, 12)
+    (pair,) = result.comparisons
+    dice = pair.measures["vessel"]["dice"]
+    assert dice == pair.dice
+    assert (dice.baseline, dice.other, dice.mean) == pytest.approx((0.75, 23 / 24, 5 / 24))
+    assert (dice.num_better, dice.num_worse, dice.median) == (11, 1, pytest.approx(0.25))
+    assert dice.interval is not None
+    assert pair.verdict == "better"
+    assert pair.sentence == (
+        f"head1 is better than head0: +0.208 Dice (95% interval {dice.interval.low:.3f} to "
+        f"{dice.interval.high:.3f}) over 12 images of 12 groups; 11 images better, 1 worse."
+    )
+    assert [one.dice for one in result.experiments] == pytest.approx([0.75, 23 / 24])
+    back = comparison(first, second, baseline="head1").comparisons[0]
+    assert (back.name, back.verdict, back.dice.mean) == ("head0", "worse", pytest.approx(-5 / 24))
+
+
+def test_what_is_written_tells_the_same_as_the_result(tmp_path: Path, head: Head) -> None:
+    first, second = head(0), head(1)
+    result = comparison(first, second)
+    assert result.output == tmp_path / "compare-test-head0-head1"
+    assert sorted(path.name for path in result.output.iterdir()) == [
+        "comparison.json",
+        "differences.csv",
+        "differences.svg",
+    ]
+    record = json.loads((result.output / "comparison.json").read_text(encoding="utf-8"))
+    assert record == json.loads(json.dumps(result.record()))
+    with (result.output / "differences.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    of_runs = []
+    for run in (first, second):
+        with (run / "eval-test" / "per_image.csv").open(encoding="utf-8", newline="") as file:
+            of_runs.append({line["id"]: line["dice"] for line in csv.DictReader(file)})
+    assert {line["id"]: line["dice_baseline"] for line in lines} == of_runs[0]
+    assert {line["id"]: line["dice_run"] for line in lines} == of_runs[1]
+    differences = [float(line["dice_difference"]) for line in lines]
+    assert np.mean(differences) == pytest.approx(record["comparisons"][0]["dice"]["mean"])
+    again = comparison(first, second)
+    assert again == result
+
+
+def test_identical_runs_are_equal_to_the_last_digit(head: Head) -> None:
+    (pair,) = comparison(head(1, "a"), head(1, "b")).comparisons
+    assert pair.verdict == "equal"
+    assert pair.sentence == "b and a are equal: the same Dice on all 12 images of 12 groups."
+    for found in pair.measures["vessel"].values():
+        assert found.mean in (0.0, None)
+        assert found.interval in (Interval(0.0, 0.0), None)
+        assert found.num_better == found.num_worse == 0
+
+
+def test_seeds_of_one_experiment_are_averaged_image_by_image(tmp_path: Path, head: Head) -> None:
+    for cells in (0, 1):
+        head(cells, f"new-seed{cells}")
+    head(2, "old")
+    result = comparison(tmp_path / "old", tmp_path / "new")
+    new = result.experiments[1]
+    assert (new.name, new.runs) == ("new", ("new-seed0", "new-seed1"))
+    assert new.dice_of_runs == pytest.approx((0.75, 23 / 24))
+    assert new.dice == pytest.approx(41 / 48)
+    with (result.output / "differences.csv").open(encoding="utf-8", newline="") as file:
+        by_image = [float(line["dice_run"]) for line in csv.DictReader(file)]
+    assert by_image == pytest.approx([1 - abs(s) / 8 - abs(s - 1) / 8 for s in SHIFTS])
+    assert any(sentence.startswith("One training each: old.") for sentence in result.notices)
+    # 0.85 against 0.75: less than what the two seeds differ by.
+    assert any(
+        sentence == "The trainings of new differ by 0.208 Dice among themselves, which is more "
+        "than new differs from old."
+        for sentence in result.notices
+    )
+
+
+def test_a_value_that_one_seed_lacks_is_none_of_the_experiment(tmp_path: Path) -> None:
+    """A prediction of the empty mask has no Dice where it is empty."""
+    mixed = write_page_store(
+        tmp_path / "mixed.zarr", [Drawn(0, is_empty=True), *map(Drawn, SHIFTS)]
+    )
+    for cells in (0, 1):
+        evaluated(tmp_path / f"new-seed{cells}", mixed, cells)
+    evaluated(tmp_path / "old", mixed, 2)
+    result = comparison(tmp_path / "old", tmp_path / "new")
+    assert (result.num_images, result.comparisons[0].dice.num_images) == (13, 12)
+
+
+def test_folds_are_put_together_each_image_once(tmp_path: Path) -> None:
+    names = [f"image{i}" for i in range(12)]
+    drawn = [Drawn(s, id=name) for s, name in zip(SHIFTS, names, strict=True)]
+    whole = write_page_store(tmp_path / "whole.zarr", drawn)
+    parts = [
+        write_page_store(tmp_path / f"{k}.zarr", part)
+        for k, part in enumerate((drawn[:5], drawn[5:]))
+    ]
+    for k, part in enumerate(parts):
+        evaluated(tmp_path / f"new-fold{k}", part, 1)
+    evaluated(tmp_path / "old", whole, 0)
+    # Drawn by themselves the images of the second part have other numbers, and so other groups.
+    result = comparison(tmp_path / "old", tmp_path / "new")
+    assert result.num_images == 12
+    assert result.comparisons[0].dice.mean == pytest.approx(5 / 24)
+    assert "new knows other groups than old; the groups of old are taken." in result.notices
+    shutil.copytree(tmp_path / "new-fold1", tmp_path / "new-fold2")
+    evaluated(tmp_path / "new-fold2", whole, 1, output=tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "new-fold2" / "eval-test")
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "new-fold2" / "eval-test")
+    with pytest.raises(ConfigError, match=r"the runs of new share 12 images .* but not all"):
+        comparison(tmp_path / "old", tmp_path / "new")
+
+
+def test_runs_of_other_settings_are_no_seeds_of_one_experiment(tmp_path: Path, store: Path) -> None:
+    evaluated(tmp_path / "old", store, 2)
+    for seed, epochs in enumerate((30, 10)):
+        settings = {"seed": seed, "epochs": epochs, "name": f"new-seed{seed}"}
+        evaluated(tmp_path / f"new-seed{seed}", store, seed, settings=settings)
+    with pytest.raises(ConfigError, match=r"new-seed0 and new-seed1 are not .*epochs 30 → 10"):
+        comparison(tmp_path / "old", tmp_path / "new")
+    result = comparison(tmp_path / "new-seed0", tmp_path / "new-seed1")
+    assert result.comparisons[0].verdict == "better"
+
+
+def test_images_that_one_run_lacks_are_listed_and_left_out(tmp_path: Path, head: Head) -> None:
+    shorter = write_store(tmp_path / "shorter.zarr", SHIFTS[:6])
+    first, second = head(0, "a"), evaluated(tmp_path / "b", shorter, 1)
+    result = comparison(first, second)
+    assert result.num_images == 6
+    assert result.left_out == {"a": tuple(f"s{i}" for i in range(6, 12))}
+    assert (
+        "6 images of a were not scored by all others and are left out, 6 stay: s6, s7, s8, s9, s10 "
+        "and 1 more." in result.notices
+    )
+    assert result.experiments[0].dice == pytest.approx(np.mean([1 - s / 4 for s in SHIFTS[:6]]))
+
+
+def other_images(tmp_path: Path) -> Path:
+    return write_page_store(tmp_path / "o.zarr", [Drawn(0, id=f"t{i}") for i in range(12)])
+
+
+def other_pixels(tmp_path: Path) -> Path:
+    # A page store's pixels have the number of the row as their hash.
+    return write_page_store(
+        tmp_path / "o.zarr", [Drawn(s, id=f"s{11 - i}") for i, s in enumerate(SHIFTS)]
+    )
+
+
+def other_masks(tmp_path: Path) -> Path:
+    drawn = [Drawn(s, is_empty=i in (2, 5)) for i, s in enumerate(SHIFTS)]
+    return write_page_store(tmp_path / "o.zarr", drawn)
+
+
+def other_classes(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "o.zarr", classes=("catheter",))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (other_images, "a and b have no image in common"),
+        (other_pixels, "a and b were evaluated on images of the same names but with other pixels"),
+        (other_masks, r"a and b were measured against other masks of 2 images \(s2, s5\)"),
+        (other_classes, r"other classes \(a has vessel; b has catheter\)"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, head: Head, write, message) -> None:
+    first, second = head(0, "a"), evaluated(tmp_path / "b", write(tmp_path), 1)
+    with pytest.raises(ConfigError, match=message) as refused:
+        comparison(first, second)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_thresholds_and_stores_are_said(tmp_path: Path, store: Path, head: Head) -> None:
+    first = head(0, "a")
+    second = evaluated(tmp_path / "b", store, 1, threshold=0.3)
+    third = evaluated(tmp_path / "c", write_store(tmp_path / "other.zarr", [*SHIFTS, 2]), 1)
+    notices = comparison(first, second, third).notices
+    assert notices[0] == "The evaluations are of other thresholds: a 0.5, b 0.3, c 0.5."
+    assert any(
+        sentence == "a and c were measured on stores or label sets of other content; the masks of "
+        "these images have the same number of pixels."
+        for sentence in notices
+    )
+
+
+def test_what_was_not_evaluated_is_and_what_was_trained_anew_is_again(
+    tmp_path: Path, store: Path, head: Head
+) -> None:
+    first = head(0, "a")
+    second = write_shifted(tmp_path / "b", store, 2)
+    told = []
+    # The store is the one that the other run was evaluated on.
+    config = CompareConfig((first, second), heads=(HEAD,), page=False)
+    result = compare(config, lambda *progress: told.append(progress))
+    assert result.comparisons[0].dice.other == pytest.approx(
+        np.mean([1 - abs(s - 2) / 4 for s in SHIFTS])
+    )
+    assert told[-1] == ("b", 12, 12)
+    assert {name for name, _, _ in told} == {"b"}
+    write_shifted(second, store, 1)
+    assert compare(config).comparisons[0].dice.other == pytest.approx(23 / 24)
+    # Neither is evaluated once more.
+    told.clear()
+    compare(config, lambda *progress: told.append(progress))
+    assert told == []
+
+
+def test_without_a_store_what_has_to_be_run_is_named(tmp_path: Path, store: Path) -> None:
+    first, second = write_shifted(tmp_path / "a", store, 0), write_shifted(tmp_path / "b", store, 2)
+    with pytest.raises(ConfigError, match=r"a was not evaluated on split test .* name the store"):
+        comparison(first, second)
+    assert comparison(first, second, store=store).num_images == 12
+
+
+def test_a_store_is_found_by_the_name_that_the_run_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = write_store(Path("features/angio.zarr"))
+    settings = {"store": "angio.zarr"}
+    runs = [write_shifted(Path("checkpoints") / n, store, 1, settings=settings) for n in "ab"]
+    result = comparison(*runs)
+    assert result.output == Path("checkpoints/compare-test-a-b")
+    assert result.comparisons[0].verdict == "equal"
+
+
+def test_several_comparisons_are_corrected_for(head: Head) -> None:
+    runs = [head(cells) for cells in range(4)]
+    alone = comparison(*runs[:2]).comparisons[0]
+    result = comparison(*runs)
+    p_values = [pair.dice.p_value for pair in result.comparisons]
+    assert p_values[0] == alone.dice.p_value == alone.p_corrected
+    # The smallest of three counts threefold.
+    smallest = int(np.argmin(p_values))  # type: ignore[arg-type]
+    assert result.comparisons[smallest].p_corrected == pytest.approx(3 * min(p_values))  # type: ignore[type-var, operator]
+    for pair in result.comparisons:
+        assert "after Holm's correction for 3 comparisons" in pair.sentence
+
+
+def test_several_classes_are_compared_each_and_together(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "two.zarr", classes=("LAD", "RCA"))
+    first, second = (evaluated(tmp_path / f"h{c}", store, c, num_classes=2) for c in (0, 1))
+    (pair,) = comparison(first, second).comparisons
+    assert list(pair.measures) == ["all classes", "LAD", "RCA"]
+    assert pair.dice == pair.measures["all classes"]["dice"]
+    assert pair.measures["RCA"]["dice"].mean == pytest.approx(5 / 24)
+    assert "+0.208 Dice over the classes of an image (95%" in pair.sentence
+
+
+@pytest.fixture
+def place(tmp_path: Path, head: Head) -> Path:
+    """Runs in all their forms."""
+    single = head(0, "single")
+    for name in ("film-seed0", "film-seed10", "film-seed2-fold1", "film-fold1", "lin", "lin2"):
+        shutil.copytree(single / "best", tmp_path / "runs" / name / "best")
+    shutil.copytree(single / "eval-test", tmp_path / "copied" / "eval-test")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["single"], {"single": ["single"]}),
+        (["single/best"], {"single/best": ["single/best"]}),
+        (["single/eval-test"], {"single": ["single"]}),
+        (["copied"], {"copied": ["copied"]}),
+        (["copied/eval-test", "single"], {"copied": ["copied"], "single": ["single"]}),
+        (["runs/lin"], {"lin": ["lin"]}),
+        (["runs/film"], {"film": ["film-fold1", "film-seed0", "film-seed2-fold1", "film-seed10"]}),
+        (
+            ["runs"],
+            {
+                "film": ["film-fold1", "film-seed0", "film-seed2-fold1", "film-seed10"],
+                "lin": ["lin"],
+                "lin2": ["lin2"],
+            },
+        ),
+    ],
+)
+def test_runs_are_found_in_all_their_forms(
+    place: Path, paths: list[str], found: dict[str, list[str]]
+) -> None:
+    experiments = find_experiments([place / path for path in paths], "test")
+    assert {e.name: [run.name for run in e.runs] for e in experiments} == found
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(place: Path) -> None:
+    shutil.copytree(place / "single", place / "runs" / "single")
+    experiments = find_experiments([place / "single", place / "runs" / "single"], "test")
+    assert [e.name for e in experiments] == [f"{place.name}/single", "runs/single"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([], "nothing is named to compare"),
+        (["nowhere"], "nowhere holds nothing to compare: expected a run such as checkpoints/first"),
+        (["empty", "single"], "empty holds nothing to compare"),
+        (["single"], "single is all there is to compare"),
+        (["single", "single"], "single is named twice"),
+    ],
+)
+def test_nothing_to_compare_is_one_line(place: Path, paths: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        comparison(*(place / path for path in paths))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "tset"}, "split 'tset': expected one of train"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"baseline": "c"}, "baseline 'c': expected one of a, b"),
+        ({"output": Path("taken")}, "taken .*something else"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(
+    tmp_path: Path, head: Head, monkeypatch, options, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [head(0, name) for name in "ab"]
+    Path("taken").mkdir()
+    Path("taken/thesis.tex").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        comparison(*runs, **options)
+    assert [path.name for path in Path("taken").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", '{"classes": {}}'),
+        ("per_image.csv", ""),
+        ("per_image.csv", "id,group,class_name\ns0,g0,vessel\n"),
+        (
+            "per_image.csv",
+            "id,group,class_name,dice,iou,precision,recall,true_px\ns0,g0,vessel,x,,,,\n",
+        ),
+        ("per_image.csv", "\x00"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(head: Head, file: str, text: str) -> None:
+    first, damaged = head(0, "a"), head(1, "b") / "eval-test"
+    (damaged / file).write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"eval-test does not hold an evaluation that can be read"
+    ):
+        comparison(first, damaged)
+
+
+def page_of(*paths: Path, **options: object) -> tuple[Page, Comparison]:
+    result = comparison(*paths, page=True, **options)
+    assert result.page is not None
+    return Page(result.page.read_text(encoding="utf-8")), result
+
+
+def test_the_page_shows_the_runs_side_by_side_and_needs_no_other_file(
+    tmp_path: Path, head: Head
+) -> None:
+    page, result = page_of(head(0), head(1))
+    assert [link for link in page.links if not link.startswith(("data:image/", "#"))] == []
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import", page.html)
+    ids = re.findall(r'\sid="([^"]+)"', page.html)
+    assert len(ids) == len(set(ids))
+    assert str(tmp_path) not in page.html
+    assert result.comparisons[0].sentence in page.text
+    assert "head0 (baseline) compare_store:Shifted 1 0.750" in page.text
+    interval = result.comparisons[0].dice.interval
+    assert interval is not None
+    assert (
+        f"Dice 12 0.750 0.958 +0.208 {interval.low:+.3f} to {interval.high:+.3f} 11 1" in page.text
+    )
+    shown = re.findall(
+        r"(\w+) difference (\S+) Dice Image (\w+) .*? head0 Dice ([\d.]+) head1 Dice ([\d.]+)",
+        page.text,
+    )
+    assert shown == [
+        ("Best", "+0.250", "s0", "0.750", "1.000"),
+        ("Median", "+0.250", "s7", "0.500", "0.750"),
+        ("Worst", "-0.250", "s4", "1.000", "0.750"),
+    ]
+    # The image of shift 0: head0 is right, head1 is a cell too far to the left.
+    for run, cells in (("head0", 0), ("head1", 1)):
+        (drawn_HW3,) = (
+            page.picture(alt) for alt in page.images if alt.startswith("s4") and f"of {run}" in alt
+        )
+        assert drawn_HW3.shape == (480, 640, 3)
+        cell_px = 640 * CELL_PX // MASK_WIDTH_PX
+        left_px = (3 - cells) * cell_px
+        assert nearest_difference(drawn_HW3, left_px, 4 * cell_px, PREDICTED_COLOUR) < 120
+        # Where the prediction is right its line lies on the true one.
+        wanted = TRUE_COLOUR if cells else PREDICTED_COLOUR
+        assert nearest_difference(drawn_HW3, 3 * cell_px, 4 * cell_px, wanted) < 120
+
+
+def test_a_page_without_a_store_or_a_head_has_the_rest(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "angio.zarr")
+    first, second = (evaluated(tmp_path / f"head{c}", store, c) for c in (0, 1))
+    page, _ = page_of(first, second, heads=())
+    assert "No borders of head0: " in page.text
+    assert "name it again with --head" in page.text
+    assert not page.images
+    store.rename(tmp_path / "gone.zarr")
+    page, _ = page_of(first, second)
+    assert "No pictures, since the store is not at hand; name it by --store." in page.text
+    assert "head1 is better than head0" in page.text
+    page, _ = page_of(first, second, store=tmp_path / "gone.zarr")
+    assert len(page.images) == 6
+
+
+def test_names_on_a_page_are_text_whatever_they_are(head: Head) -> None:
+    odd = "a &lt;b&gt;&$x$ é"
+    page, result = page_of(head(0, odd), head(1, "b"), baseline="b")
+    assert "a &amp;lt;b&amp;gt;&amp;$x$ é against b" in page.html
+    assert result.comparisons[0].name == odd
+    assert result.comparisons[0].sentence in page.text
+
+
+def test_the_plot_has_a_dot_an_image_in_a_row_a_run() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for name in ("first", "second"):
+        values_N = rng.normal(0.01, 0.02, 30)
+        values_N[3] = np.nan
+        found = paired_difference(np.zeros(30), values_N, [str(i) for i in range(30)], seed=0)
+        rows.append(Differences(name, values_N, found))
+    for width_px in (WIDE_PX, NARROW_PX):
+        svg = differences_svg("plot", rows, width_px)
+        groups = re.findall(r'<g id="plot-PathCollection_\d">(.*?)\n   </g>', svg, re.DOTALL)
+        assert [len(re.findall("<use ", dots)) for dots in groups] == [29, 29]
+        for row in rows:
+            assert row.name in svg
+            assert f"mean {row.summary.mean:+.3f}" in svg
+    assert differences_svg("plot", rows) == differences_svg("plot", rows)
+    nothing = Differences(
+        "nothing", np.full(3, np.nan), paired_difference(*np.full((2, 3), np.nan), ["a"] * 3, 0)
+    )
+    assert "nothing to compare" in differences_svg("plot", [nothing])
+
+
+def test_an_evaluation_of_another_split_is_taken_where_it_is_given_itself(
+    store: Path, head: Head
+) -> None:
+    first, second = head(0, "a"), head(1, "b")
+    evaluate(EvalConfig(store, first, "all", head=HEAD, check_angles=False, check_features=False))
+    result = comparison(first / "eval-all", second)
+    assert result.split == "all, test"
+    assert "The evaluations are of other splits: a all, b test." in result.notices

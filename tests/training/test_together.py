@@ -1,0 +1,341 @@
+"""Many trainings at once come out as each alone, over memory or one stream, whatever some do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from store_builder import build_store
+
+from sam3cache.errors import (
+    ConfigError,
+    CorruptStoreError,
+    NumericError,
+    StoppedError,
+    StoreError,
+)
+from sam3cache.training import (
+    TrainConfig,
+    TrainResult,
+    plan_runs,
+    read_experiments,
+    run_experiments,
+    train,
+    train_together,
+)
+from sam3cache.training.experiments import as_json
+from sam3cache.training.pool import PoolProgress
+
+SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four samples of twelve groups, eight each in train, val and test."""
+    root = tmp_path_factory.mktemp("together") / "x.zarr"
+    return build_store(root, num_samples=24, level_shapes=SHAPES, mask_width_px=40)
+
+
+def config_for(store: Path, output: Path, **values: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "name": "run",
+        "head": "film-conv",
+        "head_options": {"embedding_dim": 16},
+        "epochs": 2,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "loss_size_px": 48,
+        "device": "cpu",
+    }
+    return TrainConfig(store=str(store), output=str(output), **(defaults | values))
+
+
+def several(store: Path, output: Path, **values: Any) -> list[TrainConfig]:
+    """Runs that differ in all that runs of one stream may differ in."""
+    base = config_for(store, output, order_seed=7, **values)
+    return [
+        replace(base, name="plain"),
+        replace(base, name="averaged", ema=0.9, batch_size=3, seed=1),
+        replace(base, name="linear", head="linear", head_options={}, epochs=3, batch_size=6),
+        replace(base, name="halves", micro_batch=2, warmup_epochs=0.5),
+        replace(base, name="augmented", augment=("noise", "channel-dropout")),
+    ]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    for file in ("best/model.safetensors", "last/model.safetensors", "last/training.safetensors"):
+        first, second = load_file(one / file), load_file(other / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), file
+    kept = ("epoch", "lr", "train_loss", "val_dice")
+    lines = [(run / "metrics.jsonl").read_text("utf-8").splitlines() for run in (one, other)]
+    first_lines, second_lines = ([json.loads(line) for line in text] for text in lines)
+    assert [[m[k] for k in kept] for m in first_lines] == [
+        [m[k] for k in kept] for m in second_lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of ``several``, each trained by itself."""
+    output = tmp_path_factory.mktemp("alone")
+    for config in several(store, output):
+        train(config)
+    return output
+
+
+@pytest.mark.parametrize("residency", ["stream", "ram"])
+def test_each_of_several_comes_out_as_alone_to_the_bit(
+    store: Path, alone: Path, tmp_path: Path, residency: str
+) -> None:
+    configs = several(store, tmp_path, residency=residency)
+    outcomes = dict(train_together(configs))
+    assert sorted(outcomes) == list(range(len(configs)))
+    for outcome in outcomes.values():
+        assert isinstance(outcome, TrainResult), outcome
+        assert outcome.residency == residency
+    for config in configs:
+        assert_equal_runs(alone / config.name, config.run_dir)
+
+
+def characters_read() -> int:
+    return int(psutil.Process().io_counters().read_chars)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what this process reads")
+def test_a_stream_is_read_once_for_all_who_go_side_by_side(tmp_path: Path) -> None:
+    # Large enough that the features are nearly all that is read.
+    shapes = {"fpn_72": (64, 72, 72)}
+    store = build_store(tmp_path / "x.zarr", num_samples=12, level_shapes=shapes)
+    base = config_for(store, tmp_path, head="linear", head_options={}, residency="stream")
+    base = replace(base, epochs=1, loss_size_px=12)
+    read = characters_read()
+    train(replace(base, name="alone"))
+    alone_bytes = characters_read() - read
+    assert alone_bytes > 12 * 64 * 72 * 72
+    configs = [replace(base, name=f"run{i}", seed=i, order_seed=0) for i in range(4)]
+    read = characters_read()
+    assert len(list(train_together(configs))) == 4
+    # Four alone would read four times as much.
+    assert characters_read() - read < 1.5 * alone_bytes
+
+
+def test_one_that_fails_or_has_lost_patience_does_not_hold_up_the_others(
+    store: Path, alone: Path, tmp_path: Path
+) -> None:
+    plain, averaged, *_ = several(store, tmp_path, residency="stream")
+    configs = [
+        replace(plain, name="diverges", learning_rate=1e30),
+        plain,
+        replace(plain, name="impatient", epochs=9, patience=1, learning_rate=1e-12),
+        averaged,
+    ]
+    outcomes = dict(train_together(configs))
+    assert isinstance(outcomes[0], NumericError)
+    impatient = outcomes[2]
+    assert isinstance(impatient, TrainResult)
+    assert (impatient.stopped_early, impatient.epochs) == (True, 2)
+    for config in (plain, averaged):
+        assert_equal_runs(alone / config.name, config.run_dir)
+
+
+def test_those_who_were_stopped_at_different_places_go_on_together(
+    store: Path, alone: Path, tmp_path: Path
+) -> None:
+    configs = several(store, tmp_path, residency="stream")
+    for number, config in enumerate(configs):
+        asked = iter([None] * (number + 1))
+        with pytest.raises(StoppedError, match="was stopped by a test"):
+            train(config, stop=lambda asked=asked: next(asked, "a test"))
+    resumed = [replace(config, resume=True) for config in configs]
+    assert all(isinstance(o, TrainResult) for _, o in train_together(resumed))
+    for config in configs:
+        assert_equal_runs(alone / config.name, config.run_dir)
+
+
+@pytest.mark.parametrize("residency", ["stream", "ram"])
+def test_folds_share_their_samples_and_come_out_as_alone(
+    store: Path, tmp_path: Path, residency: str
+) -> None:
+    base = config_for(store, tmp_path / "together", residency=residency, epochs=1)
+    runs = plan_runs([base], folds=3)
+    assert [run.config.name for run in runs] == ["run-fold0", "run-fold1", "run-fold2"]
+    outcomes = dict(train_together([run.config for run in runs]))
+    for number, run in enumerate(runs):
+        outcome = outcomes[number]
+        assert isinstance(outcome, TrainResult)
+        single = train(replace(run.config, output=str(tmp_path / "alone")))
+        assert (single.num_train, single.num_val) == (outcome.num_train, outcome.num_val)
+        assert_equal_runs(single.run_dir, outcome.run_dir)
+    num_val = [o.num_val for o in outcomes.values() if isinstance(o, TrainResult)]
+    # The sixteen of train and val, each validated on once; none of test's eight.
+    assert sum(num_val) == 16
+    assert {o.num_train + o.num_val for o in outcomes.values() if isinstance(o, TrainResult)} == {
+        16
+    }
+
+
+def test_damage_in_a_shared_stream_is_told_to_everyone_who_meets_it(tmp_path: Path) -> None:
+    store = build_store(tmp_path / "x.zarr", num_samples=9, level_shapes={"fpn_72": (8, 12, 12)})
+    shard = next((store / "levels" / "fpn_72").rglob("c/0/*/*/*"))
+    content = bytearray(shard.read_bytes())
+    content[100:3000] = bytes(2900)
+    shard.write_bytes(content)
+    configs = [
+        config_for(store, tmp_path, name=name, residency="stream", epochs=1) for name in "ab"
+    ]
+    outcomes = [outcome for _, outcome in train_together(configs)]
+    assert [type(outcome) for outcome in outcomes] == [CorruptStoreError] * 2
+
+
+HEADS_TOML = """
+[defaults]
+epochs = 2
+batch_size = 4
+learning_rate = 3e-3
+loss_size_px = 48
+
+[[experiment]]
+name = "conv"
+head = "film-conv"
+head_options = { embedding_dim = 16 }
+
+[[experiment]]
+name = "linear"
+head = "linear"
+epochs = 1
+
+[[experiment]]
+name = "needs-more"
+head = "film-detail"
+
+[[experiment]]
+name = "diverges"
+head = "linear"
+learning_rate = 1e30
+"""
+
+
+def test_experiments_of_a_file_run_in_processes_and_what_fails_is_set_aside(
+    store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "heads.toml").write_text(HEADS_TOML, encoding="utf-8")
+    output = tmp_path / "checkpoints" / "heads"
+    base = TrainConfig(store=str(store), name="heads", output=str(output), device="cpu")
+    experiments = read_experiments(tmp_path / "heads.toml", base)
+    runs = plan_runs(experiments, seeds=2)
+    reports: list[PoolProgress] = []
+    outcomes = run_experiments(runs, ["cpu", "cpu"], reports.append)
+
+    assert [(o.name, o.status) for o in outcomes] == [
+        ("conv-seed0", "done"),
+        ("conv-seed1", "done"),
+        ("linear-seed0", "done"),
+        ("linear-seed1", "done"),
+        ("needs-more-seed0", "failed"),
+        ("needs-more-seed1", "failed"),
+        ("diverges-seed0", "failed"),
+        ("diverges-seed1", "failed"),
+    ]
+    assert "head film-detail needs image_1008" in outcomes[4].error
+    assert outcomes[6].error.startswith("the training loss became")
+    # What a process of its own gave is what this one gives, with as many threads.
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        single = train(replace(runs[1].config, output=str(tmp_path / "alone")))
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert_equal_runs(single.run_dir, output / "conv-seed1")
+
+    summary = json.loads((output / "summary.json").read_text("utf-8"))
+    assert summary == json.loads(json.dumps(as_json(outcomes)))
+    conv, linear, *_, diverges = summary["experiments"]
+    dice = [o.result.best_dice for o in outcomes[:2] if o.result is not None]
+    assert conv["dice_mean"] == pytest.approx(sum(dice) / 2)
+    assert conv["dice_std"] == pytest.approx(abs(dice[0] - dice[1]) / 2**0.5)
+    assert (linear["num_runs"], linear["num_done"]) == (2, 2)
+    assert (diverges["num_done"], diverges["dice_mean"]) == (0, None)
+    assert str(tmp_path) not in json.dumps(summary)
+
+    assert reports[-1].num_images == reports[-1].num_total > 0
+    assert {device for report in reports for device in report.devices} == {"cpu:0", "cpu:1"}
+
+
+def test_what_is_there_already_is_not_trained_over(store: Path, tmp_path: Path) -> None:
+    runs = plan_runs([config_for(store, tmp_path)], seeds=2)
+    runs[1].config.run_dir.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run-seed1 holds a run already; .*--resume"):
+        run_experiments(runs, ["cpu"])
+
+
+def test_a_store_that_cannot_be_used_stops_all_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="does not exist"):
+        run_experiments(plan_runs([config_for(tmp_path / "no.zarr", tmp_path)]), ["cpu"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
+def test_many_runs_that_are_told_to_stop_save_their_place_and_go_on(
+    store: Path, tmp_path: Path
+) -> None:
+    options = ("--head", "film-conv", "--head-option", "embedding_dim=16", "--epochs", 20)
+    options += ("--batch-size", 4, "--lr", 3e-3, "--loss-size", 48, "--seeds", 2)
+    options += ("--devices", "cpu", "--name", "both", "--set", "order_seed=3")
+    options += ("--residency", "stream")
+    command = [sys.executable, "-m", "sam3cache", "train", store, *options, "-o", tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    lines = tmp_path / "both" / "both-seed1" / "metrics.jsonl"
+    deadline_s = time.monotonic() + 120
+    while not lines.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped by SIGTERM with 0 of 2 runs done; go on with --resume" in errors
+    assert len(lines.read_text("utf-8").splitlines()) < 20, "it had finished before"
+    base = config_for(store, tmp_path / "both", name="both", epochs=20, residency="stream")
+    runs = plan_runs([replace(base, order_seed=3)], seeds=2)
+    resumed = [replace(run.config, resume=True) for run in runs]
+    assert all(isinstance(o, TrainResult) for _, o in train_together(resumed))
+    alone = train(replace(runs[1].config, output=str(tmp_path / "alone")))
+    assert_equal_runs(alone.run_dir, runs[1].config.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", r"names no experiment: write an \[\[experiment\]\] table"),
+        ("[[experiment]\n", r"heads.toml cannot be read as TOML"),
+        ('[other]\nname = "x"', r"has 'other': expected \[defaults\] and \[\[experiment\]\]"),
+        ('[[experiment]]\nhead = "linear"', r'experiment 1 has no name: write name = "..."'),
+        (
+            '[[experiment]]\nname = "x"\nepoch = 3',
+            r"'epoch' is no setting of an experiment; did you mean epochs\?",
+        ),
+        ('[[experiment]]\nname = "x"\nstore = "y"', r"'store' is no setting"),
+        ('[[experiment]]\nname = "x"\nepochs = "3"', r"epochs is '3': expected a whole number"),
+        ('[[experiment]]\nname = "x"\nema = 2', r"experiment 1: ema is 2: expected 0 \(none\)"),
+        ('[[experiment]]\nname = "x"\n[[experiment]]\nname = "x"', r"experiment 2 is named 'x'"),
+        ('[[experiment]]\nname = "x"\naugment = "crop"', r"augment is 'crop': expected a list"),
+    ],
+)
+def test_a_mistake_in_the_file_is_answered_by_one_line(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    path = tmp_path / "heads.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        read_experiments(path, TrainConfig(store="x.zarr", name="base"))
+    assert "\n" not in str(caught.value)
