@@ -141,7 +141,7 @@ def _print(result: Comparison) -> None:
     console.print(_runs_table(result))
     for pair in result.comparisons:
         for name in pair.measures:
-            console.print(_measures_table(pair, name))
+            console.print(_measures_table(pair, name, result.baseline))
     for pair in result.comparisons:
         console.print(pair.sentence)
     console.print(
@@ -154,24 +154,31 @@ def _print(result: Comparison) -> None:
 def _runs_table(result: Comparison) -> Table:
     from sam3cache.evaluation import interval_text, number_text
 
-    rows = table("run", "trainings", "Dice", "95% interval", "head")
+    rows = table("run", "trainings", "Dice", "95% interval", "Dice of each training")
     for one in result.experiments:
+        dice = sorted(value for value in one.dice_of_runs if value is not None)
+        each = f"{number_text(dice[0])} to {number_text(dice[-1])}" if len(dice) > 1 else "–"
         rows.add_row(
             one.name,
             str(len(one.runs)),
             number_text(one.dice),
             interval_text(one.dice_interval),
-            one.head,
+            each,
         )
     return rows
 
 
-def _measures_table(pair: PairComparison, name: str) -> Table:
+def _measures_table(pair: PairComparison, name: str, baseline: str) -> Table:
     from sam3cache.evaluation import measure_rows
 
-    title = pair.name if len(pair.measures) == 1 else f"{pair.name}, {name}"
     columns = ("images", "base", "run", "diff.", "95% interval", "better", "worse")
-    rows = table(title, *columns)
+    rows = table("measure", *columns)
+    # Not a column's heading: a long name would take the room of the figures.
+    rows.title = f"{pair.name} against {baseline}"
+    rows.title += "" if len(pair.measures) == 1 else f", {name}"
+    rows.title_justify = "left"
+    # Eight columns in the 80 of a narrow terminal.
+    rows.collapse_padding = True
     for _, *cells in measure_rows({name: pair.measures[name]}):
         rows.add_row(*cells)
     return rows

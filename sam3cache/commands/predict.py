@@ -163,6 +163,8 @@ def _print(result: PredictResult | None, exported: ExportResult | None) -> None:
         f"{result.output.as_posix()}: masks of {result.num_images} images{aside}, in "
         f"{result.elapsed_s:.1f} s."
     )
+    if not result.num_images:
+        return
     if result.num_from_store or result.num_from_tower:
         click.echo(
             f"Features: {result.num_from_store} from the store, {result.num_from_tower} by the "

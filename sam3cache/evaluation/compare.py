@@ -484,11 +484,16 @@ def _of_training(
     """Say what the intervals do not know of: images seen in training, and other seeds."""
     sentences = []
     for one in evaluated:
-        num_seen = sum(int(s.get("num_seen_in_training") or 0) for s in one.summaries)
-        if num_seen and any(s.get("split") != "train" for s in one.summaries):
+        num_seen: dict[frozenset[str], int] = {}
+        for summary, scores in zip(one.summaries, one.scores, strict=True):
+            images = frozenset(scores.ids)
+            seen_here = int(summary.get("num_seen_in_training") or 0)
+            num_seen[images] = max(num_seen.get(images, 0), seen_here)
+        # Who compares on the training split asks for just that.
+        if any(num_seen.values()) and any(s.get("split") != "train" for s in one.summaries):
             sentences.append(
-                f"{one.name} was trained on {num_seen} of the images it was evaluated on: its "
-                "scores on those say little about new ones."
+                f"{one.name} was trained on {sum(num_seen.values())} of the images it was "
+                "evaluated on: its scores on those say little about new ones."
             )
     single = [one.name for one in compared if len(one.dice_of_runs) < 2]
     if single:

@@ -17,7 +17,7 @@ from sam3cache.evaluation.cases import shown_size_px, stored_picture
 from sam3cache.evaluation.compare_cases import ComparedCase
 from sam3cache.evaluation.compare_runs import OVER_CLASSES
 from sam3cache.evaluation.compare_statistics import Differences, PairedDifference
-from sam3cache.evaluation.compare_verdict import SMALL_DICE, signed_interval
+from sam3cache.evaluation.compare_verdict import SMALL_DICE
 from sam3cache.evaluation.scores import DISTANCES, METRICS
 from sam3cache.evaluation.statistics import (
     LEVEL,
@@ -89,17 +89,23 @@ def comparison_html(
 def measure_rows(
     measures: Mapping[str, Mapping[str, PairedDifference]],
 ) -> Iterable[tuple[str, ...]]:
-    """Yield a row a class and measure: both means, the difference, its interval, the counts."""
+    """Yield a row a class and measure: both means, the difference, its interval, the counts.
+
+    Measures that no image has in both are left out, but for Dice.
+    """
     for class_name, of_class in measures.items():
         for metric, d in of_class.items():
+            if d.mean is None and metric != "dice":
+                continue
+            digits = 2 if metric in DISTANCES else 3
             yield (
                 class_name,
                 METRICS.get(metric, metric) + (" ↓" if metric in DISTANCES else ""),
                 str(d.num_images),
-                number_text(d.baseline),
-                number_text(d.other),
-                "–" if d.mean is None else f"{d.mean:+.3f}",
-                signed_interval(d.interval),
+                number_text(d.baseline, digits),
+                number_text(d.other, digits),
+                "–" if d.mean is None else f"{d.mean:+.{digits}f}",
+                interval_text(d.interval, digits),
                 str(d.num_better),
                 str(d.num_worse),
             )

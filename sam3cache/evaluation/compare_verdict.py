@@ -6,7 +6,7 @@ from typing import Literal
 
 from sam3cache.evaluation.compare_statistics import PairedDifference
 from sam3cache.evaluation.shuffling import MIN_GROUPS
-from sam3cache.evaluation.statistics import LEVEL, Interval
+from sam3cache.evaluation.statistics import LEVEL
 
 SMALL_DICE = 0.01
 """Difference of mean Dice that hardly matters: an interval within it shows that two are alike."""
@@ -72,13 +72,6 @@ def judge(
     if is_small:
         return "alike", f"{name} and {baseline} are alike, within {SMALL_DICE}: {facts}"
     return "undecided", f"Whether {name} is better than {baseline} cannot be told: {facts}"
-
-
-def signed_interval(interval: Interval | None, num_digits: int = 3) -> str:
-    """Write the interval of a difference; a dash where there is none."""
-    if interval is None:
-        return "–"
-    return f"{interval.low:+.{num_digits}f} to {interval.high:+.{num_digits}f}"
 
 
 def _over(difference: PairedDifference) -> str:

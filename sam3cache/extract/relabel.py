@@ -55,6 +55,9 @@ Report = Callable[[int, int], None]
 MaskFiles = tuple[Sample | None, ...]
 """A sample with each of its masks in turn; None for one that it lacks."""
 
+FileState = tuple[int, int]
+"""Size in bytes and time of change in ns."""
+
 ANNOTATIONS = ("split", "group", "primary_angle", "secondary_angle")
 """What a manifest may say of a sample, beside columns of its own."""
 
@@ -160,8 +163,7 @@ def set_labels(
         matched = match_samples(
             store.samples, manifest.samples, manifest=config.manifest, store=config.store
         )
-        given = {row: sample.each_mask() for row, sample in matched.items()}
-        if not any(any(files) for files in given.values()):
+        if not any(any(sample.each_mask()) for sample in matched.values()):
             column = ", ".join(config.mask_columns) or "mask"
             raise ManifestError(
                 f"{config.manifest}: none of the {len(matched)} rows that match a sample has a "
@@ -169,7 +171,7 @@ def set_labels(
             )
         staging = staging_of(root, config.name)
         with store_lock(staging.parent, timeout_s=0):
-            asides = _stage(config, store, given, staging, report)
+            asides = _stage(config, store, matched, staging, report)
             num_with_mask = sum(
                 fact["present"] for r in read_receipts(staging).values() for fact in r.facts
             )
@@ -240,7 +242,7 @@ def _writable(root: Path) -> Iterator[None]:
 def _stage(
     config: LabelsConfig,
     store: FeatureStore,
-    given: Mapping[int, MaskFiles],
+    matched: Mapping[int, Sample],
     staging: Path,
     report: Report,
 ) -> list[SetAside]:
@@ -272,7 +274,7 @@ def _stage(
                 # A mask that was bad is tried again, to be listed again.
                 and all(f["present"] == bool(lines[f["row"]].source) for f in receipt.facts)
             ):
-                files = [given.get(s.row, ()) for s in members]
+                files = [_files(matched.get(s.row)) for s in members]
                 decoded = pool.map(_decode, members, files, repeat(config.classes))
                 masks: dict[int, NDArray[np.uint8] | None] = dict.fromkeys(numbers)
                 for sample, mask in zip(members, decoded, strict=True):
@@ -303,39 +305,48 @@ def _decode(
         return error
 
 
-def _mask_line(row: int, files: MaskFiles) -> LabelRow:
+def _files(given: Sample | None) -> MaskFiles:
+    return () if given is None else given.each_mask()
+
+
+def _state(file: Sample | None) -> FileState | None:
+    """Return size and time of a mask's file; None for one that is not there."""
+    if file is None or file.mask_path is None:
+        return None
+    try:
+        stat = file.mask_path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _mask_line(
+    row: int, matched: Mapping[int, Sample], states: Mapping[int, tuple[FileState | None, ...]]
+) -> LabelRow:
     """Return where a row's mask comes from; of several files, all their names and bytes."""
-    given = [file for file in files if file is not None]
-    stats = [stat for file in given if (stat := _stat(file)) is not None]
+    found = [state for state in states.get(row, ()) if state is not None]
     return LabelRow(
         row,
-        source=", ".join(str(file.mask) for file in given),
-        size_bytes=sum(stat.st_size for stat in stats),
-        mtime_ns=max((stat.st_mtime_ns for stat in stats), default=0),
+        source=", ".join(str(file.mask) for file in _files(matched.get(row)) if file is not None),
+        size_bytes=sum(size_bytes for size_bytes, _ in found),
+        mtime_ns=max((mtime_ns for _, mtime_ns in found), default=0),
     )
 
 
-def _stat(file: Sample) -> os.stat_result | None:
-    assert file.mask_path is not None
-    try:
-        return file.mask_path.stat()
-    except OSError:
-        return None
-
-
-def _request(config: LabelsConfig, store: FeatureStore, given: Mapping[int, MaskFiles]) -> str:
+def _request(
+    config: LabelsConfig,
+    store: FeatureStore,
+    matched: Mapping[int, Sample],
+    states: Mapping[int, tuple[FileState | None, ...]],
+) -> str:
     """Return a hash of all that the staged masks depend on."""
-    lines = []
+    lines: list[Any] = []
     for sample in store.samples:
-        files: list[Any] = []
-        for file in given.get(sample.row, ()):
-            if file is None or file.mask_path is None:
-                files.append(None)
-                continue
-            stat = _stat(file)
-            state = None if stat is None else [stat.st_size, stat.st_mtime_ns]
-            files.append([os.fspath(file.mask_path.absolute()), state])
-        lines.append([sample.row, sample.pixel_sha256, files])
+        paths = [
+            "" if file is None or file.mask_path is None else os.fspath(file.mask_path.absolute())
+            for file in _files(matched.get(sample.row))
+        ]
+        lines.append([sample.row, sample.pixel_sha256, paths, states.get(sample.row)])
     return sha256_of_json([config.name, config.classes.identity, lines])
 
 

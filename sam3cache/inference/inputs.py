@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sam3cache.errors import ConfigError
+from sam3cache.errors import ConfigError, ImageError
 from sam3cache.images import read_manifest
-from sam3cache.images.files import SUFFIXES
+from sam3cache.images.files import SUFFIXES, open_picture
 from sam3cache.records import Sample, SetAside
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt")
@@ -42,7 +43,8 @@ def find_images(
     Args:
         names: pictures of any format that extraction reads; folders of pictures, or with images/
             in them; CSV manifests; patterns with * ? [ for any of these, ** for folders of any
-            depth. What is named twice is taken once.
+            depth. What is named twice is taken once. Of a cine that no manifest speaks of, every
+            frame is taken.
         columns: a ``columns.toml`` for the manifests.
         primary_angle_deg: of all images; None: as the manifest says, or unknown.
         secondary_angle_deg: likewise.
@@ -77,9 +79,10 @@ def find_images(
                 f"--{clash[0].replace('_', '-')} is for images without angles, and {path} has a "
                 f"column of {clash[0].replace('_', ' ')}s; leave it out"
             )
-        samples += manifest.samples
+        found = manifest.samples
+        samples += found if _is_table(path) else _with_frames(found)
         set_aside += manifest.set_aside
-    samples += _of_files(files)
+    samples += _with_frames(_of_files(files))
     angles = {f"{name}_deg": angle_deg for name, angle_deg in given.items()}
     if angles:
         samples = [replace(sample, **angles) for sample in samples]  # type: ignore[arg-type]
@@ -126,6 +129,22 @@ def _of_files(files: Sequence[Path]) -> list[Sample]:
         source = path.absolute().relative_to(root)
         samples.append(Sample(source.with_suffix("").as_posix(), source.as_posix(), root))
     return samples
+
+
+def _with_frames(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Put the frames of a cine in its place, each a sample."""
+    for sample in samples:
+        num_frames = None
+        # A damaged file will be set aside, with its reason, when it is read.
+        with (
+            suppress(ImageError),
+            open_picture(sample.image_path, sample.source) as picture,
+        ):
+            num_frames = picture.num_frames
+        if num_frames is None:
+            yield sample
+        for frame in range(num_frames or 0):
+            yield replace(sample, id=f"{sample.id}#{frame}", frame=frame)
 
 
 def _each_once(samples: Iterable[Sample]) -> list[Sample]:

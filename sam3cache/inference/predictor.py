@@ -92,9 +92,7 @@ class Predictor:
         self._tower: Tower | None = None
         self._rows: dict[str, int] = {}
         if store is not None and make_tower is not None:
-            for sample in reversed(store.samples):
-                if not getattr(sample, "variant", ""):
-                    self._rows[sample.pixel_sha256] = sample.row
+            self._rows = {sample.pixel_sha256: sample.row for sample in store.samples}
 
     @property
     def tower(self) -> Tower | None:

@@ -140,7 +140,7 @@ class PredictResult:
         head: its name.
         task: "multilabel" or "multiclass".
         classes: names of what was predicted, in order.
-        threshold: probability from which a pixel counted, of "multilabel".
+        threshold: probability from which a pixel counted; None of the task "multiclass".
         store: where features were taken from, or None.
         num_images: predicted.
         num_from_store: of them, with features from the store.
@@ -158,7 +158,7 @@ class PredictResult:
     head: str
     task: str
     classes: tuple[str, ...]
-    threshold: float
+    threshold: float | None
     store: Path | None
     num_images: int
     num_from_store: int
@@ -213,6 +213,11 @@ def predict_images(
         store=config.store,
     )
     if config.threshold is not None:
+        if predictor.task == "multiclass":
+            raise ConfigError(
+                f"threshold {config.threshold}: a head of task multiclass gives each pixel the "
+                "class with the highest logit, or none; leave --threshold out"
+            )
         predictor.threshold = config.threshold
     layout = OutputLayout(
         config.output, predictor.task, predictor.classes, config.overlay, config.probabilities
@@ -244,7 +249,7 @@ def predict_images(
         head=predictor.info.head,
         task=predictor.task,
         classes=predictor.classes,
-        threshold=predictor.threshold,
+        threshold=None if predictor.task == "multiclass" else predictor.threshold,
         store=config.store,
         num_images=len(results) - len(set_aside),
         num_from_store=origins["store"],

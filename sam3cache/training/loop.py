@@ -49,7 +49,7 @@ from sam3cache.training.average import MovingAverage
 from sam3cache.training.config import TrainConfig, check_same_run, resolve_precision
 from sam3cache.training.division import Division, data_sha256, divide, trained_on
 from sam3cache.training.loss import Loss, build_loss, default_loss
-from sam3cache.training.micro import pick_micro_batch, saved_bytes
+from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
 from sam3cache.training.state import (
     STATE_FILE,
     RunState,
@@ -358,7 +358,10 @@ class Run:
         """Settle how many samples go through the head at once; a resumed run keeps to that."""
         config, chosen = self.config, self.config.micro_batch or self.state.micro_batch
         if chosen is None and config.batch_size > 1:
-            sample = self.train_samples.batch([self._learned[0]])
+            shapes = {level: entry["shape"] for level, entry in self.state.levels.items()}
+            size_px = config.loss_size_px
+            target_shape = (self.label_set.num_planes, size_px, size_px)
+            sample = blank_sample(shapes, target_shape, self.device)
             self.head.eval()  # A batch norm must neither learn from one sample nor refuse it.
             bytes_ = saved_bytes(lambda batch: self._loss_of(batch, self.head), sample)
             chosen = pick_micro_batch(config.batch_size, bytes_, self.device)
@@ -680,7 +683,18 @@ class Run:
             dtype=_AUTOCAST.get(self.precision),
             enabled=self.precision in _AUTOCAST,
         ):
-            logits_BKHW: Tensor = model(batch)
+            try:
+                logits_BKHW: Tensor = model(batch)
+            except RuntimeError as error:
+                # Looked up late: importing the compiler takes seconds.
+                if model is self.head or not isinstance(
+                    error, torch._dynamo.exc.TorchDynamoException
+                ):
+                    raise
+                raise HeadError(
+                    f"head {self.config.head} cannot be compiled here "
+                    f"({str(error).strip().splitlines()[0]}); leave --compile out"
+                ) from error
         return logits_BKHW.float()
 
     def _validate(

@@ -10,7 +10,8 @@ one by one, H height, W width, T side of the target grid, h and w of the part th
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,14 +35,20 @@ _OfImage = Callable[[Tensor, Tensor], Tensor]
 
 
 def require_monai(loss: str) -> None:
-    """Refuse a loss whose library is not installed.
+    """Refuse a loss whose library is not there.
 
     Raises:
-        ConfigError: MONAI is missing.
+        ConfigError: MONAI is missing, or too old.
     """
-    if importlib.util.find_spec("monai") is None:
+    try:
+        version = importlib.metadata.version("monai")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    # Before 1.6, clDice leaves the first plane out, and there is no boundary loss.
+    if numbers is None or tuple(map(int, numbers.groups())) < (1, 6):
         raise ConfigError(
-            f"loss {loss} needs monai, which is not installed; run "
+            f"loss {loss} needs monai 1.6 or newer, installed is {version}; run "
             '`python -m pip install "sam3cache[losses]"`, or take another --loss'
         )
 

@@ -5,12 +5,13 @@ Shape legend: B batch, K planes of logits, T side of the target grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.records import Batch
 from sam3cache.runtime import device_memory
 
@@ -20,6 +21,34 @@ of 8 GB, 1.6. The pass itself takes as much again in passing, and samples have t
 
 MAX_CPU_BYTES = 10**9
 """And no more on a CPU, where larger parts are no faster."""
+
+
+def blank_sample(
+    level_shapes: Mapping[str, tuple[int, int, int]],
+    target_shape: tuple[int, int, int],
+    device: str,
+) -> Batch:
+    """Return one black sample with an empty mask.
+
+    Args:
+        level_shapes: (C, H, W) by level.
+        target_shape: (M, T, T).
+        device: where it lies.
+    """
+    levels = {
+        level: torch.zeros(
+            (1, *shape),
+            dtype=torch.uint8 if level.startswith("image_") else torch.float16,
+            device=device,
+        )
+        for level, shape in level_shapes.items()
+    }
+    return Batch(
+        levels,
+        angles_B2=torch.zeros(1, 2, device=device),
+        content_B2=torch.full((1, 2), INPUT_SIZE_PX, device=device),
+        target_BKTT=torch.zeros((1, *target_shape), dtype=torch.uint8, device=device),
+    )
 
 
 def saved_bytes(forward: Callable[[Batch], Tensor], sample: Batch) -> int:

@@ -223,6 +223,15 @@ def test_a_store_goes_out_and_comes_back_as_one_file(here, invoke):
     )
 
 
+def test_the_store_one_stands_in_is_exported_beside_itself(here, invoke, monkeypatch):
+    monkeypatch.chdir("other.zarr")
+    result = invoke("store", "export", ".", "--json")
+    assert result.exit_code == 0, result.output
+    assert (here / "other.h5").is_file()
+    assert not list((here / "other.zarr").rglob("*.h5"))
+    assert json.loads(result.stdout)["num_samples"] == 4
+
+
 A = "features/angio.zarr"
 
 BAD = [
@@ -250,6 +259,7 @@ BAD = [
     (f"subset {A} -o ids.txt", 1, "ids.txt is a file"),
     (f"subset {A} -o features", 1, "features is not empty"),
     (f"subset {A} -o {A}", 1, "exists and is not what"),
+    (f"subset {A} -o {A}/new.zarr", 1, "lies inside the store angio.zarr; give -o a folder beside"),
     ("merge other.zarr -o new.zarr", 2, "two stores or more"),
     ("merge -o new.zarr", 2, "Missing argument"),
     ("merge other.zarr other.zarr -o new.zarr", 2, "each of them once"),

@@ -441,9 +441,7 @@ def test_the_page_shows_the_runs_side_by_side_and_needs_no_other_file(
     assert "head0 (baseline) compare_store:Shifted 1 0.750" in page.text
     interval = result.comparisons[0].dice.interval
     assert interval is not None
-    assert (
-        f"Dice 12 0.750 0.958 +0.208 {interval.low:+.3f} to {interval.high:+.3f} 11 1" in page.text
-    )
+    assert f"Dice 12 0.750 0.958 +0.208 {interval.low:.3f} to {interval.high:.3f} 11 1" in page.text
     shown = re.findall(
         r"(\w+) difference (\S+) Dice Image (\w+) .*? head0 Dice ([\d.]+) head1 Dice ([\d.]+)",
         page.text,

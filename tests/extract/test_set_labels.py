@@ -15,16 +15,19 @@ from picture_folder import write_images
 from PIL import Image
 from worker_thread import one_process
 
-from sam3cache.errors import ConfigError, ManifestError, StoreBusyError
+from sam3cache.errors import ConfigError, ManifestError, StoreBusyError, UnsealedStoreError
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.extract.relabel import (
     AnnotationsConfig,
     LabelsConfig,
     remove_annotation,
+    remove_labels,
     set_annotations,
     set_labels,
 )
 from sam3cache.features import open_store, staging_of, store_lock, verify_store
+from sam3cache.features import relabel as relabel_module
+from sam3cache.features.repacking import repack
 from sam3cache.images import parse_classes
 
 NUM_IMAGES = 20
@@ -366,6 +369,106 @@ def test_two_at_once_are_not_let_in(place: Path) -> None:
         pytest.raises(StoreBusyError, match="is being changed by process"),
     ):
         set_labels(LabelsConfig(place / "x.zarr", "reader2", manifest))
+
+
+def test_a_store_changed_while_masks_are_read_is_not_labelled_for_what_it_was(place: Path) -> None:
+    store, manifest = place / "x.zarr", write_masks(place)
+    table = write(place / "a.csv", "id,split", "s00,test")
+
+    def change(num_done: int, num_total: int) -> None:
+        if num_done == num_total:
+            set_annotations(AnnotationsConfig(store, table))
+
+    config = LabelsConfig(store, "reader2", manifest)
+    with pytest.raises(StoreBusyError, match="was changed by another process meanwhile; run the s"):
+        set_labels(config, change)
+    opened = open_store(store)
+    assert list(opened.label_sets) == ["mask"]
+    assert opened.samples[0].split == "test"
+    assert set_labels(config).num_with_mask == NUM_IMAGES
+
+
+def test_a_set_keeps_no_name_of_a_file_that_it_came_from(place: Path) -> None:
+    store = place / "x.zarr"
+    set_labels(LabelsConfig(store, "second", write_masks(place, "jane-doe")))
+    opened = open_store(store)
+    lines = opened.label_rows("second").values()
+    assert {(line.present, line.source) for line in lines} == {(True, "")}
+    assert all(line.mtime_ns for line in lines)
+    assert {line.source for line in opened.label_rows("mask").values()} != {""}
+    files = [path for path in store.rglob("*") if path.is_file()]
+    assert not any("jane" in path.name or b"jane" in path.read_bytes() for path in files)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once."""
+
+
+def kill_with_the_old_set_gone(config: LabelsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set labels, and end when the store has forgotten the old set and has not got the new one."""
+
+    def end(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(relabel_module, "fold_receipts", end)
+        with pytest.raises(Killed):
+            set_labels(config)
+
+
+def test_an_interrupted_set_is_made_whole_by_its_own_command_and_by_no_other(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, manifest = place / "x.zarr", write_masks(place)
+    set_labels(LabelsConfig(store, "reader2", write_masks(place, "old", level=0)))
+    config = LabelsConfig(store, "reader2", manifest)
+    kill_with_the_old_set_gone(config, monkeypatch)
+    table = write(place / "a.csv", "id,split", "s00,test")
+    for change in (
+        lambda: set_annotations(AnnotationsConfig(store, table)),
+        lambda: set_labels(LabelsConfig(store, "third", manifest)),
+        lambda: remove_labels(store, "mask"),
+        lambda: repack(store),
+    ):
+        with pytest.raises(UnsealedStoreError, match="set reader2` was interrupted; run that com"):
+            change()
+    # An extraction finishes its own part, and leaves the seal to who knows the masks.
+    Image.fromarray(np.full((96, 128), 9, np.uint8)).save(place / "pictures/images/new.png")
+    with (place / "pictures/manifest.csv").open("a", encoding="utf-8") as file:
+        file.write("new,images/new.png,,0,0,train,p9\n")
+    message = "yet it is not sealed: `store labels set reader2` was interrupted; run that command a"
+    with pytest.raises(UnsealedStoreError, match=message):
+        extract(config_of(place / "pictures"))
+    opened = open_store(store, allow_unsealed=True)
+    new = next(sample for sample in opened.samples if sample.id == "new")
+    assert (opened.read("image_1008", new.row)[0, :700] == 9).all()
+    assert not opened.sealed
+
+    assert set_labels(config).num_with_mask == NUM_IMAGES
+    opened = open_store(store)
+    assert sorted(opened.label_sets) == ["mask", "reader2"]
+    assert all(opened.read_mask(row, "reader2").all() for row in range(NUM_IMAGES))
+    assert not opened.has_mask(new.row, "reader2")
+    assert verify_store(store).findings == ()
+
+
+def test_extract_leaves_masks_alone_that_no_extraction_has_read(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pictures", num_images=NUM_IMAGES)
+    (folder / "masks").rename(tmp_path / "elsewhere")
+    table = folder / "manifest.csv"
+    lines = [line.split(",") for line in table.read_text(encoding="utf-8").splitlines()]
+    write(table, *(",".join(line[:2] + line[3:]) for line in lines))
+    extract(config_of(folder))
+    store = tmp_path / "x.zarr"
+    set_labels(LabelsConfig(store, "mask", write_masks(tmp_path)))
+    Image.fromarray(np.full((96, 128), 9, np.uint8)).save(folder / "images/new.png")
+    with table.open("a", encoding="utf-8") as file:
+        file.write("new,images/new.png,0,0,train,p9\n")
+    result = extract(config_of(folder))
+    assert (result.sealed, result.num_computed, result.num_relabelled) == (True, 1, 0)
+    opened = open_store(store)
+    assert all(opened.read_mask(row).all() for row in range(NUM_IMAGES))
+    assert not opened.has_mask(opened.samples[-1].row, "mask")
 
 
 def test_extract_keeps_other_label_sets_and_takes_back_its_own(place: Path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3cache.errors import ConfigError, ManifestError
+from sam3cache.errors import ConfigError, ImageError, ManifestError
+from sam3cache.images import read_image
 from sam3cache.inference.inputs import find_images
 
 
@@ -74,6 +75,18 @@ def test_columns_may_be_called_anything(here: Path) -> None:
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(here: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(here / "c[1].png")
     assert [sample.id for sample in find_images(["c[1].png"]).samples] == ["c[1]"]
+
+
+def test_every_frame_of_a_cine_is_taken_where_no_manifest_says_which(here: Path) -> None:
+    cine = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    np.save(here / "a" / "run.npy", cine)
+    (here / "a" / "bad.npy").write_bytes(b"\x93NUMPY")
+    (here / "cine.csv").write_text("image,frame\na/run.npy,2\n", encoding="utf-8")
+    found = find_images(["a", "a/run.npy", "cine.csv"]).samples
+    assert [s.id for s in found] == ["1", "2", "bad", "run#0", "run#1", "run#2", "a/run#2"]
+    np.testing.assert_array_equal(read_image(found[4])[..., 0], cine[1])
+    with pytest.raises(ImageError, match=r"bad\.npy"):
+        read_image(found[2])
 
 
 @pytest.mark.parametrize(

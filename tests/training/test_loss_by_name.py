@@ -5,6 +5,7 @@ Shape legend: see ``sam3cache.training.loss``.
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,11 +319,20 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("loss", ["focal", "dice-focal", "cldice", "boundary"])
-def test_a_library_that_is_missing_is_named_with_what_to_install(
-    loss: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("installed", [None, "1.5.2"])
+def test_a_library_that_is_missing_or_old_is_named_with_what_to_install(
+    loss: str, installed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "monai", None)
-    with pytest.raises(ConfigError, match=r"needs monai, .*install \"sam3cache\[losses\]\""):
+    # What is installed is what stands on the path, as importlib finds it.
+    elsewhere = [entry for entry in sys.path if not entry.endswith("site-packages")]
+    if installed is not None:
+        record = tmp_path / f"monai-{installed}.dist-info" / "METADATA"
+        record.parent.mkdir()
+        record.write_text(f"Metadata-Version: 2.1\nName: monai\nVersion: {installed}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
+    message = rf"needs monai 1\.6 or newer, installed is {installed or 'none'}; run"
+    with pytest.raises(ConfigError, match=message) as caught:
         build_loss(loss, "multilabel")
+    assert '"sam3cache[losses]"' in str(caught.value)
     for task in TASKS:
         build_loss(default_loss(task), task)

@@ -1,4 +1,4 @@
-"""``sam3cache store labels``: sets of masks, set, listed and removed."""
+"""``sam3cache store labels``: sets of masks, set, listed, counted and removed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result a
 
 @click.group()
 def labels() -> None:
-    """Set, list or remove sets of masks, without touching a feature.
+    """Set, list, count or remove sets of masks, without touching a feature.
 
     A store may hold several sets beside "mask", the one that `sam3cache extract` writes: other
     annotators, other structures. Train on one by `sam3cache train --label-set NAME`.
