@@ -7,7 +7,16 @@ between its steps for steps of a script without a cache: letterboxed pixels, thr
 the same head, loss and optimizer. Reading and decoding images is left out of the latter, in its
 favour. The loss is measured by itself too, against PyTorch's interpolation with MONAI's.
 
+Then epochs of training alone, by turns: from RAM (and the device's memory, on a GPU) and streamed,
+against the same head on tensors in memory, which is the ceiling, and against what one writes in
+twenty lines: a .npy file a sample, torch's DataLoader with workers. And ``linear``, which leaves
+most to the reading, streamed, against the same files read and checked alone.
+
 Exits with 1 when a bound is missed:
+
+- from RAM and from the device, training is at least CEILING_RATIO of the ceiling;
+- streamed with ``linear``, at least STREAM_RATIO of the slower of reading alone and of the head on
+  tensors in memory;
 
 - the cache trains at least MINI_RATIO times as fast as with sam3-mini's tower in the loop, and,
   with --full, at least FULL_RATIO times as fast as with SAM 3's own;
@@ -22,7 +31,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +42,7 @@ import torch
 from reporting import Bound, Machine, Report, alternate, duration, rate, significant
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from sam3cache.backbone import load_tower
 from sam3cache.features import (
@@ -56,6 +66,7 @@ from sam3cache.loading import CachedSamples
 from sam3cache.records import Batch
 from sam3cache.runtime import pick_device
 from sam3cache.training import Progress, TrainConfig, dice_bce_loss, train
+from sam3cache.training.loop import Run
 
 HEAD, LEARNING_RATE = "film-conv", 1e-4
 NUM_TRAIN, NUM_VAL, NUM_EPOCHS = 521, 111, 30
@@ -64,6 +75,8 @@ FRAME_PX, MASK_PX = 1016, 512
 MINI_RATIO = 1.5
 FULL_RATIO = 10.0
 WHOLE_MIN = 45.0
+CEILING_RATIO = 0.95
+STREAM_RATIO = 0.9
 LOSS_DIFFERENCE = 1e-5
 LOSS_RATIO = 1.5
 
@@ -100,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epoch = HaltedEpoch(rivals, num_train, turn_images)
         result = train(config, epoch)
 
+        print("Comparing where samples lie, with tensors and with files of one's own", flush=True)
+        rates = compare_roads(config, Path(folder), rounds=2 if options.quick else 5)
+
         print("Comparing losses", flush=True)
         ours_s, monai_s, difference = compare_losses(batch, rounds=3 if options.quick else 9)
         whole_s = None
@@ -126,6 +142,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append((names[rival.backbone], *cells))
         claim = f"the cache trains at least {limit:g} times as fast as {rival.backbone} in the loop"
         bounds.append(Bound(claim, ratio, ratio >= limit))
+    for road, of_road in rates.items():
+        speed = median(of_road)
+        rows.append((ROADS[road], significant(speed), duration(all_images / speed), ""))
+        if road in ("ram", "device"):
+            ratio = speed / median(rates["tensors"])
+            claim = f"{ROADS[road]}, at least {CEILING_RATIO:g} of the ceiling"
+            bounds.append(Bound(claim, ratio, ratio >= CEILING_RATIO))
+        if road == "linear":
+            ratio = speed / min(median(rates["reading"]), median(rates["linear_tensors"]))
+            claim = f"streamed, linear is at least {STREAM_RATIO:g} of the slower of disk and head"
+            bounds.append(Bound(claim, ratio, ratio >= STREAM_RATIO))
     for name, seconds in (
         ("its loss alone", ours_s),
         ("that loss by interpolation and MONAI", monai_s),
@@ -178,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rival.backbone: [s / len(rival.batch.rows) for s in rival.seconds]
                 for rival in rivals
             },
+            "road_images_per_s": rates,
             "loss_s_per_batch": {"ours": ours_s, "monai": monai_s},
             "loss_difference": difference,
             "load_s": result.load_s,
@@ -310,6 +338,161 @@ class HaltedEpoch:
             for rival in self.rivals:
                 rival.turn()
         self._begun = num_done, time.perf_counter()
+
+
+ROADS = {
+    "tensors": "tensors in memory, the ceiling",
+    "ram": "from RAM",
+    "device": "from the device's memory",
+    "stream": "streamed",
+    "npy": "a `.npy` a sample, DataLoader",
+    "reading": "reading alone",
+    "linear_tensors": "`linear`, loss at 72 px, on tensors",
+    "linear": "`linear`, loss at 72 px, streamed",
+}
+
+
+def compare_roads(config: TrainConfig, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Train epochs by each road in turn.
+
+    Returns:
+        By road, images a second in each round; validation is left out.
+    """
+    roads: dict[str, Callable[[], float]] = {"tensors": InMemory(config).epoch}
+    for road in ("ram", "device", "stream"):
+        if road != "device" or config.device != "cpu":
+            own = replace(config, name=road, residency=road)
+            roads[road] = CachedRun(own).epoch
+    roads["npy"] = NpyFiles(config, folder / "npy").epoch
+    # A loss as coarse as the features, so that nothing but reading is left to do.
+    coarse = replace(config, name="linear", head="linear", residency="stream", loss_size_px=72)
+    linear = CachedRun(coarse)
+    roads |= {"reading": linear.read, "linear_tensors": InMemory(coarse).epoch}
+    roads["linear"] = linear.epoch
+    rates: dict[str, list[float]] = {road: [] for road in roads}
+    for number in range(rounds + 1):
+        for road, epoch in roads.items():
+            images_per_s = epoch()
+            if number:  # the first is to warm up
+                rates[road].append(images_per_s)
+    return rates
+
+
+class CachedRun:
+    """sam3cache's own loop, the training of an epoch at a time."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.run = Run(replace(config, epochs=1000))
+
+    def epoch(self) -> float:
+        """Train on an epoch; return images a second."""
+        begun_s = time.perf_counter()
+        for _ in self.run._train_epoch(1):
+            pass
+        if self.run.device != "cpu":
+            torch.cuda.synchronize()
+        return self.run.num_train / (time.perf_counter() - begun_s)
+
+    def read(self) -> float:
+        """Read an epoch's batches and do nothing with them; return images a second."""
+        samples, config = self.run.train_samples, self.run.config
+        begun_s = time.perf_counter()
+        for _ in samples.iterate(config.batch_size, shuffle=True, piece_size=self.run.micro_batch):
+            pass
+        if self.run.device != "cpu":
+            torch.cuda.synchronize()
+        return len(samples) / (time.perf_counter() - begun_s)
+
+
+class InMemory:
+    """The ceiling: head, loss and optimizer on tensors that lie on the device."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.run = Run(replace(config, name=f"{config.head}-tensors", residency="ram"))
+        samples = self.run.train_samples
+        self.size = self.run.micro_batch
+        self.pieces = [
+            samples.batch(range(at, min(at + self.size, len(samples))))
+            for at in range(0, len(samples), self.size)
+        ]
+
+    def epoch(self) -> float:
+        """Train on an epoch; return images a second."""
+        return train_plainly(self.run, self.pieces)
+
+
+class NpyFiles:
+    """What one writes in twenty lines: a file a sample and array, read by worker processes."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.run = Run(replace(config, name="npy", residency="ram"))
+        folder.mkdir()
+        samples = self.run.train_samples
+        for index in range(len(samples)):
+            batch = samples.batch([index])
+            assert batch.target_BKTT is not None
+            np.save(folder / f"{index}.feature.npy", batch.levels["fpn_72"][0].cpu().numpy())
+            np.save(folder / f"{index}.mask.npy", batch.target_BKTT[0].cpu().numpy())
+            np.save(folder / f"{index}.angles.npy", batch.angles_B2[0].cpu().numpy())
+        self.loader = DataLoader(
+            NpyDataset(folder, len(samples)),
+            batch_size=self.run.micro_batch,
+            shuffle=True,
+            num_workers=2,
+            persistent_workers=True,
+            multiprocessing_context="spawn",
+            pin_memory=self.run.device != "cpu",
+        )
+
+    def epoch(self) -> float:
+        """Train on an epoch; return images a second."""
+        return train_plainly(self.run, map(self.batch, self.loader))
+
+    def batch(self, arrays: Sequence[Tensor]) -> Batch:
+        """Bring a batch to the device."""
+        feature, mask, angles = (a.to(self.run.device, non_blocking=True) for a in arrays)
+        content = torch.full((len(angles), 2), FRAME_PX, device=self.run.device)
+        return Batch({"fpn_72": feature}, angles, content, mask, tuple(range(len(angles))))
+
+
+class NpyDataset(Dataset[tuple[Tensor, ...]]):
+    """Samples of three files each."""
+
+    def __init__(self, folder: Path, num_samples: int) -> None:
+        self.folder, self.num_samples = folder, num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        names = ("feature", "mask", "angles")
+        return tuple(torch.from_numpy(np.load(self.folder / f"{index}.{n}.npy")) for n in names)
+
+
+def train_plainly(run: Run, pieces: Iterable[Batch]) -> float:
+    """Take an epoch's steps with a run's head, loss and optimizer; return images a second.
+
+    Like the loop, a step a batch of so many pieces; without all that it does beside.
+    """
+    begun_s, num_seen = time.perf_counter(), 0
+    batch_size = run.config.batch_size
+    for piece in pieces:
+        assert piece.target_BKTT is not None
+        of_batch = min(batch_size, run.num_train - num_seen // batch_size * batch_size)
+        with torch.autocast(
+            torch.device(run.device).type, torch.bfloat16, enabled=run.precision == "bf16"
+        ):
+            logits_BKHW = run.head(piece)
+        loss = run.loss(logits_BKHW.float(), piece.target_BKTT) * len(piece.rows) / of_batch
+        loss.backward()
+        num_seen += len(piece.rows)
+        if num_seen % batch_size == 0 or num_seen == run.num_train:
+            torch.nn.utils.clip_grad_norm_(run.head.parameters(), 1.0)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    if run.device != "cpu":
+        torch.cuda.synchronize()
+    return num_seen / (time.perf_counter() - begun_s)
 
 
 def compare_losses(batch: Batch, rounds: int) -> tuple[list[float], list[float], float]:

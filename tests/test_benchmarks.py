@@ -62,7 +62,7 @@ def test_training_is_measured_and_its_bounds_decide_the_exit_status(tmp_path: Pa
     (file,) = tmp_path.iterdir()  # the store is gone
     measured = json.loads(file.read_text(encoding="utf-8"))
     assert status == (0 if all(bound["holds"] for bound in measured["bounds"]) else 1)
-    assert len(measured["bounds"]) == 3
+    assert len(measured["bounds"]) == 5
     assert measured["figures"]["loss_difference"] <= 1e-5
     assert len(measured["figures"]["cached_images_per_s"]) == 1
     assert measured["figures"]["in_loop_s_per_image"]["sam3-mini"][0] > 0

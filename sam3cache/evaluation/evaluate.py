@@ -150,7 +150,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     classes = _classes(store, label_set, info, folder)
     output = prepare_output(config.output or config.checkpoint / f"eval-{config.split}", store.path)
 
-    chosen = _choose_threshold(config, store, label_set, head, info, report, len(samples))
+    chosen = _choose_threshold(config, store, label_set, head, info, report, samples)
     rule, num_before = chosen.rule, chosen.num_images_read
     cached = _cached(store, samples, info, label_set, config.device)
     angles = AngleCheck(samples, has_mask, len(classes), config.seed)
@@ -325,7 +325,7 @@ def _choose_threshold(
     head: Head,
     info: CheckpointInfo,
     report: Report,
-    num_to_evaluate: int,
+    evaluated: Sequence[StoredSample],
 ) -> _Chosen:
     """Settle the threshold; for "auto", by a pass over the validation split."""
     num_classes = len(store.label_sets[label_set].classes)
@@ -361,15 +361,18 @@ def _choose_threshold(
             for i, logits_KSS in enumerate(logits_of(head, batch), start=len(dice)):
                 mask_CHW = planes(cached, i, rule)
                 dice.add(predict(logits_KSS, cached.letterbox(i), mask_CHW, rule))
-            report(len(dice), len(samples) + num_to_evaluate)
+            report(len(dice), len(samples) + len(evaluated))
     threshold, mean_dice = dice.best()
-    on_evaluated = config.split in (AUTO_SPLIT, "all")
+    # Not by the splits' names: of cross-validation the part held out is from two of them.
+    num_evaluated = len({s.row for s in samples} & {s.row for s in evaluated})
+    on_evaluated = num_evaluated > 0
     sentence = (
         f"Threshold {threshold:g}: of {len(THRESHOLDS)} from {THRESHOLDS[0]:g} to "
         f"{THRESHOLDS[-1]:g} that of the highest mean Dice, {mean_dice:.3f}, on the {len(samples)} "
         f"images with a mask of split {AUTO_SPLIT}"
     )
-    sentence += ", which are evaluated here." if on_evaluated else "; none is evaluated here."
+    verb = "are" if num_evaluated > 1 else "is"
+    sentence += f"; {num_evaluated or 'none'} of them {verb} evaluated here."
     choice = ThresholdChoice("auto", sentence, AUTO_SPLIT, len(samples), mean_dice, on_evaluated)
     return _Chosen(replace(rule, threshold=threshold), choice, len(samples))
 

@@ -54,8 +54,8 @@ def notices_of(
         )
     if result.threshold_choice.on_evaluated:
         sentences.append(
-            f"The threshold was chosen on split {result.threshold_choice.split}, which is measured "
-            "here: scores are a little too high."
+            f"The threshold was chosen on images of split {result.threshold_choice.split} that are "
+            "measured here: scores are a little too high."
         )
     num_unknown = num_unreadable(samples)
     if num_unknown:

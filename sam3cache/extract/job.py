@@ -228,7 +228,9 @@ def plan_job(request: Request, state: StoreState) -> Job:
     changes = compare_annotations(state.annotations(), plan.annotations, plan.is_variant)
     none = Tasks({}, plan, state)
     job = Job(config, settings, plan, levels, label_set, label_sets, state, changes, none)
-    return replace(job.at(state), num_relabelled=_num_relabelled(state, plan))
+    # A set that no extraction has read stays as it is.
+    num_relabelled = 0 if label_set is None else _num_relabelled(state, plan)
+    return replace(job.at(state), num_relabelled=num_relabelled)
 
 
 def _require_common_picture(state: StoreState, config: ExtractConfig, plan: RowPlan) -> None:

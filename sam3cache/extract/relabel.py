@@ -256,8 +256,9 @@ def _stage(
     rows: dict[int, list[int]] = defaultdict(list)
     for row in store.every_row:
         rows[block_of(row)].append(row)
-    lines = {row: _mask_line(row, given.get(row, ())) for row in store.every_row}
-    _begin(staging, _request(config, store, given))
+    states = {row: tuple(map(_state, _files(sample))) for row, sample in matched.items()}
+    lines = {row: _mask_line(row, matched, states) for row in store.every_row}
+    _begin(staging, _request(config, store, matched, states))
     done = read_receipts(staging)
     asides: list[SetAside] = []
     num_done = 0

@@ -17,6 +17,7 @@ from sam3cache.heads import build_head
 from sam3cache.runtime import write_atomic
 from sam3cache.tasks import num_outputs
 from sam3cache.training.config import TrainConfig
+from sam3cache.training.division import divide
 from sam3cache.training.loop import TrainResult
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
 from sam3cache.training.stopping import Stop, never
@@ -194,12 +195,14 @@ def run_experiments(
         How each run stands, in the order of ``runs``.
 
     Raises:
-        ConfigError: the output holds runs already.
+        ConfigError: the output holds runs already, or folds cannot be made.
         StoreError: the store cannot be used.
         StoppedError: it was told to stop, and all runs have saved where they were.
     """
     first = runs[0].config
-    open_store(first.store, allow_unsealed=first.allow_unsealed, overlay=first.overlay)
+    store = open_store(first.store, allow_unsealed=first.allow_unsealed, overlay=first.overlay)
+    if first.folds and first.label_set in store.label_sets:
+        divide(store, first)  # What stands against folds stands against all runs.
     for run in runs:
         run_dir = run.config.run_dir
         if run_dir.exists() and not (run.config.resume or run.config.overwrite):

@@ -501,7 +501,6 @@ class Run:
         train_s = self.state.train_s + self._elapsed_s()
         val_dice = yield from self._validate(epoch, train_loss, train_s)
         elapsed_s = self.state.elapsed_s + self._elapsed_s()
-        self._busy_s, self._began_s = 0.0, time.monotonic()
         learning_rate = self._rate(epoch, self.num_train - 1)
         metrics = {"train_loss": train_loss, "val_dice": val_dice}
         best = val_dice > self.state.best_dice
@@ -540,6 +539,7 @@ class Run:
         self._save(self.state)
         self.position = (epoch + 1, 0, 0)
         self._report_train(epoch, epoch * self.num_train, train_loss)
+        self._busy_s, self._began_s = 0.0, time.monotonic()  # writing is in no epoch's time
 
     def _train_epoch(self, epoch: int) -> Generator[None, None, float]:
         """Take a step a batch; return the mean loss over the images."""

@@ -137,5 +137,7 @@ def test_a_threshold_is_chosen_on_the_validation_split_of_the_store(here, invoke
     options = ("--threshold", "auto", "--by", "vessel", "--device", "cpu", "--no-page")
     lines = invoke("eval", "x.zarr", "checkpoints/run", *options).stdout.splitlines()
     assert lines[2].startswith("Threshold 0.")
-    assert lines[2].endswith("on the 4 images with a mask of split val; none is evaluated here.")
+    assert lines[2].endswith(
+        "on the 4 images with a mask of split val; none of them is evaluated here."
+    )
     assert any(line.split()[:1] == ["RCA"] for line in lines)

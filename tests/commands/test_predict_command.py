@@ -5,6 +5,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +106,7 @@ def test_programs_get_json_alone_on_stdout(here, invoke):
         0,
     )
     assert (summary["task"], summary["classes"]) == ("multiclass", ["LAD", "RCA"])
+    assert summary["threshold"] is None
     for row in table_of(Path("out")):
         numbers = np.array(Image.open(Path("out") / row["mask"]))
         counts = np.bincount(numbers.ravel(), minlength=3)
@@ -169,6 +173,51 @@ def test_no_input_is_ever_written_over(here, invoke):
     assert (here / "mine" / "masks" / "00.png").read_bytes() == mask
 
 
+def test_a_killed_run_leaves_whole_files_alone_and_can_be_run_again(here, invoke):
+    (here / "many").mkdir()
+    for number in range(40):
+        shutil.copy(here / "data" / "images" / "00.png", here / "many" / f"{number:02}.png")
+    common = ("predict", "first", "many", "--store", "two.zarr", "-o", "out", "--coco", "c.json")
+    program = [sys.executable, "-m", "sam3cache", *common, "--device", "cpu", "--overlay"]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline_s = time.monotonic() + 100
+        while len(list(here.glob("out/masks/*.png"))) < 3:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    masks = list(here.glob("out/masks/*.png"))
+    assert 3 <= len(masks) < 40
+    for path in masks:
+        with Image.open(path) as image:
+            assert set(np.unique(np.array(image))) == {0, 255}
+    assert not (here / "c.json").exists()
+    assert not (here / "out" / "summary.json").exists()
+    assert invoke(*common).exit_code == 2
+    assert invoke(*common, "--overwrite").exit_code == 0
+    assert len(list(here.glob("out/masks/*.png"))) == 40
+    assert len(json.loads((here / "c.json").read_bytes())["annotations"]) == 40
+
+
+def test_each_frame_of_a_cine_has_a_mask_of_its_own(here, invoke):
+    (here / "new").mkdir()
+    stills = []
+    for number in range(2):
+        with Image.open(here / "data" / "images" / "00.png") as image:
+            stills.append(np.array(image)[:, :: 1 - 2 * number])
+    np.save(here / "new" / "run.npy", np.stack(stills))
+    result = invoke("predict", "first", "new/run.npy", "--store", "two.zarr", "-o", "out")
+    assert result.exit_code == 0, result.output
+    table = table_of(here / "out")
+    assert [(row["id"], row["frame"], row["features"], row["mask"]) for row in table] == [
+        ("run#0", "0", "store", "masks/run#0.png"),
+        ("run#1", "1", "tower", "masks/run#1.png"),
+    ]
+
+
 def test_a_head_is_exported_with_or_without_images(here, invoke):
     result = invoke("predict", "first", "--export", "head.pt2", "--json")
     assert result.exit_code == 0, result.output
@@ -199,6 +248,7 @@ def test_a_head_is_exported_with_or_without_images(here, invoke):
         (["first", "data", "-o", "out", "--primary-angle", "30"], 2, "column of primary angles"),
         (["first", "data/images", "-o", "out", "--primary-angle", "181"], 2, "primary angle 181"),
         (["first", "data", "-o", "out", "--threshold", "1"], 2, "threshold 1.0"),
+        (["numbers", "data", "-o", "out", "--threshold", "0.4"], 2, "leave --threshold out"),
         (["first", "data", "-o", "out", "--batch-size", "0"], 2, "batch size 0"),
         (["first", "data", "-o", "file"], 2, "results cannot be written to file"),
         (["first", "data", "-o", "out", "--coco", "data"], 2, "data is there already"),

@@ -49,6 +49,39 @@ def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
     assert record["head_options"] == {"widths": [6, 4], "embedding_dim": 32}
 
 
+def test_many_runs_end_in_a_table_and_what_failed_is_listed(store: Path, invoke: Invoke) -> None:
+    Path("heads.toml").write_text(
+        '[[experiment]]\nname = "floor"\nhead = "linear"\n'
+        '[[experiment]]\nname = "detail"\nhead = "film-detail"\n',
+        encoding="utf-8",
+    )
+    options = ("--experiments", "heads.toml", "--folds", "2", *QUICK)
+    result = invoke("train", store, *options)
+    assert result.exit_code == 3
+    (line,) = [text for text in result.stdout.splitlines() if text.startswith("floor")]
+    assert line.split()[1] == "2/2"
+    assert "±" in line
+    assert "Set aside, 2 of 4 runs:" in result.stdout
+    assert "detail-fold0: head film-detail needs image_1008" in result.stdout
+    summary = json.loads(Path("checkpoints/heads/summary.json").read_text("utf-8"))
+    assert [run["status"] for run in summary["runs"]] == ["done"] * 2 + ["failed"] * 2
+    assert Path("checkpoints/heads/floor-fold1/best/model.safetensors").exists()
+    again = invoke("train", store, *options)
+    assert again.exit_code == 2
+    assert "holds a run already" in again.stderr
+
+
+def test_settings_without_an_option_of_their_own_are_set_by_name(
+    store: Path, invoke: Invoke
+) -> None:
+    options = ("--head", "linear", "--micro-batch", "1", "--ema", "0.9", "--augment", "noise")
+    options += ("--set", "weight_decay=0.05", "--set", "order_seed=3", "--loss", "focal")
+    assert invoke("train", store, *options, *QUICK).exit_code == 0
+    record = json.loads(Path("checkpoints/linear/best/checkpoint.json").read_text("utf-8"))
+    kept = ("micro_batch", "ema", "augment", "weight_decay", "order_seed", "loss")
+    assert [record["settings"][name] for name in kept] == [1, 0.9, ["noise"], 0.05, 3, "focal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "expected"),
     [
@@ -63,6 +96,12 @@ def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
             "linear",
         ),
         (["features/x.zarr", "--head-option", "wide"], 2, "expected NAME=VALUE"),
+        (["features/x.zarr", "--set", "epochs=3"], 2, "--set epochs: no such setting"),
+        (["features/x.zarr", "--set", "warmup_epochs=x"], 2, "warmup_epochs is 'x'"),
+        (["features/x.zarr", "--micro-batch", "few"], 2, "expected auto or a number"),
+        (["features/x.zarr", "--experiments", "no.toml"], 2, "no.toml cannot be read as TOML"),
+        (["features/x.zarr", "--head", "linear", "--folds", "9"], 2, "9 folds need as many groups"),
+        (["features/x.zarr", "--head", "linear", "--variants", "rot10"], 2, "no variant 'rot10'"),
         (["features/x.zarr", "--head", "linear", "--resume"], 2, "there is no run to resume"),
     ],
 )
@@ -91,7 +130,7 @@ def test_without_a_store_there_must_be_just_one_to_find(
 
 def test_every_option_stands_under_a_heading_of_the_help(invoke: Invoke) -> None:
     text = invoke("train", "--help").stdout
-    for heading in ("What to train:", "How:", "Where it runs:", "The run:"):
+    for heading in ("What to train:", "How:", "Many runs:", "Where it runs:", "The run:"):
         assert heading in text
     other = text[text.index("\nOther:") :]
     assert other.count("--") == 1, "an option is in no group"

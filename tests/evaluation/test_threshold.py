@@ -13,6 +13,8 @@ from sam3cache.errors import ConfigError
 from sam3cache.evaluation import EvalConfig, evaluate
 from sam3cache.evaluation.predicting import Prediction
 from sam3cache.evaluation.threshold import THRESHOLDS, DiceByThreshold
+from sam3cache.features import open_store
+from sam3cache.loading.folds import fold_of_groups
 from sam3cache.metrics import dice_iou_precision_recall
 
 FAINT = "page_store:Faint"
@@ -92,7 +94,7 @@ def test_the_threshold_is_chosen_on_the_validation_split_and_told(config: EvalCo
     assert (choice.mean_dice, choice.on_evaluated) == (1.0, False)
     assert choice.sentence == (
         "Threshold 0.2: of 19 from 0.05 to 0.95 that of the highest mean Dice, 1.000, on the 6 "
-        "images with a mask of split val; none is evaluated here."
+        "images with a mask of split val; none of them is evaluated here."
     )
     assert result.overall["dice"].mean == 0.5
     assert not any("threshold" in notice for notice in result.notices)
@@ -115,8 +117,8 @@ def test_a_number_is_kept_and_the_checkpoints_own_is_the_rule(config: EvalConfig
 def test_a_threshold_chosen_on_what_is_measured_is_told_so(config: EvalConfig, split: str) -> None:
     result = evaluate(replace(config, split=split))  # type: ignore[arg-type]
     assert result.threshold_choice.on_evaluated
-    assert result.threshold_choice.sentence.endswith("of split val, which are evaluated here.")
-    assert "The threshold was chosen on split val, which is measured here" in result.notices[0]
+    assert result.threshold_choice.sentence.endswith("of split val; 6 of them are evaluated here.")
+    assert "The threshold was chosen on images of split val that are measured" in result.notices[0]
 
 
 def test_the_images_that_are_measured_have_no_say(config: EvalConfig, tmp_path: Path) -> None:
@@ -145,3 +147,26 @@ def test_class_numbers_have_no_threshold(tmp_path: Path, threshold: float | str)
     run = write_run(tmp_path / "run", store, name, num_classes=3, task="multiclass")
     with pytest.raises(ConfigError, match="leave --threshold out"):
         evaluate(EvalConfig(store, run, head=name, threshold=threshold))  # type: ignore[arg-type]
+
+
+def test_of_cross_validation_the_part_that_was_held_out_chooses(
+    config: EvalConfig, tmp_path: Path
+) -> None:
+    """Whatever the splits are called, it is told how many of its images are measured."""
+    drawn = [Drawn(0) for _ in range(12)]
+    store = write_page_store(tmp_path / "b.zarr", drawn, splits=("train", "val", "test"))
+    settings = {"folds": 2, "fold": 0, "fold_seed": 0, "stratify": None}
+    run = write_run(tmp_path / "fold", store, FAINT, settings=settings)
+    of = {}
+    for split in ("train", "val", "test"):
+        result = evaluate(replace(config, store=store, checkpoint=run, split=split))  # type: ignore[arg-type]
+        assert result.threshold_choice.num_images == 4
+        of[split] = result.threshold_choice
+    assert of["val"].sentence.endswith("4 of them are evaluated here.")
+    assert of["test"].sentence.endswith("none of them is evaluated here.")
+    # Half of 4 + 4 images are held out: some of them may be of the split that is called train.
+    samples = [s for s in open_store(store).samples if s.split in ("train", "val")]
+    fold_of = fold_of_groups(samples, 2)
+    num_train = sum(s.split == "train" and fold_of[s.group] == 0 for s in samples)
+    assert of["train"].on_evaluated == (num_train > 0)
+    assert f"; {num_train or 'none'} of them " in of["train"].sentence

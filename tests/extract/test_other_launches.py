@@ -59,7 +59,9 @@ def config(place: Path, *levels: str) -> ExtractConfig:
 
 def save_like(path: Path, shade: int) -> None:
     """Replace a picture by another of the same size in bytes and time of change."""
-    stat, size_px = path.stat(), Image.open(path).size
+    stat = path.stat()
+    with Image.open(path) as old:
+        size_px = old.size
     Image.new("L", size_px, shade).save(path)
     room_bytes = stat.st_size - path.stat().st_size
     assert room_bytes >= 0
@@ -85,11 +87,11 @@ def test_a_picture_replaced_behind_its_size_and_time_gets_no_level_of_another(pl
     assert "s03" not in {sample.id for sample in opened.samples}
     assert len(opened.samples) == NUM_IMAGES - 1
     # Saved again it has a time of its own.
-    Image.new("L", (96, 128), 200).save(place / "pictures/images/03.png")
+    Image.new("L", (128, 96), 200).save(place / "pictures/images/03.png")
     assert extract(config(place)).set_aside == ()
     opened = open_store(store)
     (sample,) = [sample for sample in opened.samples if sample.id == "s03"]
-    assert (opened.read("image_1008", sample.row)[0, :, :700] == 200).all()
+    assert (opened.read("image_1008", sample.row)[0, :700] == 200).all()
 
 
 def test_a_level_that_another_launch_has_added_is_not_sealed_away(

@@ -98,8 +98,8 @@ def set_(
     \b
     Examples:
       sam3cache store labels set features/angio.zarr reader2 --from reader2.csv
-      sam3cache store labels set features/phantoms.zarr branches --from phantoms \
-          --masks branches --classes phantoms/classes.json
+      sam3cache store labels set features/x.zarr parts --from x.csv --classes lad=1,lcx=2
+      sam3cache store labels set features/x.zarr parts --from x.csv --masks a,b --classes lad,lcx
       sam3cache store labels set /data/angio.zarr mask --from mended.csv --overlay my-labels
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     from sam3cache.extract.relabel import LabelsConfig, set_labels
