@@ -30,8 +30,9 @@ from hypothesis.stateful import (
 from PIL import Image
 from worker_thread import one_process
 
+from sam3cache.errors import UnsealedStoreError
 from sam3cache.extract import ExtractConfig, extract
-from sam3cache.extract.relabel import LabelsConfig, set_labels
+from sam3cache.extract.relabel import LabelsConfig, remove_labels, set_labels
 from sam3cache.features import is_sealed, open_store, verify_store
 from sam3cache.features.repacking import repack
 
@@ -186,7 +187,12 @@ class StoreMachine(RuleBasedStateMachine):
         config = ExtractConfig(
             self.write_manifest(), self.store, levels=(LEVEL,), backbone="sam3-mini"
         )
-        assert extract(config).sealed
+        try:
+            assert extract(config).sealed
+        except UnsealedStoreError:
+            assert interrupted_change(self.store) == "`store labels set second`"
+            remove_labels(self.store, "second")
+            assert extract(config).sealed
 
     @rule()
     def extract(self) -> None:

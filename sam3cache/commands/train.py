@@ -71,7 +71,7 @@ class _GroupedCommand(click.Command):
     "--head",
     default="film-detail",
     show_default=True,
-    help="film-detail, film-conv, linear, or your own as package.module:Class.",
+    help="film-detail, film-conv, film-pyramid, linear, or your own as package.module:Class.",
 )
 @click.option(
     "--head-option",
@@ -370,6 +370,16 @@ def _parse_option(option: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _by_part(result: TrainResult) -> str:
+    """Return what each part of the head costs, if there are several."""
+    parts = [
+        f"{name} {result.parameters.get(name, 0):,} and {gflop:.1f}"
+        for name, gflop in result.gflop_by_part.items()
+        if name != "total"
+    ]
+    return f" ({'; '.join(parts)})" if len(parts) > 1 else ""
+
+
 def _print_summary(result: TrainResult, config: TrainConfig) -> None:
     from sam3cache.evaluation import notices_of_features
     from sam3cache.features import open_store
@@ -387,7 +397,8 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
         f"{result.load_s:.1f} s)."
     )
     click.echo(
-        f"Head: {result.parameters['total']:,} parameters, {result.gflop:.1f} GFLOP an image."
+        f"Head: {result.parameters['total']:,} parameters, {result.gflop:.1f} GFLOP an image"
+        f"{_by_part(result)}."
     )
     if result.num_without_mask:
         click.echo(f"{result.num_without_mask} samples without a mask were left out.")

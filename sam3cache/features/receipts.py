@@ -29,7 +29,7 @@ FORMAT_VERSION = 2
 
 SEAL_FILE = "complete.json"
 SEAL_COPY = "receipts/sealed.json"
-"""A second copy of the seal: there as long as the seal is, so that alone it says one was lost."""
+"""A second copy of the seal; without seal and folded receipts, it says that the seal was lost."""
 FOLDED_FILE = "receipts/folded.json"
 CHANGE_FILE = "receipts/change.json"
 """Names the change of labels or annotations that a store is unsealed for."""
@@ -297,8 +297,9 @@ def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Itera
     }
     head = {"format_version": FORMAT_VERSION, "hashes": hashes, "metadata": metadata}
     data = _seal(head, receipts)
-    write_atomic(root / SEAL_FILE, data)
+    # The copy first and, where a seal is broken, last: whatever is killed, no seal is without one.
     write_atomic(root / SEAL_COPY, data)
+    write_atomic(root / SEAL_FILE, data)
     _delete_folded_receipts(root)
 
 
@@ -372,17 +373,16 @@ def break_seal(root: Path) -> None:
         (root / "receipts").mkdir(exist_ok=True)
         # Left over where a kill came between sealing and folding; the seal holds them all.
         _delete_single_receipts(root)
-        # First: a copy without a seal would say that the seal was lost.
-        (root / SEAL_COPY).unlink(missing_ok=True)
         replace_file(root / SEAL_FILE, root / FOLDED_FILE)
+        (root / SEAL_COPY).unlink(missing_ok=True)
     elif is_seal_lost(root):
         replace_file(root / SEAL_COPY, root / FOLDED_FILE)
 
 
 def drop_seal(root: Path) -> None:
     """Delete the seal of a store whose receipts have been folded without it."""
-    (root / SEAL_COPY).unlink(missing_ok=True)
     (root / SEAL_FILE).unlink(missing_ok=True)
+    (root / SEAL_COPY).unlink(missing_ok=True)
 
 
 def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:

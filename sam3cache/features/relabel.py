@@ -118,8 +118,8 @@ def changing(root: Path, change: str, seal: str | None = None) -> Iterator[Featu
                 f"{root} was changed by another process meanwhile; run the same command again"
             )
         before = "" if store.sealed else interrupted_change(root)
-        # One of labels has taken the old set away: another change must not seal the store so.
-        if before.startswith(LABEL_CHANGE) and before != change:
+        # One of labels has taken the old set away: only one of that set may seal the store.
+        if before.startswith(LABEL_CHANGE) and before.split()[-1] != change.split()[-1]:
             raise UnsealedStoreError(
                 f"{root} is not sealed: {before} was interrupted; run that command again first"
             )

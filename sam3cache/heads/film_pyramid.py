@@ -110,7 +110,7 @@ class FilmPyramid(Head):
             levels = levels.split(",")
         if not isinstance(levels, list | tuple):
             return cls.needs
-        return tuple(str(level) for level in levels)
+        return tuple(dict.fromkeys(str(level) for level in levels))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K, H, W) on the finest grid."""

@@ -36,7 +36,7 @@ from sam3cache.heads import (
     build_head,
     check_fingerprints,
     count_parameters,
-    forward_gflop,
+    describe_head,
     save_checkpoint,
 )
 from sam3cache.loading import CachedSamples
@@ -123,6 +123,7 @@ class TrainResult:
             there, and no part of the mean if it does not.
         parameters: number of the head's parameters by part.
         gflop: of the head's forward pass over one image; see ``heads.forward_gflop``.
+        gflop_by_part: the same, part by part as in ``parameters``; see ``heads.describe_head``.
         precision: what the head computed in.
         micro_batch: samples that went through the head at once.
         residency: where the training samples lay.
@@ -146,6 +147,7 @@ class TrainResult:
     num_empty_masks: int
     parameters: dict[str, int]
     gflop: float
+    gflop_by_part: dict[str, float]
     precision: str
     micro_batch: int
     residency: str
@@ -257,7 +259,7 @@ class Run:
         self.model: nn.Module = self.head
         if config.compile:
             self.model = torch.compile(self.head)  # type: ignore[assignment]
-        self.gflop = forward_gflop(self.head, level_shapes)
+        self.parts = describe_head(self.head, level_shapes)
         # A user's own head need not be derived from ours.
         rate = config.learning_rate or _own_learning_rate(config.head, self.head)
         self.learning_rate = rate * config.lr_factor
@@ -419,7 +421,8 @@ class Run:
             num_without_mask=self.num_without_mask,
             num_empty_masks=self.num_empty_masks,
             parameters=count_parameters(self.head),
-            gflop=self.gflop,
+            gflop=self.parts["total"].gflop,
+            gflop_by_part={name: part.gflop for name, part in self.parts.items()},
             precision=self.precision,
             micro_batch=self.micro_batch,
             residency=self.train_samples.residency,

@@ -141,6 +141,10 @@ def test_a_folder_that_turns_read_only_costs_nothing_finished(
     store = disk / "x.zarr"
     arguments = ("extract", folder, "-o", store, "--levels", "image_1008")
     arguments += ("--backbone", "sam3-mini", "--devices", "cpu")
+    # The lock of a run is open all the time, on a disk that no mount would turn read-only so.
+    store.mkdir()
+    (tmp_path / "claims").mkdir()
+    (store / "claims").symlink_to(tmp_path / "claims")
 
     def turn_read_only() -> None:
         while mount("-o", "remount,ro", str(disk)):
