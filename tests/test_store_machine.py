@@ -33,7 +33,7 @@ from worker_thread import one_process
 from sam3cache.errors import UnsealedStoreError
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.extract.relabel import LabelsConfig, remove_labels, set_labels
-from sam3cache.features import is_sealed, open_store, verify_store
+from sam3cache.features import interrupted_change, is_sealed, open_store, verify_store
 from sam3cache.features.repacking import repack
 
 LEVEL = "image_1008"

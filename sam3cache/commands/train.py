@@ -373,7 +373,7 @@ def _parse_option(option: str, text: str) -> tuple[str, Any]:
 def _by_part(result: TrainResult) -> str:
     """Return what each part of the head costs, if there are several."""
     parts = [
-        f"{name} {result.parameters.get(name, 0):,} and {gflop:.1f}"
+        f"{name} {result.parameters[name]:,} and {gflop:.1f}"
         for name, gflop in result.gflop_by_part.items()
         if name != "total"
     ]

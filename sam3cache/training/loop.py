@@ -35,7 +35,6 @@ from sam3cache.heads import (
     Head,
     build_head,
     check_fingerprints,
-    count_parameters,
     describe_head,
     save_checkpoint,
 )
@@ -420,7 +419,7 @@ class Run:
             num_val=self.num_val,
             num_without_mask=self.num_without_mask,
             num_empty_masks=self.num_empty_masks,
-            parameters=count_parameters(self.head),
+            parameters={name: part.parameters for name, part in self.parts.items()},
             gflop=self.parts["total"].gflop,
             gflop_by_part={name: part.gflop for name, part in self.parts.items()},
             precision=self.precision,
