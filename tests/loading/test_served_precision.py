@@ -31,6 +31,9 @@ def test_arrays_and_datasets_stay_with_the_precision_that_they_were_made_for(roo
     # A copy, as a worker process gets, opens the store for itself.
     for one in (dataset, pickle.loads(pickle.dumps(dataset))):
         assert np.array_equal(one[0]["levels"]["fpn_72"].numpy(), exact)
+    dataset = store.dataset(["fpn_72"])
+    for one in (dataset, pickle.loads(pickle.dumps(dataset))):
+        assert np.array_equal(one[0]["levels"]["fpn_72"].numpy(), few)
 
 
 def test_a_head_is_not_trained_on_another_precision_than_was_asked_for(tmp_path: Path) -> None:
