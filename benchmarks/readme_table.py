@@ -1,4 +1,4 @@
-"""Bring measured figures in README and docs/ in step with the newest files in benchmarks/results/."""
+"""Bring the measured figures in README and docs/ in step with the newest of benchmarks/results/."""
 
 from __future__ import annotations
 
