@@ -6,6 +6,7 @@ as they are asked for.
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
 from sam3cache.records import Sample, SetAside
 from sam3cache.variants import variant_id
 
+_QUICK_LOOK_S = 2e-4
 _NUM_PROBE_THREADS = 8
 _CHUNK = 128
 """Samples that a thread takes at a time: handing them out singly takes longer than looking."""
@@ -405,8 +407,17 @@ def _look_at(
         return len(chunk)
 
     num_done = 0
+    starts = iter(range(0, len(samples), size))
+    for start in starts:
+        began_s = time.perf_counter()
+        num_looked_at = look(start)
+        num_done += num_looked_at
+        report(num_done, len(samples))
+        # Threads take turns at Python's lock, which takes longer than a look at a quick disk.
+        if time.perf_counter() - began_s > num_looked_at * _QUICK_LOOK_S:
+            break
     with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
-        for num_looked_at in pool.map(look, range(0, len(samples), size)):
+        for num_looked_at in pool.map(look, starts):
             num_done += num_looked_at
             report(num_done, len(samples))
 
