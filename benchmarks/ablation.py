@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from heads import VIEWS
+from heads import VIEWS, Scores
 from reporting import Bound, Machine, Report, duration
 
 from sam3cache.evaluation import EvalConfig, evaluate
@@ -76,23 +76,6 @@ class Contestant:
     label: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: str = ""
-
-
-@dataclass
-class Scores:
-    """What a contestant reached.
-
-    Attributes:
-        dice: by seed, mean over the test images.
-        train_s: by seed, time of training and validation.
-        parameters: of the head.
-        gflop: of the head's forward pass over an image.
-    """
-
-    dice: list[float] = field(default_factory=list)
-    train_s: list[float] = field(default_factory=list)
-    parameters: int = 0
-    gflop: float = 0.0
 
 
 _SMALL = {"epochs": 6, "batch_size": 4}
