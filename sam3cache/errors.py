@@ -108,6 +108,6 @@ class CheckpointError(Sam3CacheError, ValueError):
 
 
 class StoppedError(Sam3CacheError, RuntimeError):
-    """A training was told to stop by a signal, and has saved where it was."""
+    """A training or an extraction was told to stop, and has kept what it can go on from."""
 
     exit_code = 130

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sam3cache.commands.printing import table
+from sam3cache.commands.printing import plain_console, table
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
@@ -128,10 +128,7 @@ def compare(
 
 def _print(result: Comparison) -> None:
     """Print the tables and the sentences, for people."""
-    from rich.console import Console
-
-    # soft_wrap: a path or sentence is one line, for whoever copies or greps it.
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = plain_console()
     console.print(
         f"Split {result.split}: {result.num_images} images of {result.num_groups} groups, "
         f"against {result.baseline}"

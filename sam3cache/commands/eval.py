@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_run, only_store
-from sam3cache.commands.printing import table
+from sam3cache.commands.printing import plain_console, table
 from sam3cache.commands.progress import Stages
 
 if TYPE_CHECKING:
@@ -173,10 +173,7 @@ def _threshold(text: str | None) -> Any:
 
 def _print(result: EvalResult) -> None:
     """Print the tables and the sentences, for people."""
-    from rich.console import Console
-
-    # soft_wrap: a path or sentence is one line, for whoever copies or greps it.
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = plain_console()
     console.print(
         f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {result.store}, "
         f"split {result.split}"

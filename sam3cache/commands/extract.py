@@ -14,6 +14,7 @@ import click
 
 from sam3cache.commands.printing import warn_of_samples
 from sam3cache.commands.progress import Stages
+from sam3cache.errors import StoppedError
 
 if TYPE_CHECKING:
     from sam3cache.extract import ExtractConfig, ExtractProgress, ExtractResult
@@ -161,7 +162,13 @@ def extract(manifest: Path, seed: int | None, as_json: bool, **options: Any) -> 
 
     config = make_config(manifest, seed=seed, **options)
     with ExitStack() as stack:
-        result = run(config, partial(show_stage, Stages(stack)), _announce)
+        try:
+            result = run(config, partial(show_stage, Stages(stack)), _announce)
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"interrupted; every finished block of {config.output} is kept: run the same "
+                "command again to go on"
+            ) from None
     warn_of_samples(result.set_aside, result.leaks, result.num_moved)
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))

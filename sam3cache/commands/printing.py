@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from sam3cache.features.copying import CopyResult
@@ -55,6 +57,17 @@ def size_text(size_bytes: int) -> str:
         if size_bytes >= factor:
             return f"{size_bytes / factor:.3g} {unit}"
     return f"{size_bytes} bytes"
+
+
+def plain_console() -> Console:
+    """Return a console for results: a path or sentence is one line, for whoever copies or greps it.
+
+    Where nobody looks at a screen, tables are as wide as their numbers.
+    """
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 200
+    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def table(*columns: str) -> Table:

@@ -628,5 +628,5 @@ def _parse(data: bytes, path: Path) -> Any:
 def _unreadable(path: Path) -> CorruptStoreError:
     return CorruptStoreError(
         f"{path} is not what was written there; `sam3cache store verify --repair` on the store "
-        "removes it and keeps every block that is proven"
+        "mends it from its copy, or removes it and keeps every block that is proven"
     )

@@ -197,6 +197,12 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _read(path: Path, *, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not (path / MODEL_FILE).is_file():
+        runs = sorted(file.parts[-3] for file in path.glob(f"*/best/{MODEL_FILE}"))
+        if runs:
+            raise CheckpointError(
+                f"{path} is no checkpoint, but a folder of runs ({', '.join(runs[:5])}"
+                f"{', …' if len(runs) > 5 else ''}); give one of them, such as {path / runs[0]}"
+            )
         raise CheckpointError(
             f"no checkpoint at {path}: expected a folder with {MODEL_FILE}, such as "
             "checkpoints/RUN/best; `sam3cache train` writes one"

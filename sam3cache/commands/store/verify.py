@@ -212,9 +212,10 @@ def _lines(
         yield from _computed_lines(computed)
     if repaired is not None:
         yield from _repaired_lines(repaired)
+    num_findings = len(found.damage)
     state = {
         "sound": "sound and sealed",
-        "damaged": f"DAMAGED, {len(found.damage)} findings",
+        "damaged": f"DAMAGED, {num_findings} finding{'' if num_findings == 1 else 's'}",
         "unfinished": "sound, but extraction has not finished",
         "drift": "sound, but not what would be computed now",
         "repaired": "repaired, and no longer sealed",
