@@ -48,7 +48,7 @@ from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
 from sam3cache.evaluation.scores import DISTANCES
-from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Interval, summarise
+from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
 from sam3cache.records import SPLITS
 from sam3cache.runtime import write_atomic
 
@@ -194,12 +194,7 @@ class Comparison:
         record = dataclasses.asdict(self)
         record["output"] = self.output.as_posix()
         record["page"] = None if self.page is None else self.page.as_posix()
-        record["bootstrap"] = {
-            "unit": "group",
-            "num_resamples": NUM_RESAMPLES,
-            "level": LEVEL,
-            "method": "expanded percentile",
-        }
+        record["bootstrap"] = BOOTSTRAP
         record["correction"] = "holm"
         record["small_dice"] = SMALL_DICE
         return record

@@ -17,7 +17,7 @@ from sam3cache.errors import ConfigError
 from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.feature_use import FeatureUse
 from sam3cache.evaluation.scores import ImageScore
-from sam3cache.evaluation.statistics import LEVEL, NUM_RESAMPLES, Summary
+from sam3cache.evaluation.statistics import BOOTSTRAP, Summary
 from sam3cache.evaluation.strata import Stratum
 from sam3cache.evaluation.threshold import ThresholdChoice
 from sam3cache.runtime import write_atomic
@@ -122,12 +122,7 @@ class EvalResult:
         del record["images"]
         record["output"] = self.output.as_posix()
         record["page"] = None if self.page is None else self.page.as_posix()
-        record["bootstrap"] = {
-            "unit": "group",
-            "num_resamples": NUM_RESAMPLES,
-            "level": LEVEL,
-            "method": "expanded percentile",
-        }
+        record["bootstrap"] = BOOTSTRAP
         return record
 
 

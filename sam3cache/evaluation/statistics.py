@@ -17,6 +17,14 @@ from scipy import special
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
 
+BOOTSTRAP = {
+    "unit": "group",
+    "num_resamples": NUM_RESAMPLES,
+    "level": LEVEL,
+    "method": "expanded percentile",
+}
+"""How intervals come about, as results record it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:

@@ -69,7 +69,7 @@ class BlockClaims:
     @contextmanager
     def claim(self, block: int) -> Iterator[bool]:
         """Hold a block for the length of the ``with``; yields False when another process has it."""
-        lock = FileLock(self._folder / f"{block:08d}.lock", timeout=0)
+        lock = FileLock(self._path(block), timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -82,8 +82,10 @@ class BlockClaims:
 
     def is_free(self, block: int) -> bool:
         """Return whether nobody holds a block just now."""
-        with self.claim(block) as ours:
-            return ours
+        return not _is_held(self._path(block))
+
+    def _path(self, block: int) -> Path:
+        return self._folder / f"{block:08d}.lock"
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -92,10 +94,12 @@ class BlockClaims:
         Several processes may say so at once; :func:`require_idle` refuses as long as one does.
         """
         path = self._folder / f"{_RUN_LOCK}{os.getpid()}-{secrets.token_hex(4)}.lock"
-        with FileLock(path, timeout=0):
-            yield
-        with suppress(PermissionError):
-            path.unlink(missing_ok=True)
+        try:
+            with FileLock(path, timeout=0):
+                yield
+        finally:
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Delete the lock files; for the holder of the whole store, once every block is done."""
