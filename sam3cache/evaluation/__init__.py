@@ -1,15 +1,15 @@
 """Measuring trained heads on stored features, and what they make of angles and features."""
 
 from sam3cache.evaluation.angle_use import AngleUse, format_view, view_region
-from sam3cache.evaluation.compare import (
+from sam3cache.evaluation.comparing import (
     CompareConfig,
     Compared,
     Comparison,
     PairComparison,
+    PairedDifference,
     compare,
+    measure_rows,
 )
-from sam3cache.evaluation.compare_page import measure_rows
-from sam3cache.evaluation.compare_statistics import PairedDifference
 from sam3cache.evaluation.evaluate import (
     EvalConfig,
     checkpoint_folder,

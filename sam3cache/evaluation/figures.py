@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sam3cache.evaluation.compare_statistics import Differences
+    from sam3cache.evaluation.comparing.statistics import Differences
 
 TRUE_COLOUR = "#4cc3ff"
 PREDICTED_COLOUR = "#ff6d00"

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -92,13 +91,9 @@ def page_html(
         given: image whose features are shown, and how it lies on the square.
         date: of the evaluation; all else on the page depends on the evaluation alone.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    template = resources.files("sam3cache.evaluation").joinpath(TEMPLATE_FILE)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return parts.fill_in(
+        __package__,
+        TEMPLATE_FILE,
         head=result.head,
         epoch=result.epoch,
         store=store.path.resolve().name,

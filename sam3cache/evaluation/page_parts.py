@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from sam3cache.evaluation import figures
@@ -16,6 +17,17 @@ from sam3cache.evaluation.strata import UNKNOWN, VIEW
 
 MAX_VALUES = 40
 """Most values of an annotation that the page tells; summary.json has all."""
+
+
+def fill_in(package: str, template: str, **values: Any) -> str:
+    """Return a page: the template of that name in a package, with its values escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    text = resources.files(package).joinpath(template).read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(text).render(values)
 
 
 @dataclass(frozen=True, slots=True)

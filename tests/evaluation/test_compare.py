@@ -14,8 +14,8 @@ from test_page import Page, nearest_difference
 
 from sam3cache.errors import ConfigError
 from sam3cache.evaluation import CompareConfig, Comparison, EvalConfig, compare, evaluate
-from sam3cache.evaluation.compare_runs import find_experiments
-from sam3cache.evaluation.compare_statistics import Differences, paired_difference
+from sam3cache.evaluation.comparing.runs import find_experiments
+from sam3cache.evaluation.comparing.statistics import Differences, paired_difference
 from sam3cache.evaluation.figures import (
     NARROW_PX,
     PREDICTED_COLOUR,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from sam3cache.evaluation.compare_statistics import PairedDifference, holm, paired_difference
-from sam3cache.evaluation.compare_verdict import SMALL_DICE, judge
+from sam3cache.evaluation.comparing.statistics import PairedDifference, holm, paired_difference
+from sam3cache.evaluation.comparing.verdict import SMALL_DICE, judge
 from sam3cache.evaluation.statistics import Interval, bootstrap_interval, p_value_of_zero
 
 

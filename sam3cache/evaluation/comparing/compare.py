@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from sam3cache.errors import ConfigError
-from sam3cache.evaluation.compare_cases import ComparedCase, compared_cases
-from sam3cache.evaluation.compare_page import comparison_html
-from sam3cache.evaluation.compare_runs import (
+from sam3cache.evaluation.comparing.cases import ComparedCase, compared_cases
+from sam3cache.evaluation.comparing.page import comparison_html
+from sam3cache.evaluation.comparing.runs import (
     OVER_CLASSES,
     Experiment,
     Run,
@@ -37,13 +37,13 @@ from sam3cache.evaluation.compare_runs import (
     read_scores,
     read_summary,
 )
-from sam3cache.evaluation.compare_statistics import (
+from sam3cache.evaluation.comparing.statistics import (
     Differences,
     PairedDifference,
     holm,
     paired_difference,
 )
-from sam3cache.evaluation.compare_verdict import SMALL_DICE, Verdict, judge
+from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
 from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE

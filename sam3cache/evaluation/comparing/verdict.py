@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sam3cache.evaluation.compare_statistics import PairedDifference
+from sam3cache.evaluation.comparing.statistics import PairedDifference
 from sam3cache.evaluation.shuffling import MIN_GROUPS
 from sam3cache.evaluation.statistics import LEVEL
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from sam3cache.evaluation import figures
 from sam3cache.evaluation.angle_use import format_view
 from sam3cache.evaluation.cases import shown_size_px, stored_picture
-from sam3cache.evaluation.compare_cases import ComparedCase
-from sam3cache.evaluation.compare_runs import OVER_CLASSES
-from sam3cache.evaluation.compare_statistics import Differences, PairedDifference
-from sam3cache.evaluation.compare_verdict import SMALL_DICE
+from sam3cache.evaluation.comparing.cases import ComparedCase
+from sam3cache.evaluation.comparing.runs import OVER_CLASSES
+from sam3cache.evaluation.comparing.statistics import Differences, PairedDifference
+from sam3cache.evaluation.comparing.verdict import SMALL_DICE
+from sam3cache.evaluation.page_parts import fill_in
 from sam3cache.evaluation.scores import DISTANCES, METRICS
 from sam3cache.evaluation.statistics import (
     LEVEL,
@@ -27,7 +27,7 @@ from sam3cache.evaluation.statistics import (
 )
 
 if TYPE_CHECKING:
-    from sam3cache.evaluation.compare import Compared, Comparison
+    from sam3cache.evaluation.comparing.compare import Compared, Comparison
 
 TEMPLATE_FILE = "compare.html.jinja"
 
@@ -51,13 +51,9 @@ def comparison_html(
         sentences: what of them cannot be shown.
         date: of the comparison; all else on the page depends on the comparison alone.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    template = resources.files("sam3cache.evaluation").joinpath(TEMPLATE_FILE)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return fill_in(
+        __package__,
+        TEMPLATE_FILE,
         baseline=result.baseline,
         others=[pair.name for pair in result.comparisons],
         split="all splits" if result.split == "all" else f"split {result.split}",
@@ -72,7 +68,10 @@ def comparison_html(
             for width_px in (figures.WIDE_PX, figures.NARROW_PX)
         ],
         tables=[
-            {"title": f"{pair.name} against {result.baseline}", "rows": measure_rows(pair.measures)}
+            {
+                "title": f"{pair.name} against {result.baseline}",
+                "rows": measure_rows(pair.measures),
+            }
             for pair in result.comparisons
         ],
         several_classes=OVER_CLASSES in result.comparisons[0].measures,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import CheckpointError, HeadError, StoreError
 from sam3cache.evaluation.cases import choose_cases
-from sam3cache.evaluation.compare_runs import Run, Scores
+from sam3cache.evaluation.comparing.runs import Run, Scores
 from sam3cache.evaluation.evaluate import checkpoint_folder, serve_as_trained
 from sam3cache.evaluation.predicting import Rule, logits_of, planes, predict
 from sam3cache.features import FeatureStore, StoredSample, open_store
