@@ -48,7 +48,8 @@ def build_store(
     Each mask is a rectangle that depends on the sample; channel 0 of every feature level is that
     rectangle, the others are noise. Sample i is in split ``splits[i % len(splits)]``, group
     ``g{i//2}``; the last sample has no angles and no mask when ``num_samples > 4``. Of the task
-    "multiclass" a rectangle is of class ``1 + i % len(classes)``, which channel 0 tells as well.
+    "multiclass" a rectangle is of class ``1 + i % len(classes)``, which channel 0 tells as well,
+    and the lower, the higher its number.
     """
     rng = np.random.default_rng(seed)
     shapes = level_shapes or {"fpn_72": (256, 72, 72)}
@@ -107,9 +108,9 @@ def build_store(
             mask = np.zeros(label_set.shape, dtype=np.uint8)
             top, left = rng.integers(0, mask_height_px // 2), rng.integers(0, mask_width_px // 2)
             if row.row not in empty_mask_rows:
-                mask[0, top : top + mask_height_px // 3, left : left + mask_width_px // 3] = (
-                    1 + row.row % len(classes) if task == "multiclass" else 1
-                )
+                number = 1 + row.row % len(classes) if task == "multiclass" else 1
+                height = mask_height_px // (2 + number)
+                mask[0, top : top + height, left : left + mask_width_px // 3] = number
             masks[row.row] = mask
         for spec, fingerprint in levels.values():
             values = {}

@@ -5,7 +5,7 @@ Shape legend: M planes, H height, W width of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -40,19 +40,26 @@ def count_classes(
     store: FeatureStore,
     label_set: str,
     report: Callable[[int, int], None] = lambda num_done, num_total: None,
+    *,
+    only: Container[int] | None = None,
 ) -> tuple[ClassCount, ...]:
-    """Read every mask of a label set, and count.
+    """Read the masks of a label set, and count.
 
     Args:
         store: opened, with its overlay if it has one.
         label_set: which masks.
         report: called with masks done and masks in all.
+        only: rows to count; None: all.
 
     Raises:
         MissingSampleError: when the store has no such label set.
         CorruptStoreError: when the bytes on disk are not those that were written.
     """
-    samples = [sample for sample in store.samples if store.has_mask(sample.row, label_set)]
+    samples = [
+        sample
+        for sample in store.samples
+        if store.has_mask(sample.row, label_set) and (only is None or sample.row in only)
+    ]
     spec = store.label_sets[label_set]
     splits = list(dict.fromkeys([*SPLITS, *(sample.split for sample in samples)]))
     # Of each class: samples, pixels, and pixels that count.

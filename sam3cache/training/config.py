@@ -51,6 +51,9 @@ REFERENCE_BATCH = 16
 _LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
+BALANCED = "balanced"
+"""Class weights that are found from the training masks; see ``loss.balanced_weights``."""
+
 # By annotation, what a value read from a file or the command line has to be.
 _KINDS: Mapping[Any, tuple[Any, str]] = {
     "str": (str, "text"),
@@ -61,7 +64,10 @@ _KINDS: Mapping[Any, tuple[Any, str]] = {
     "float": (int | float, "a number"),
     "float | None": (int | float | None, "a number"),
     "Sequence[str]": (list | tuple, "a list of names"),
-    "Sequence[float] | None": (list | tuple | None, "a list of numbers"),
+    "Sequence[float] | str | None": (
+        list | tuple | str | None,
+        f"a list of numbers, or {BALANCED}",
+    ),
     "Mapping[str, Any]": (Mapping, "names and values"),
 }
 
@@ -91,7 +97,8 @@ class TrainConfig:
         weight_decay: of AdamW.
         loss: name of a loss, see ``training.loss``; None: the default of what is learned.
         loss_options: keyword arguments of the loss, plain JSON values.
-        class_weights: of the classes, in their order, in the loss; None: all alike.
+        class_weights: of the classes, in their order, in the loss; "balanced": from how large each
+            is in the training masks, see ``loss.balanced_weights``; None: all alike.
         bce_weight: share of cross-entropy in the loss, in [0, 1], against Dice.
         loss_size_px: side of the grid that logits and masks are compared on.
         ema: decay of the moving average of the weights, such as 0.999, which is then what is
@@ -137,7 +144,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     loss: str | None = None
     loss_options: Mapping[str, Any] = field(default_factory=dict)
-    class_weights: Sequence[float] | None = None
+    class_weights: Sequence[float] | str | None = None
     bce_weight: float = 0.5
     loss_size_px: int = INPUT_SIZE_PX
     ema: float = 0.0
@@ -195,6 +202,11 @@ class TrainConfig:
                 "fold",
                 self.fold is None if not self.folds else self.fold in range(self.folds),
                 f"0 to {self.folds - 1}, as folds is {self.folds}" if self.folds else "none",
+            ),
+            (
+                "class_weights",
+                not isinstance(self.class_weights, str) or self.class_weights == BALANCED,
+                f"a list of numbers, such as [1,1,4], or {BALANCED}",
             ),
             ("bce_weight", 0 <= self.bce_weight <= 1, "between 0 (Dice alone) and 1"),
             ("loss_size_px", 1 <= self.loss_size_px <= 4096, "1 to 4096, such as 1008 or 252"),

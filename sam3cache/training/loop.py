@@ -28,7 +28,13 @@ from sam3cache.errors import (
     NumericError,
     StoppedError,
 )
-from sam3cache.features import FeatureStore, LabelSetSpec, open_store, record_data
+from sam3cache.features import (
+    FeatureStore,
+    LabelSetSpec,
+    count_classes,
+    open_store,
+    record_data,
+)
 from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
     CheckpointInfo,
@@ -45,9 +51,14 @@ from sam3cache.records import Batch
 from sam3cache.runtime import peak_memory_bytes, pick_device, write_atomic
 from sam3cache.tasks import decide, mask_planes, num_outputs
 from sam3cache.training.average import MovingAverage
-from sam3cache.training.config import TrainConfig, check_same_run, resolve_precision
+from sam3cache.training.config import (
+    BALANCED,
+    TrainConfig,
+    check_same_run,
+    resolve_precision,
+)
 from sam3cache.training.division import Division, data_sha256, divide, trained_on
-from sam3cache.training.loss import Loss, build_loss, default_loss
+from sam3cache.training.loss import Loss, balanced_weights, build_loss, default_loss
 from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
 from sam3cache.training.state import (
     STATE_FILE,
@@ -254,7 +265,6 @@ class Run:
         self.augmentation = Augmentation.of(config.augment)
         grids = {level: level_shapes[level][-1] for level in self.head.needs}
         self.augmentation.require_grid({**grids, "target": config.loss_size_px})
-        self.loss = _loss(config, self.label_set)
         self.model: nn.Module = self.head
         if config.compile:
             self.model = torch.compile(self.head)  # type: ignore[assignment]
@@ -270,6 +280,8 @@ class Run:
             torch.device(self.device).type, enabled=self.precision == "fp16"
         )
         rows = divide(store, config)
+        weights = _class_weights(store, config, self.label_set, rows)
+        self.loss = _loss(config, self.label_set, weights)
         levels = {
             level: {
                 "shape": list(store.served_levels[level].shape),
@@ -281,6 +293,7 @@ class Run:
         settings = config.settings() | {
             "learning_rate": rate,
             "precision": self.precision,
+            "class_weights": weights,
             "num_train": len(rows.groups),
             "num_val": len(rows.val),
             "data_sha256": data_sha256(store, [*rows.train, *rows.val], config.label_set),
@@ -779,13 +792,24 @@ def _schedule(step: int, num_steps: int, num_warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
 
 
-def _loss(config: TrainConfig, label_set: LabelSetSpec) -> Loss:
+def _class_weights(
+    store: FeatureStore, config: TrainConfig, label_set: LabelSetSpec, rows: Division
+) -> list[float] | None:
+    """Return a weight a class, or None for all alike."""
+    if config.class_weights is None:
+        return None
+    if config.class_weights == BALANCED:
+        learned = {group[0] for group in rows.groups}  # an image's own row, without its variants
+        return balanced_weights(count_classes(store, label_set.name, only=learned))
+    return [float(weight) for weight in config.class_weights]
+
+
+def _loss(config: TrainConfig, label_set: LabelSetSpec, weights: list[float] | None) -> Loss:
     """Return the loss of a configuration, or the default of what is learned."""
     name = config.loss or default_loss(label_set.task)
     options = dict(config.loss_options)
     if name in _CE_WEIGHTS:
         options.setdefault(_CE_WEIGHTS[name], config.bce_weight)
-    weights = config.class_weights
     if weights is not None and len(weights) != len(label_set.classes):
         raise ConfigError(
             f"class_weights has {len(weights)} values: expected {len(label_set.classes)}, for "

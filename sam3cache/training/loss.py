@@ -13,12 +13,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam3cache.errors import ConfigError
+from sam3cache.features import ClassCount
 from sam3cache.tasks import Task
 from sam3cache.training.loss_fused import dice_bce_loss, dice_ce_loss
 from sam3cache.training.loss_monai import boundary_loss, cldice_loss, focal_loss, require_monai
@@ -192,6 +194,24 @@ def build_loss(
             return form(logits_BKHW, target_BMTT, task, weights_C, **options)
 
     return loss
+
+
+def balanced_weights(counts: Sequence[ClassCount]) -> list[float]:
+    """Return a weight a class by median-frequency balancing.
+
+    A class's frequency is its mean number of pixels in the masks that show it; its weight is the
+    median of the classes' frequencies over its own (Eigen & Fergus, ICCV 2015, section 6.3.2). A
+    class that no mask shows weighs 1.
+
+    Args:
+        counts: of the training masks, in the order of the classes.
+    """
+    sizes_px = []
+    for count in counts:
+        num_samples = sum(count.num_samples.values())
+        sizes_px.append(sum(count.num_pixels.values()) / num_samples if num_samples else None)
+    shown_px = [size_px for size_px in sizes_px if size_px is not None]
+    return [1.0 if size_px is None else median(shown_px) / size_px for size_px in sizes_px]
 
 
 def _checked_weights(class_weights: Sequence[float], task: Task) -> list[float]:

@@ -37,7 +37,8 @@ from sam3cache.training.config import check_same_run, resolve_precision
         ({"augment": ("blur",)}, r"augmentation 'blur' is unknown; expected some of crop"),
         ({"epochs": "3"}, r"epochs is '3': expected a whole number"),
         ({"epochs": True}, r"epochs is True: expected a whole number"),
-        ({"class_weights": 2}, r"class_weights is 2: expected a list of numbers"),
+        ({"class_weights": 2}, r"class_weights is 2: expected a list of numbers, or balanced"),
+        ({"class_weights": "equal"}, r"class_weights is 'equal': expected a list of numbers"),
         ({"resume": True, "overwrite": True}, r"resume and overwrite exclude each other"),
     ],
 )

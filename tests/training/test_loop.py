@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -464,6 +465,29 @@ def test_class_numbers_are_learned_and_judged_by_class(tmp_path: Path, loss: str
     assert result.best_dice == pytest.approx(sum(dice) / len(dice), abs=1e-6)
     assert result.best_dice > 0.4
     assert len(set(map(str, dice))) > 1
+
+
+def test_balanced_weights_are_found_from_the_training_masks_and_recorded(tmp_path: Path) -> None:
+    root = build_store(
+        tmp_path / "x.zarr",
+        num_samples=16,
+        level_shapes=SHAPES,
+        classes=("LAD", "RCA"),
+        task="multiclass",
+    )
+    opened = open_store(root)
+    sizes_px: dict[int, list[int]] = {1: [], 2: []}
+    for sample in opened.samples:
+        if sample.split == "train" and opened.has_mask(sample.row):
+            numbers, counts = np.unique(opened.read_mask(sample.row), return_counts=True)
+            for number, count in zip(numbers, counts, strict=True):
+                if number:
+                    sizes_px[int(number)].append(int(count))
+    means = [np.mean(sizes) for sizes in sizes_px.values()]
+    assert len(set(means)) == 2, "the case is to have classes of different sizes"
+    result = train(config_for(root, tmp_path, epochs=1, class_weights="balanced"))
+    recorded = load_checkpoint(result.best_checkpoint)[1].settings["class_weights"]
+    assert recorded == pytest.approx([np.median(means) / mean for mean in means])
 
 
 def test_as_many_go_through_the_head_at_once_as_fit(

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam3cache.errors import ConfigError
+from sam3cache.features import ClassCount
 from sam3cache.tasks import Task
 from sam3cache.training import build_loss, default_loss
-from sam3cache.training.loss import LOSSES
+from sam3cache.training.loss import LOSSES, balanced_weights
 
 NUM_CLASSES = 3
 TASKS: tuple[Task, ...] = ("multilabel", "multiclass")
@@ -336,3 +337,12 @@ def test_a_library_that_is_missing_or_old_is_named_with_what_to_install(
     assert '"sam3cache[losses]"' in str(caught.value)
     for task in TASKS:
         build_loss(default_loss(task), task)
+
+
+def test_balanced_weights_follow_the_sizes_of_the_classes_where_they_are_shown() -> None:
+    def count(num_samples: int, num_pixels: int) -> ClassCount:
+        return ClassCount("", {"train": num_samples}, {"train": num_pixels}, {"train": 10**6})
+
+    # Mean sizes of 50, 200 and 100 pixels, and a class that no mask shows.
+    counts = [count(2, 100), count(1, 200), count(10, 1000), count(0, 0)]
+    assert balanced_weights(counts) == [2.0, 0.5, 1.0, 1.0]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sam3cache.commands.defaults import only_store
-from sam3cache.commands.printing import classes_text, size_text, table
+from sam3cache.commands.places import store_place
+from sam3cache.commands.printing import classes_text, plain_console, size_text, table
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from sam3cache.features import Place
 
 _NUM_ASIDE_SHOWN = 5
 _NUM_CLASSES_SHOWN = 4
@@ -21,18 +23,20 @@ _NUM_DIGEST_CHARACTERS = 12
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path), required=False)
+@click.argument("store", callback=store_place, required=False)
 @click.option(
     "--overlay",
-    type=click.Path(path_type=Path),
+    callback=store_place,
+    metavar="PATH",
     help="Labels and annotations kept beside the store; they go before its own.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
-def info(store: Path | None, overlay: Path | None, as_json: bool) -> None:
+def info(store: Place | None, overlay: Place | None, as_json: bool) -> None:
     """Say what STORE holds: samples, splits, levels, masks, bytes, and how they were made.
 
-    STORE may be left out where features/ holds just one. It may be unfinished. Nothing is written,
-    and no feature is read: `sam3cache store verify` does that.
+    STORE may be left out where features/ holds just one; it may be unfinished, and it may be
+    s3://bucket/NAME.zarr. Nothing in it is written, and no feature is read: `sam3cache store
+    verify` does that.
 
     \b
     Examples:
@@ -49,10 +53,8 @@ def info(store: Path | None, overlay: Path | None, as_json: bool) -> None:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    from rich.console import Console
 
-    # soft_wrap: a path or sentence is one line, for whoever copies or greps it.
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = plain_console()
     for line in _heading(summary):
         console.print(line)
     console.print(_splits_table(summary))

@@ -16,6 +16,7 @@ from sam3cache.commands.printing import (
     classes_text,
     echo_json,
     names_of,
+    plain_console,
     table,
     warn_of_samples,
 )
@@ -206,7 +207,6 @@ def show(store: Path, name: str, overlay: Path | None, as_json: bool) -> None:
 
 
 def _print_counts(counts: Sequence[ClassCount]) -> None:
-    from rich.console import Console
 
     splits = tuple(counts[0].num_samples)
     made = table("class", *(f"{split} samples" for split in splits), "% of train pixels")
@@ -215,7 +215,7 @@ def _print_counts(counts: Sequence[ClassCount]) -> None:
         made.add_row(
             count.name, *(str(count.num_samples[split]) for split in splits), f"{share:.3%}"[:-1]
         )
-    Console(highlight=False, markup=False, soft_wrap=True).print(made)
+    plain_console().print(made)
     for split in splits:
         absent = [count.name for count in counts if not count.num_samples[split]]
         if absent:
