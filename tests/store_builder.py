@@ -42,6 +42,7 @@ def build_store(
     mask_mtime_ns: int = 0,
     classes: tuple[str, ...] = ("vessel",),
     task: Task = "multilabel",
+    wide_rows: tuple[int, ...] = (),
 ) -> Path:
     """Write a store whose features hint at its masks, so that heads can learn something.
 
@@ -49,7 +50,7 @@ def build_store(
     rectangle, the others are noise. Sample i is in split ``splits[i % len(splits)]``, group
     ``g{i//2}``; the last sample has no angles and no mask when ``num_samples > 4``. Of the task
     "multiclass" a rectangle is of class ``1 + i % len(classes)``, which channel 0 tells as well,
-    and the lower, the higher its number.
+    and the lower, the higher its number. Images in ``wide_rows`` are twice as wide.
     """
     rng = np.random.default_rng(seed)
     shapes = level_shapes or {"fpn_72": (256, 72, 72)}
@@ -73,7 +74,7 @@ def build_store(
                 f"images/{i}.png",
                 None,
                 height_px,
-                width_px,
+                width_px * (1 + (i in wide_rows)),
                 1,
                 10,
                 20,

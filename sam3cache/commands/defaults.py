@@ -37,5 +37,18 @@ def only_run() -> Path:
     )
 
 
+def require_order(store: Path, checkpoint: Path) -> None:
+    """Refuse a store and a checkpoint that were given the wrong way round.
+
+    Raises:
+        ConfigError: they were.
+    """
+    if (checkpoint / "zarr.json").is_file() and not (store / "zarr.json").is_file():
+        raise ConfigError(
+            f"{checkpoint} is a feature store, and {store} is none: give the store first, then the "
+            "checkpoint"
+        )
+
+
 def _names(paths: list[Path]) -> str:
     return ", ".join(path.as_posix() for path in paths) or "none"

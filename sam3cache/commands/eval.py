@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sam3cache.commands.defaults import only_run, only_store
+from sam3cache.commands.defaults import only_run, only_store, require_order
+from sam3cache.commands.places import show_fetching, store_place
 from sam3cache.commands.printing import plain_console, table
 from sam3cache.commands.progress import Stages
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sam3cache.evaluation import AngleUse, EvalResult, FeatureUse, Summary
+    from sam3cache.features import Place
 
 
 @click.command("eval")
-@click.argument("store", type=click.Path(path_type=Path), required=False)
+@click.argument("store", callback=store_place, required=False)
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--split",
@@ -85,7 +87,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def eval_(
-    store: Path | None,
+    store: Place | None,
     checkpoint: Path | None,
     split: Any,
     threshold: str | None,
@@ -124,9 +126,12 @@ def eval_(
     from sam3cache.evaluation import EvalConfig, evaluate
     from sam3cache.runtime import pick_device
 
+    store, checkpoint = store or only_store(), checkpoint or only_run()
+    if isinstance(store, Path):
+        require_order(store, checkpoint)
     config = EvalConfig(
-        store=store or only_store(),
-        checkpoint=checkpoint or only_run(),
+        store=store,
+        checkpoint=checkpoint,
         split=split,
         threshold=_threshold(threshold),
         batch_size=batch_size,
@@ -142,11 +147,14 @@ def eval_(
         by=by,
         page=page,
     )
+    # The checks predict each image several times more, which its rate would hide.
+    title = "Evaluating and checking" if angles_check or features_check else "Evaluating"
     with ExitStack() as stack:
+        show_fetching(stack)
         stages = Stages(stack)
 
         def report(num_done: int, num_total: int) -> None:
-            stages.show("Evaluating", num_done, num_total)
+            stages.show(title, num_done, num_total)
 
         result = evaluate(config, report)
     if as_json:
@@ -269,7 +277,8 @@ def _features_table(use: FeatureUse) -> Table:
 
 
 def _angles_table(use: AngleUse) -> Table:
-    from sam3cache.evaluation import format_view, interval_text, number_text
+    from sam3cache.evaluation import interval_text, number_text
+    from sam3cache.views import format_view
 
     assert use.constant_angles_deg is not None
     rows = table("angles", "Dice", "true gains", "95% interval")

@@ -106,8 +106,10 @@ def _print(forecast: Forecast) -> None:
         about = "" if item.is_exact else "about "
         size = about + in_bytes(item.size_bytes)
         lines.append((item.name, f"{item.num_samples:,}", f"{item.num_files:,}", size))
-    free = f"{in_bytes(forecast.size_bytes)} of {in_bytes(forecast.free_bytes)} free"
-    lines.append(("in all", "", f"{forecast.num_files:,}", free))
+    total = in_bytes(forecast.size_bytes)
+    if forecast.free_bytes is not None:
+        total += f" of {in_bytes(forecast.free_bytes)} free"
+    lines.append(("in all", "", f"{forecast.num_files:,}", total))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     for line in lines:
         cells = [line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2])]

@@ -1,6 +1,6 @@
 """Measuring trained heads on stored features, and what they make of angles and features."""
 
-from sam3cache.evaluation.angle_use import AngleUse, format_view, view_region
+from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.comparing import (
     CompareConfig,
     Compared,
@@ -57,12 +57,10 @@ __all__ = [
     "compare",
     "evaluate",
     "fingerprints_of",
-    "format_view",
     "interval_text",
     "measure_rows",
     "notices_of_features",
     "number_text",
     "serve_as_trained",
     "summarise",
-    "view_region",
 ]

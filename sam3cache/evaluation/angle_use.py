@@ -20,12 +20,14 @@ from sam3cache.evaluation.shuffling import (
     Wording,
     derangement,
     difference,
+    over_classes,
     verdict,
 )
 from sam3cache.features import StoredSample
 from sam3cache.heads import Head
 from sam3cache.loading import CachedSamples
 from sam3cache.records import Batch
+from sam3cache.views import format_view
 
 NUM_SHUFFLES = 5
 
@@ -146,10 +148,11 @@ def judge(
             "angles and a mask that is not empty.",
         )
     sum_NC = np.where(counted_SNC, shuffled_SNC, 0.0).sum(axis=0)
-    shuffled = sum_NC[compared_NC] / num_NC[compared_NC]
-    true, constant = true_NC[compared_NC], constant_NC[compared_NC]
-    image_indices = np.nonzero(compared_NC)[0]
-    groups_here = [groups[i] for i in image_indices]
+    true, shuffled, constant = (
+        over_classes(dice_NC, compared_NC)
+        for dice_NC in (true_NC, sum_NC / np.maximum(num_NC, 1), constant_NC)
+    )
+    groups_here = [groups[i] for i in np.flatnonzero(compared_NC.any(axis=1))]
     against_shuffled = difference(true - shuffled, groups_here, seed)
     num_groups = len(set(groups_here))
     judged, sentence = verdict(
@@ -162,7 +165,7 @@ def judge(
     return AngleUse(
         judged,
         sentence,
-        num_images=len(set(image_indices.tolist())),
+        num_images=len(groups_here),
         num_groups=num_groups,
         constant_angles_deg=(float(trial.constant_2[0]), float(trial.constant_2[1])),
         dice_true=float(true.mean()),
@@ -172,24 +175,6 @@ def judge(
         true_minus_constant=difference(true - constant, groups_here, seed),
         max_probability_change=max_probability_change,
     )
-
-
-def format_view(primary_angle_deg: float, secondary_angle_deg: float) -> str:
-    """Write a view as cardiologists do: "LAO 30.0 CAU 25.0"."""
-    primary = f"{'LAO' if primary_angle_deg >= 0 else 'RAO'} {abs(primary_angle_deg):.1f}"
-    secondary = f"{'CRA' if secondary_angle_deg >= 0 else 'CAU'} {abs(secondary_angle_deg):.1f}"
-    return f"{primary} {secondary}"
-
-
-def view_region(primary_angle_deg: float | None, secondary_angle_deg: float | None) -> str:
-    """Return the quarter that a view is of, "LAO cranial" or the like; "" where it is unknown.
-
-    An angle of 0 counts as LAO and as cranial.
-    """
-    if primary_angle_deg is None or secondary_angle_deg is None:
-        return ""
-    side = "LAO" if primary_angle_deg >= 0 else "RAO"
-    return f"{side} {'cranial' if secondary_angle_deg >= 0 else 'caudal'}"
 
 
 class AngleCheck:

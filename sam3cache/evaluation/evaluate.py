@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import CheckpointError, ConfigError
-from sam3cache.evaluation.angle_use import AngleCheck, view_region
+from sam3cache.evaluation.angle_use import AngleCheck
 from sam3cache.evaluation.cases import Case, choose_cases
 from sam3cache.evaluation.feature_use import FeatureCheck
 from sam3cache.evaluation.notices import notices_of
@@ -42,7 +42,7 @@ from sam3cache.evaluation.threshold import (
     DiceByThreshold,
     ThresholdChoice,
 )
-from sam3cache.features import FeatureStore, StoredSample, open_store, record_data
+from sam3cache.features import FeatureStore, Place, StoredSample, open_store, record_data
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import (
     CheckpointInfo,
@@ -58,6 +58,7 @@ from sam3cache.metrics import MaskScores, ShapeScores, shape_scores
 from sam3cache.records import SPLITS
 from sam3cache.runtime import environment_fields, write_atomic
 from sam3cache.tasks import num_outputs
+from sam3cache.views import view_region
 
 Report = Callable[[int, int], None]
 """Called with images done and images in all."""
@@ -87,7 +88,7 @@ class EvalConfig:
         overlay: folder of labels and annotations beside the store, or None.
     """
 
-    store: Path
+    store: Place
     checkpoint: Path
     split: Literal["train", "val", "test", "all"] = "test"
     threshold: float | Literal["auto"] | None = None
@@ -380,13 +381,14 @@ def _choose_threshold(
 def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[StoredSample]:
     samples = [sample for sample in store.samples if split in ("all", sample.split)]
     num_folds, fold = info.settings.get("folds"), info.settings.get("fold")
-    if split == "val" and num_folds:
-        # Of cross-validation, which divides both splits anew, the part that was held out.
+    if split in ("train", "val") and num_folds and _deals_the_same_folds(store, info):
+        # Of cross-validation, which divides both splits anew: what was held out, or was not.
         pool = [sample for sample in store.samples if sample.split in ("train", "val")]
         fold_of = fold_of_groups(
             pool, num_folds, info.settings["fold_seed"], info.settings["stratify"]
         )
-        samples = [sample for sample in pool if fold_of[sample.group] == fold]
+        held_out = split == "val"
+        samples = [sample for sample in pool if (fold_of[sample.group] == fold) == held_out]
     if not samples:
         present = Counter(sample.split for sample in store.samples)
         counts = ", ".join(f"{num} {name}" for name, num in present.items()) or "none"
@@ -395,6 +397,22 @@ def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[Store
             "--split, or evaluate on all of them by --split all"
         )
     return samples
+
+
+def _deals_the_same_folds(store: FeatureStore, info: CheckpointInfo) -> bool:
+    """Return whether the images, splits and groups are those that a head's folds were made of."""
+    here = dataclasses.asdict(record_data(store, info.label_set))
+    there = info.data
+    return bool(there) and all(
+        of_store == of_head
+        for of_store, of_head in (
+            (here["samples_sha256"], there["samples_sha256"]),
+            *(
+                (here["annotations_sha256"][name], there["annotations_sha256"].get(name))
+                for name in ("splits", "groups")
+            ),
+        )
+    )
 
 
 def _cases(

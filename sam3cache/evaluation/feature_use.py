@@ -30,6 +30,7 @@ from sam3cache.evaluation.shuffling import (
     Wording,
     derangement,
     difference,
+    over_classes,
     verdict,
 )
 from sam3cache.features import FeatureStore
@@ -132,18 +133,14 @@ class FeatureCheck:
         ]
         self._reads_features = any(not name.startswith(IMAGE_LEVEL_PREFIX) for name in levels)
         self._donors: list[tuple[NDArray[np.intp], Iterator[Batch]]] = []
-        with_mask = np.flatnonzero(has_mask)
-        groups, kind_M = np.unique(
-            [cached.samples[i].group for i in with_mask], return_inverse=True
-        )
-        self._can_shuffle = len(groups) > 1
-        if not self._can_shuffle:
-            return
+        among_whom = exchanges(cached, np.flatnonzero(has_mask))
+        self._can_shuffle = bool(among_whom)
         rng = np.random.default_rng(seed)
-        for _ in range(NUM_FEATURE_SHUFFLES):
-            donor_M = derangement(kind_M, rng)
+        for _ in range(NUM_FEATURE_SHUFFLES if among_whom else 0):
             donor_N = np.full(len(cached), -1, dtype=np.intp)
-            donor_N[with_mask] = np.where(donor_M >= 0, with_mask[donor_M], -1)
+            for among_M, kind_M in among_whom:
+                donor_M = derangement(kind_M, rng)
+                donor_N[among_M] = np.where(donor_M >= 0, among_M[donor_M], -1)
             # Who is left out is given its own: batches stay of one size, and it is not scored.
             given_N = np.where(donor_N >= 0, donor_N, np.arange(len(cached)))
             rows = [cached.rows[i] for i in given_N]
@@ -190,7 +187,8 @@ class FeatureCheck:
         unknown = f"Whether the head uses the {what} cannot be told: "
         if not self._can_shuffle:
             return FeatureUse(
-                "undecided", f"{unknown}no two groups here have an image with a mask to shuffle."
+                "undecided",
+                f"{unknown}no two groups here have a mask and images of one size to shuffle.",
             )
         judged = [self._judge(part, groups, seed) for part in self._parts]
         # What is compared is the same in all parts: the images decide, not the levels.
@@ -207,7 +205,7 @@ class FeatureCheck:
             sentence,
             num_images=len(images),
             num_groups=len({groups[i] for i in images}),
-            dice_true=float(self._true_NC[compared_NC].mean()),
+            dice_true=float(over_classes(self._true_NC, compared_NC).mean()),
             parts=tuple(judged),
         )
 
@@ -219,9 +217,12 @@ class FeatureCheck:
         compared_NC = self._compared(part)
         if not compared_NC.any():
             return PartUse(part.levels, "undecided", "")
-        true = self._true_NC[compared_NC]
-        shuffled = np.nanmean(part.dice_SNC[:, compared_NC], axis=0)
-        groups_here = [groups[i] for i in np.nonzero(compared_NC)[0]]
+        counted_SNC = np.isfinite(part.dice_SNC)
+        sum_NC = np.where(counted_SNC, part.dice_SNC, 0.0).sum(axis=0)
+        shuffled_NC = sum_NC / np.maximum(counted_SNC.sum(axis=0), 1)
+        true = over_classes(self._true_NC, compared_NC)
+        shuffled = over_classes(shuffled_NC, compared_NC)
+        groups_here = [groups[i] for i in np.flatnonzero(compared_NC.any(axis=1))]
         gain = difference(true - shuffled, groups_here, seed)
         judged, sentence = verdict(
             part.wording,
@@ -231,6 +232,25 @@ class FeatureCheck:
             finds_nothing=max(true.mean(), shuffled.mean()) <= NEGLIGIBLE_DICE,
         )
         return PartUse(part.levels, judged, sentence, float(shuffled.mean()), gain, part.max_change)
+
+
+def exchanges(
+    cached: CachedSamples, with_mask: NDArray[np.intp]
+) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Return the images that can be given each other's features, and the group of each.
+
+    They lie alike on the padded square: else one would be given the padding of another, and lose
+    Dice for that.
+    """
+    boxes = [cached.letterbox(i) for i in with_mask]
+    sizes = np.array([(box.content_height_px, box.content_width_px) for box in boxes])
+    found = []
+    for size in np.unique(sizes.reshape(-1, 2), axis=0):
+        among = with_mask[(sizes == size).all(axis=1)]
+        groups, kind = np.unique([cached.samples[i].group for i in among], return_inverse=True)
+        if len(groups) > 1:
+            found.append((among, kind))
+    return found
 
 
 def _pictures(levels: Sequence[str]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ def notices_of(
             f"The head was trained on {num_seen or 0} of these images, and on groups with the "
             f"names of {num_in_groups or 0} of them: scores on those say little about new ones."
         )
+    sentences += _of_chosen_epoch(result, store, info)
     sentences += _of_data(result, info)
     if 1 < result.num_groups < MIN_GROUPS:
         sentences.append(
@@ -80,6 +81,18 @@ def notices_of(
             "failures out."
         )
     return tuple(sentences)
+
+
+def _of_chosen_epoch(result: EvalResult, store: FeatureStore, info: CheckpointInfo) -> list[str]:
+    """Say where the images are those that the epoch was chosen on."""
+    own_name = info.settings.get("store") == store.path.name
+    own = own_name or info.data.get("samples_sha256") == result.data["samples_sha256"]
+    if result.split not in ("val", "all") or not own:
+        return []
+    return [
+        "The checkpoint is that of the epoch with the highest Dice on split val, which is measured "
+        "here: scores on it are a little too high."
+    ]
 
 
 def _of_data(result: EvalResult, info: CheckpointInfo) -> list[str]:

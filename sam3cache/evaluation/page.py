@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3cache import pages
 from sam3cache.evaluation import figures
 from sam3cache.evaluation import page_parts as parts
-from sam3cache.evaluation.angle_use import AngleUse, format_view
+from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.cases import Case, shown_size_px, stored_picture
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import EvalResult
@@ -36,6 +37,7 @@ from sam3cache.geometry import Letterbox
 from sam3cache.heads import CheckpointInfo
 from sam3cache.records import IGNORE_LABEL
 from sam3cache.runtime import installed_version
+from sam3cache.views import format_view
 
 PAGE_FILE = "report.html"
 TEMPLATE_FILE = "report.html.jinja"
@@ -91,7 +93,7 @@ def page_html(
         given: image whose features are shown, and how it lies on the square.
         date: of the evaluation; all else on the page depends on the evaluation alone.
     """
-    return parts.fill_in(
+    return pages.fill_in(
         __package__,
         TEMPLATE_FILE,
         head=result.head,
@@ -100,7 +102,7 @@ def page_html(
         split="all splits" if result.split == "all" else f"split {result.split}",
         date=date.isoformat(),
         notices=result.notices,
-        colours={"true": figures.TRUE_COLOUR, "predicted": figures.PREDICTED_COLOUR},
+        colours={"true": pages.TRUE_COLOUR, "predicted": pages.PREDICTED_COLOUR},
         **_numbers(result),
         **_cases(result, store, cases),
         class_table=parts.class_table(result, f"{LEVEL:.0%}"),
@@ -170,7 +172,7 @@ def _numbers(result: EvalResult) -> dict[str, Any]:
                     "num_images": len(known),
                     "svgs": [
                         figures.strip_svg(f"dice-{k}-{width}", known, summaries["dice"], width)
-                        for width in (figures.WIDE_PX, figures.NARROW_PX)
+                        for width in (pages.WIDE_PX, pages.NARROW_PX)
                     ],
                     "has_interval": summaries["dice"].interval is not None,
                 }
@@ -219,7 +221,7 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
         picture = _picture(store, case.sample, case.letterbox)
         if picture is not None:
             size_px = (picture.shape[0], picture.shape[1])
-        drawn = figures.draw_contours(picture, size_px, case.mask_CHW, case.predicted_CHW)
+        drawn = pages.draw_contours(picture, size_px, case.mask_CHW, case.predicted_CHW)
         shown.append(
             {
                 "title": case.title,
@@ -229,9 +231,9 @@ def _cases(result: EvalResult, store: FeatureStore, cases: Sequence[Case]) -> di
                 "group": "" if case.sample.group == case.sample.source else case.sample.group,
                 "dice": number_text(case.dice),
                 "planes": [(score.class_name, number_text(score.dice)) for score in case.scores],
-                "picture": None if picture is None else figures.jpeg_uri(picture),
+                "picture": None if picture is None else pages.jpeg_uri(picture),
                 # Lines on an even ground: exact, and smaller than JPEG would be.
-                "contours": figures.png_uri(drawn) if picture is None else figures.jpeg_uri(drawn),
+                "contours": pages.png_uri(drawn) if picture is None else pages.jpeg_uri(drawn),
                 "width": size_px[1],
                 "height": size_px[0],
                 "is_empty": not (case.mask_CHW == 1).any(),
@@ -255,7 +257,7 @@ def _picture(
     picture = stored_picture(store, sample.row, letterbox)
     if picture is None or letterbox.mode == "letterbox":
         return picture
-    return figures.resized(picture, shown_size_px(letterbox, max(picture.shape[:2])))
+    return pages.resized(picture, shown_size_px(letterbox, max(picture.shape[:2])))
 
 
 def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
@@ -306,7 +308,7 @@ def _curves(checkpoint: Path, epoch: int) -> dict[str, Any]:
                 epoch,
                 width,
             )
-            for width in (figures.WIDE_PX, figures.NARROW_PX)
+            for width in (pages.WIDE_PX, pages.NARROW_PX)
         ],
         "reason": "",
         "epoch": epoch,
@@ -341,8 +343,8 @@ def _given(
         "others": [name for name in info.levels if name != level],
         "num_channels": feature_CSS.shape[0],
         "side": feature_CSS.shape[-1],
-        "picture": None if picture is None else figures.jpeg_uri(picture),
-        "colours": figures.png_uri(colours),
+        "picture": None if picture is None else pages.jpeg_uri(picture),
+        "colours": pages.png_uri(colours),
         "width": size_px[1],
         "height": size_px[0],
         "shares": ", ".join(f"{share:.0%}" for share in shares),

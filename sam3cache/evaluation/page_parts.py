@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
+from sam3cache import pages
 from sam3cache.evaluation import figures
 from sam3cache.evaluation.feature_use import FeatureUse, PartUse
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
@@ -17,17 +17,6 @@ from sam3cache.evaluation.strata import UNKNOWN, VIEW
 
 MAX_VALUES = 40
 """Most values of an annotation that the page tells; summary.json has all."""
-
-
-def fill_in(package: str, template: str, **values: Any) -> str:
-    """Return a page: the template of that name in a package, with its values escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files(package).joinpath(template).read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(text).render(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +130,7 @@ def view_map(result: EvalResult) -> list[str]:
         figures.view_map_svg(
             f"views-{width}", angles_deg, [dice for _, dice in dots], regions, width
         )
-        for width in (figures.WIDE_PX, figures.NARROW_PX)
+        for width in (pages.WIDE_PX, pages.NARROW_PX)
     ]
 
 

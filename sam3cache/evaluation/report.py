@@ -20,6 +20,7 @@ from sam3cache.evaluation.scores import ImageScore
 from sam3cache.evaluation.statistics import BOOTSTRAP, Summary
 from sam3cache.evaluation.strata import Stratum
 from sam3cache.evaluation.threshold import ThresholdChoice
+from sam3cache.features import Place, place_of
 from sam3cache.runtime import write_atomic
 from sam3cache.tasks import Task
 
@@ -126,7 +127,7 @@ class EvalResult:
         return record
 
 
-def prepare_output(folder: Path, store: Path) -> Path:
+def prepare_output(folder: Path, store: Place) -> Path:
     """Make the folder of the results, before anything is computed for it.
 
     Args:
@@ -149,7 +150,7 @@ def prepare_output(folder: Path, store: Path) -> Path:
         ) from None
     except ValueError:
         earlier = {}  # Not ours, or damaged: it will be replaced.
-    if Path(earlier.get("store", store)).resolve() != store.resolve():
+    if place_of(earlier.get("store", store)).resolve() != store.resolve():
         raise ConfigError(
             f"{folder} holds the results on another store, {earlier['store']}; name another folder "
             "by --output, or remove it"

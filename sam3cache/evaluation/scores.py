@@ -35,7 +35,7 @@ class ImageScore:
         frame: index into a cine, or None for a still.
         primary_angle_deg: LAO positive; None when unknown.
         secondary_angle_deg: cranial positive; None when unknown.
-        view: see ``angle_use.view_region``.
+        view: see ``sam3cache.views.view_region``.
         class_name: of the mask.
         dice: see ``metrics.MaskScores``; None without a mask, too. So are the other measures.
         iou: intersection over union.

@@ -4,7 +4,7 @@ A head can be given an input and learn to ignore it, and nothing in its losses o
 tells. So each image is predicted again with the input of others: what changes is what the head
 takes from it.
 
-Shape legend: N images.
+Shape legend: N images, C classes.
 """
 
 from __future__ import annotations
@@ -87,6 +87,15 @@ def derangement(kind_N: NDArray[np.intp], rng: np.random.Generator) -> NDArray[n
     donor_N = np.full(len(kind_N), -1, dtype=np.intp)
     donor_N[order] = np.roll(order, -largest)
     return donor_N
+
+
+def over_classes(
+    values_NC: NDArray[np.float64], compared_NC: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return, of each image with a class that is compared, the mean over those classes."""
+    here_NC = compared_NC[compared_NC.any(axis=1)]
+    sum_N = np.where(here_NC, values_NC[compared_NC.any(axis=1)], 0.0).sum(axis=1)
+    return np.asarray(sum_N / here_NC.sum(axis=1), dtype=np.float64)
 
 
 def difference(values: NDArray[np.float64], groups: Sequence[str], seed: int) -> Difference:

@@ -4,13 +4,16 @@ Reading needs :func:`open_store` alone. Writing is :func:`describe_store`, then 
 then :func:`seal_store`; ``sam3cache.extract`` does it.
 """
 
-from sam3cache.features.class_counts import ClassCount, count_classes
+from sam3cache.features.class_counts import ClassCount, classes_of_samples, count_classes
 from sam3cache.features.contents import DataRecord, record_data
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.lazy import LazySequence
 from sam3cache.features.levels import BLOCK_ROWS, LabelSetSpec, LevelSpec
 from sam3cache.features.locks import BlockClaims, store_lock
+from sam3cache.features.mirror import Fetching, watch_fetching
+from sam3cache.features.objects import ObjectPath
 from sam3cache.features.overlay import make_overlay
+from sam3cache.features.places import Place, place_of, stamp
 from sam3cache.features.precision import (
     FEATURE_PRECISIONS,
     Encoded,
@@ -71,6 +74,7 @@ from sam3cache.features.writer import (
     foreign_files,
     is_described,
     missing_items,
+    note_setting,
     seal_store,
     write_label_block,
     write_level_block,
@@ -87,6 +91,7 @@ __all__ = [
     "DataRecord",
     "Encoded",
     "FeatureStore",
+    "Fetching",
     "Finding",
     "Fingerprint",
     "LabelRow",
@@ -94,6 +99,8 @@ __all__ = [
     "LabelSetSummary",
     "LazySequence",
     "LevelSpec",
+    "ObjectPath",
+    "Place",
     "Precision",
     "Receipt",
     "ReceiptKey",
@@ -104,6 +111,7 @@ __all__ = [
     "StoredSample",
     "VerifyResult",
     "block_of",
+    "classes_of_samples",
     "count_classes",
     "decode",
     "describe_store",
@@ -118,8 +126,10 @@ __all__ = [
     "make_overlay",
     "merge_sample_facts",
     "missing_items",
+    "note_setting",
     "open_store",
     "open_to_change",
+    "place_of",
     "put_label_set",
     "read_annotations",
     "read_description",
@@ -138,10 +148,12 @@ __all__ = [
     "seal_store",
     "split_name",
     "staging_of",
+    "stamp",
     "store_lock",
     "stored_dtype",
     "summarise_label_sets",
     "verify_store",
+    "watch_fetching",
     "write_label_block",
     "write_level_block",
     "write_sample_facts",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3cache.errors import MissingSampleError
 from sam3cache.features.levels import LabelSetSpec
 from sam3cache.features.store import FeatureStore
 from sam3cache.records import IGNORE_LABEL, SPLITS
@@ -81,6 +82,36 @@ def count_classes(
         )
         for k, name in enumerate(spec.classes)
     )
+
+
+def classes_of_samples(store: FeatureStore, label_set: str) -> dict[int, tuple[str, ...]]:
+    """Read the masks of a label set, and return by row the classes that each shows.
+
+    Args:
+        store: opened, with its overlay if it has one.
+        label_set: which masks; a sample without one shows none.
+
+    Raises:
+        MissingSampleError: when the store has no such label set.
+        CorruptStoreError: when the bytes on disk are not those that were written.
+    """
+    rows = [sample.row for sample in store.samples]
+    spec = store.label_sets.get(label_set)
+    if spec is None:
+        raise MissingSampleError(
+            f"{store.path} has no label set {label_set}; it has "
+            f"{', '.join(store.label_sets) or 'none'}"
+        )
+
+    def classes_of(row: int) -> tuple[str, ...]:
+        mask_MHW = store.read_mask(row, label_set) if store.has_mask(row, label_set) else None
+        if mask_MHW is None:
+            return ()
+        is_there = _count(mask_MHW, spec)[0]
+        return tuple(name for name, there in zip(spec.classes, is_there, strict=True) if there)
+
+    with ThreadPoolExecutor(_NUM_THREADS, "sam3cache-classes") as pool:
+        return dict(zip(rows, pool.map(classes_of, rows), strict=True))
 
 
 def _count(mask_MHW: NDArray[np.uint8], spec: LabelSetSpec) -> NDArray[np.int64]:

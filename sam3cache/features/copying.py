@@ -23,6 +23,7 @@ from sam3cache.errors import ConfigError, FingerprintError, StoreError, Unsealed
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import LabelSetSpec, LevelSpec
 from sam3cache.features.locks import store_lock
+from sam3cache.features.places import Place
 from sam3cache.features.precision import Encoded
 from sam3cache.features.receipts import is_sealed, read_receipts
 from sam3cache.features.store import (
@@ -604,7 +605,7 @@ def _levels(
     return {name: _common_level(stores, name, common) for name in chosen}
 
 
-def _holder(stores: Sequence[FeatureStore], level: str) -> Path:
+def _holder(stores: Sequence[FeatureStore], level: str) -> Place:
     return next(store.path for store in stores if level in store.levels)
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sam3cache.features.places import Place
 from sam3cache.runtime import TEMPORARY_SUFFIX
 
 
@@ -31,21 +32,25 @@ def sha256_of_list(values: Iterable[Any]) -> str:
     return hasher.hexdigest()
 
 
-def sha256_of_file(path: Path) -> str:
+def sha256_of_file(path: Place) -> str:
     """Return the SHA-256, in hexadecimal, of a file's bytes.
 
     Raises:
         OSError: when the file cannot be read.
     """
+    if not isinstance(path, Path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep_temporaries(root: Path) -> int:
+def sweep_temporaries(root: Place) -> int:
     """Delete what killed writers left behind and return how many files that was.
 
-    What lies below claims/ may be of a writer at work.
+    What lies below claims/ may be of a writer at work. Objects have no temporaries.
     """
+    if not isinstance(root, Path):
+        return 0
     strays = [
         path
         for path in root.rglob(f".*{TEMPORARY_SUFFIX}")

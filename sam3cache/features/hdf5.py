@@ -31,6 +31,7 @@ from sam3cache.features.copying import CopiedRow, CopyPlan, CopyResult, Report, 
 from sam3cache.features.files import canonical_json
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import LabelSetSpec, LevelSpec
+from sam3cache.features.places import place_of
 from sam3cache.features.precision import Encoded, decode, in_words
 from sam3cache.features.receipts import read_receipts
 from sam3cache.features.store import FeatureStore
@@ -96,6 +97,7 @@ def export_hdf5(
         OSError: when the disk is full or read-only; no file stays then.
     """
     start_s = time.monotonic()
+    place_of(path)  # Refuses what is no file.
     if path.exists():
         raise StoreError(f"{path} exists; give -o another file, or delete that one")
     rows = [row for row in store.sample_rows if row.status == "ok"]

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from sam3cache.errors import StoreBusyError
 from sam3cache.features.files import canonical_json
+from sam3cache.features.leases import LEASE_S, held_below, held_lease, store_lease, sweep_leases
+from sam3cache.features.objects import ObjectPath
+from sam3cache.features.places import Place, place_of
+
+# What Lustre without -o flock, NFS without a lock service and the like answer.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_MARK = "store.held"
+_PAUSE_S = 2.0
+
+
+def locks_work(root: Place) -> bool:
+    """Return whether the file system of a store, whose folder exists, lets files be locked.
+
+    An object store has leases, or refuses.
+    """
+    if isinstance(root, ObjectPath):
+        return True
+    try:
+        # filelock warns, and makes do with a file that is there: that would outlive its holder.
+        with warnings.catch_warnings(action="error"), FileLock(root / ".lock", timeout=0):
+            return True
+    except Timeout:
+        return True
+    except (NotImplementedError, UserWarning):
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
 
 
 @contextmanager
-def store_lock(root: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
+def store_lock(root: Place, *, timeout_s: float = 60.0) -> Iterator[None]:
     """Hold the whole store for a change of its tables, metadata or seal.
 
     Args:
@@ -28,10 +59,22 @@ def store_lock(root: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
     Raises:
         StoreBusyError: naming the holder, when it does not let go in time.
     """
+    root = place_of(root)
+    if isinstance(root, ObjectPath):
+        with store_lease(root, timeout_s=timeout_s):
+            yield
+        return
     root.mkdir(parents=True, exist_ok=True)
     holder = root / ".holder.json"
+    path, if_dead = root / ".lock", ""
+    kind: type[BaseFileLock] = FileLock
+    if not locks_work(root):
+        # It is held for moments: there, a file that exists must do, which a kill leaves behind.
+        path, kind = root / "claims" / _MARK, SoftFileLock
+        path.parent.mkdir(exist_ok=True)
+        if_dead = f" (is it gone? then delete {path})"
     try:
-        with FileLock(root / ".lock", timeout=timeout_s):
+        with kind(path, timeout=timeout_s):
             me = {"pid": os.getpid(), "host": platform.node(), "since_unix_s": int(time.time())}
             # A courtesy to those who wait: a disk too full for it will tell by what matters.
             with suppress(OSError):
@@ -45,6 +88,7 @@ def store_lock(root: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
     except Timeout:
         raise StoreBusyError(
             f"{root} is being changed by {_describe(holder)}; wait for it, or end it, and run again"
+            f"{if_dead}"
         ) from None
 
 
@@ -60,32 +104,38 @@ _RUN_LOCK = "run-"
 
 
 class BlockClaims:
-    """Claims on blocks of one store, by lock files that the operating system frees."""
+    """Claims on blocks of one store, by lock files that the operating system frees, or by leases.
 
-    def __init__(self, root: Path) -> None:
+    Attributes:
+        work: whether they keep anybody out. Where the file system has no locks, every block is
+            free and every claim succeeds: then only those may be done that are one's own.
+        pause_s: after which it is worth a look whether a block that was held is free.
+    """
+
+    def __init__(self, root: Place) -> None:
         self._folder = root / "claims"
         self._folder.mkdir(parents=True, exist_ok=True)
+        self.work = locks_work(root)
+        self.pause_s = LEASE_S / 4 if isinstance(root, ObjectPath) else _PAUSE_S
 
     @contextmanager
     def claim(self, block: int) -> Iterator[bool]:
         """Hold a block for the length of the ``with``; yields False when another process has it."""
-        lock = FileLock(self._path(block), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
+        if not self.work:
             yield True
-        finally:
-            lock.release()
+            return
+        with _held(self._folder / _name(block)) as ours:
+            yield ours
 
-    def is_free(self, block: int) -> bool:
-        """Return whether nobody holds a block just now."""
-        return not _is_held(self._path(block))
-
-    def _path(self, block: int) -> Path:
-        return self._folder / f"{block:08d}.lock"
+    def free(self, blocks: Sequence[int]) -> list[int]:
+        """Return those of some blocks that nobody holds just now."""
+        if not self.work:
+            return list(blocks)
+        if isinstance(self._folder, ObjectPath):
+            held = held_below(self._folder)
+            return [block for block in blocks if _name(block) not in held]
+        folder = self._folder
+        return [block for block in blocks if not _is_held(folder / _name(block))]
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -93,22 +143,33 @@ class BlockClaims:
 
         Several processes may say so at once; :func:`require_idle` refuses as long as one does.
         """
+        if not self.work:
+            yield
+            return
         path = self._folder / f"{_RUN_LOCK}{os.getpid()}-{secrets.token_hex(4)}.lock"
         try:
-            with FileLock(path, timeout=0):
+            with _held(path):
                 yield
         finally:
-            with suppress(PermissionError):
-                path.unlink(missing_ok=True)
+            if isinstance(path, Path):
+                with suppress(PermissionError):
+                    path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Delete the lock files; for the holder of the whole store, once every block is done."""
+        if isinstance(self._folder, ObjectPath):
+            sweep_leases(self._folder)
+            return
         for path in self._folder.glob("*.lock"):
             if path.name.startswith(_RUN_LOCK) and _is_held(path):
                 continue
             # On Windows a file that is still held cannot be deleted, and need not be.
             with suppress(PermissionError):
                 path.unlink(missing_ok=True)
+
+
+def _name(block: int) -> str:
+    return f"{block:08d}.lock"
 
 
 def require_idle(root: Path) -> None:
@@ -129,6 +190,26 @@ def _holder_of(path: Path) -> str:
     if path.name.startswith(_RUN_LOCK):
         return f"process {path.stem.removeprefix(_RUN_LOCK).partition('-')[0]}"
     return f"block {path.stem}"
+
+
+@contextmanager
+def _held(path: Place) -> Iterator[bool]:
+    """Hold a lock for the length of the ``with``; yields False when another process has it."""
+    if isinstance(path, ObjectPath):
+        with held_lease(path) as ours:
+            yield ours
+        return
+    # Of all threads: a block is claimed by one, and let go by the one that has written it.
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _is_held(path: Path) -> bool:

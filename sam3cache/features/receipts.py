@@ -22,7 +22,7 @@ from sam3cache.features.files import (
     sha256_of_json,
 )
 from sam3cache.features.lazy import LazySequence
-from sam3cache.runtime import replace_file, write_atomic
+from sam3cache.features.places import Place, for_places, replace_file, write_atomic
 
 FORMAT_VERSION = 2
 """Of the store on disk; docs/format.md says what changed."""
@@ -145,7 +145,7 @@ class Receipt:
         }
 
     @classmethod
-    def from_json(cls, value: Any, path: Path) -> Receipt:
+    def from_json(cls, value: Any, path: Place) -> Receipt:
         """Read what :meth:`to_json` wrote.
 
         Raises:
@@ -163,9 +163,18 @@ class Receipt:
         except (LookupError, TypeError, ValueError, OverflowError):
             raise _unreadable(path) from None
 
-    def is_done(self, root: Path) -> bool:
-        """Return whether every file named is there with the size stated."""
+    def is_done(self, root: Place, sizes: Mapping[str, int] | None = None) -> bool:
+        """Return whether every file named is there with the size stated.
+
+        Args:
+            root: the store.
+            sizes: of its files by path, where they have been listed.
+        """
         for shard in self.shards:
+            if sizes is not None:
+                if sizes.get(shard.key) != shard.size_bytes:
+                    return False
+                continue
             try:
                 if (root / shard.key).stat().st_size != shard.size_bytes:
                     return False
@@ -189,7 +198,7 @@ def _facts(value: Any) -> Facts:
     return Facts(value) if isinstance(value, dict) else Facts.of(value)  # by row in version 1
 
 
-def write_receipt(root: Path, receipt: Receipt) -> None:
+def write_receipt(root: Place, receipt: Receipt) -> None:
     """Commit one item of one block."""
     content = receipt.to_json()
     # Until the seal hashes it: a flipped bit must not vouch for another row or picture.
@@ -198,7 +207,7 @@ def write_receipt(root: Path, receipt: Receipt) -> None:
 
 
 def read_receipts_of_block(
-    root: Path, block: int, items: Iterable[str]
+    root: Place, block: int, items: Iterable[str]
 ) -> dict[ReceiptKey, Receipt]:
     """Read the newest receipts of one block: single ones, or those of a seal set in the meantime.
 
@@ -222,7 +231,7 @@ def read_receipts_of_block(
     return receipts
 
 
-def parse_receipt(data: bytes, path: Path) -> Receipt:
+def parse_receipt(data: bytes, path: Place) -> Receipt:
     """Read the content of a single receipt's file.
 
     Raises:
@@ -237,7 +246,7 @@ def parse_receipt(data: bytes, path: Path) -> Receipt:
     return Receipt.from_json(content, path)
 
 
-def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
+def read_receipts(root: Place) -> dict[ReceiptKey, Receipt]:
     """Read every receipt, folded and single; a single one is the newer.
 
     Raises:
@@ -246,7 +255,7 @@ def read_receipts(root: Path) -> dict[ReceiptKey, Receipt]:
     return dict(scan_receipts(root))
 
 
-def scan_receipts(root: Path) -> ReceiptsOnDemand:
+def scan_receipts(root: Place) -> ReceiptsOnDemand:
     """Read every receipt as :func:`read_receipts` does, to be made into objects when asked for.
 
     Raises:
@@ -262,26 +271,32 @@ def scan_receipts(root: Path) -> ReceiptsOnDemand:
             else:
                 found.update(loaded)
     packed = found or _Packed(root / "receipts")
-    for path in sorted((root / "receipts").glob("*/*.json")):
-        data = _read(path)
+    paths = single_receipts(root)
+    for path, data in zip(paths, for_places(_read, paths), strict=True):
         receipt = parse_receipt(data, path)
         packed.hold(data)
         packed.add(receipt.item, receipt.block, 0, len(data))
     return ReceiptsOnDemand(packed)
 
 
-def is_sealed(root: Path) -> bool:
+def single_receipts(root: Place) -> list[Place]:
+    """Return where the receipts lie that no seal has folded, sorted."""
+    found: list[Place] = [*(root / "receipts").glob("*/*.json")]
+    return sorted(found, key=str)
+
+
+def is_sealed(root: Place) -> bool:
     """Return whether the seal is in place (not whether it is right)."""
     return (root / SEAL_FILE).exists()
 
 
-def is_seal_lost(root: Path) -> bool:
+def is_seal_lost(root: Place) -> bool:
     """Return whether a store was sealed, and only the copy of its seal is left."""
     is_known = is_sealed(root) or (root / FOLDED_FILE).exists()
     return not is_known and (root / SEAL_COPY).exists()
 
 
-def write_seal(root: Path, receipts: Mapping[ReceiptKey, Receipt], hashed: Iterable[str]) -> None:
+def write_seal(root: Place, receipts: Mapping[ReceiptKey, Receipt], hashed: Iterable[str]) -> None:
     """Seal the store, then delete the receipts that the seal holds.
 
     Args:
@@ -321,13 +336,13 @@ def _seal(head: Mapping[str, Any], receipts: Mapping[ReceiptKey, Receipt]) -> by
     return data
 
 
-def finish_sealing(root: Path) -> None:
+def finish_sealing(root: Place) -> None:
     """Do what a kill right after the seal was written has left undone."""
     _copy(root, SEAL_FILE, SEAL_COPY)
     _delete_folded_receipts(root)
 
 
-def mend_seal(root: Path) -> str:
+def mend_seal(root: Place) -> str:
     """Write the seal anew from its copy, or the copy from the seal; hold :func:`store_lock`.
 
     Returns:
@@ -341,14 +356,14 @@ def mend_seal(root: Path) -> str:
     return _copy(root, SEAL_FILE, SEAL_COPY) if SEAL_FILE in whole else ""
 
 
-def _is_whole_seal(path: Path) -> bool:
+def _is_whole_seal(path: Place) -> bool:
     try:
         return _split_seal(_read(path), path) is not None
     except CorruptStoreError:
         return False
 
 
-def _copy(root: Path, source: str, target: str) -> str:
+def _copy(root: Place, source: str, target: str) -> str:
     data = (root / source).read_bytes()
     if (root / target).exists() and (root / target).read_bytes() == data:
         return ""
@@ -356,18 +371,22 @@ def _copy(root: Path, source: str, target: str) -> str:
     return target
 
 
-def _delete_folded_receipts(root: Path) -> None:
+def _delete_folded_receipts(root: Place) -> None:
     """Delete the receipts that a seal in place holds as well."""
     _delete_single_receipts(root)
     (root / FOLDED_FILE).unlink(missing_ok=True)
 
 
-def _delete_single_receipts(root: Path) -> None:
-    for path in (root / "receipts").glob("*/*.json"):
-        path.unlink(missing_ok=True)
+def _delete_single_receipts(root: Place) -> None:
+    for _ in for_places(_delete, single_receipts(root)):
+        pass
 
 
-def break_seal(root: Path) -> None:
+def _delete(path: Place) -> None:
+    path.unlink(missing_ok=True)
+
+
+def break_seal(root: Place) -> None:
     """Make a sealed store one that is being worked on; its receipts still count."""
     if is_sealed(root):
         (root / "receipts").mkdir(exist_ok=True)
@@ -379,20 +398,35 @@ def break_seal(root: Path) -> None:
         replace_file(root / SEAL_COPY, root / FOLDED_FILE)
 
 
-def drop_seal(root: Path) -> None:
+def drop_seal(root: Place) -> None:
     """Delete the seal of a store whose receipts have been folded without it."""
     (root / SEAL_FILE).unlink(missing_ok=True)
     (root / SEAL_COPY).unlink(missing_ok=True)
 
 
-def fold_receipts(root: Path, receipts: Mapping[ReceiptKey, Receipt]) -> None:
+def fold_receipts(root: Place, receipts: Mapping[ReceiptKey, Receipt]) -> None:
     """Make these the receipts of an unsealed store: one file, and no single ones beside it."""
     head = {"format_version": FORMAT_VERSION, "hashes": {}}
     write_atomic(root / FOLDED_FILE, _seal(head, receipts))
     _delete_single_receipts(root)
 
 
-def check_seal(root: Path) -> tuple[str, ReceiptsOnDemand]:
+def seal_at_end(data: bytes) -> str | None:
+    """Return the hash that a seal states, given its last bytes; None where they are no seal's."""
+    tail = _SEAL_MARK.search(data)
+    return None if tail is None else tail["seal"].decode()
+
+
+def hashes_in_seal(path: Place) -> dict[str, str]:
+    """Return the SHA-256 of every file that a seal fixes, by path.
+
+    Raises:
+        CorruptStoreError: when the seal is not what was written.
+    """
+    return {str(name): str(value) for name, value in _load_seal(path)[1].items()}
+
+
+def check_seal(root: Place) -> tuple[str, ReceiptsOnDemand]:
     """Check the seal and all that it hashes; return the hash it states, and its receipts.
 
     Raises:
@@ -434,7 +468,7 @@ def _hash_of(content: Mapping[str, Any]) -> str:
         return ""
 
 
-def _load_seal(path: Path) -> tuple[str, Mapping[str, Any], _Packed]:
+def _load_seal(path: Place) -> tuple[str, Mapping[str, Any], _Packed]:
     """Check a seal against its own hash; return that, the hashes in it, and its receipts."""
     data = _read(path)
     found = _split_seal(data, path)
@@ -451,7 +485,7 @@ def _load_seal(path: Path) -> tuple[str, Mapping[str, Any], _Packed]:
     return str(content["seal"]), content["hashes"], _pack(content.get("receipts"), path)
 
 
-def _split_seal(data: bytes, path: Path) -> tuple[str, Mapping[str, Any], _Packed] | None:
+def _split_seal(data: bytes, path: Place) -> tuple[str, Mapping[str, Any], _Packed] | None:
     """Take a seal apart that is as we write it, without making objects of all its receipts.
 
     What its hash vouches for is canonical JSON of ours: within a text every quotation mark has a
@@ -487,7 +521,7 @@ def _split_seal(data: bytes, path: Path) -> tuple[str, Mapping[str, Any], _Packe
     return seal, head["hashes"], packed
 
 
-def _pack(receipts: Any, path: Path) -> _Packed:
+def _pack(receipts: Any, path: Place) -> _Packed:
     """Return receipts as they are kept by :class:`ReceiptsOnDemand`."""
     if not isinstance(receipts, list):
         raise _unreadable(path)
@@ -509,7 +543,7 @@ class _Packed:
     the receipts.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         """Name the file that is to be named if a receipt cannot be read."""
         self.path = path
         self.groups: list[bytes] = []
@@ -602,30 +636,30 @@ class ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
         return zlib.decompress(self._packed.groups[group])
 
 
-def receipt_path(root: Path, item: str, block: int) -> Path:
+def receipt_path(root: Place, item: str, block: int) -> Place:
     """Return where the single receipt of an item of a block lies."""
     return root / "receipts" / item / f"{block:08d}.json"
 
 
-def _load(path: Path) -> Any:
+def _load(path: Place) -> Any:
     return _parse(_read(path), path)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Place) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
         raise _unreadable(path) from None
 
 
-def _parse(data: bytes, path: Path) -> Any:
+def _parse(data: bytes, path: Place) -> Any:
     try:
         return json.loads(data)
     except ValueError:
         raise _unreadable(path) from None
 
 
-def _unreadable(path: Path) -> CorruptStoreError:
+def _unreadable(path: Place) -> CorruptStoreError:
     return CorruptStoreError(
         f"{path} is not what was written there; `sam3cache store verify --repair` on the store "
         "mends it from its copy, or removes it and keeps every block that is proven"

@@ -111,15 +111,15 @@ def repack(root: Path, report: Report = lambda num_done, num_total: None) -> Rep
         # Blocks that are dead altogether first: they give room to move in, and need none.
         dead_blocks = {block for block, rows in _stored_rows(store).items() if not rows.live}
         if dead_blocks or not store.sealed:
-            freed_bytes += _rewrite(store, [], dead_blocks)
+            freed_bytes += _rewrite(root, store, [], dead_blocks)
             store = open_store(root)
         moved_blocks = _blocks_to_move(store)
         if moved_blocks:
             rows = _moved_rows(store, moved_blocks)
             num_moved = len(rows)
-            freed_bytes += _rewrite(store, rows, moved_blocks, report)
+            freed_bytes += _rewrite(root, store, rows, moved_blocks, report)
             store = open_store(root)
-        strays = list(_strays(store))
+        strays = list(_strays(root, store))
         freed_bytes += _delete(root, strays)
         size_bytes = sum(s.size_bytes for r in store.receipts.values() for s in r.shards)
     return RepackResult(
@@ -238,6 +238,7 @@ def _moved_rows(store: FeatureStore, blocks: set[int]) -> list[CopiedRow]:
 
 
 def _rewrite(
+    root: Path,
     store: FeatureStore,
     moved: list[CopiedRow],
     gone_blocks: set[int],
@@ -248,7 +249,6 @@ def _rewrite(
     Returns:
         Bytes of the files that were deleted, less those that were written.
     """
-    root = store.path
     levels: dict[str, tuple[LevelSpec, Fingerprint]] = {
         name: (spec, store.fingerprint(name)) for name, spec in store.levels.items()
     }
@@ -323,9 +323,8 @@ def _files_of(receipts: Iterable[Receipt]) -> Iterator[str]:
     return (shard.key for receipt in receipts for shard in receipt.shards)
 
 
-def _strays(store: FeatureStore) -> Iterator[str]:
+def _strays(root: Path, store: FeatureStore) -> Iterator[str]:
     """Name the files, below a sealed store, that no receipt vouches for."""
-    root = store.path
     named = set(_files_of(store.receipts.values()))
     for part in ("levels", "labels"):
         for path in (root / part).rglob("*"):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import FileIO
-from pathlib import Path
+from io import RawIOBase
 from typing import Any
 
 import crc32c as crc32c_package
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import CorruptStoreError, MissingSampleError, StoreError
 from sam3cache.features.levels import ShardGrid
+from sam3cache.features.places import Place
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
@@ -96,7 +96,7 @@ class ShardReader:
         verified: bool (inner chunks,): whether a chunk has been found to be as it was written.
     """
 
-    path: Path
+    path: Place
     grid: ShardGrid
     index: NDArray[np.uint64]
     mtime_ns: int
@@ -106,7 +106,7 @@ class ShardReader:
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: Place,
         grid: ShardGrid,
         expected_bytes: int,
         chunk_crc32c: Sequence[int] = (),
@@ -240,7 +240,7 @@ def _fits(entries: NDArray[np.uint64], grid: ShardGrid, data_bytes: int) -> bool
     return bool((entries <= data_bytes).all() and (ends <= data_bytes).all())
 
 
-def _read_exactly(file: FileIO, out: NDArray[np.uint8]) -> bool:
+def _read_exactly(file: RawIOBase, out: NDArray[np.uint8]) -> bool:
     """Fill ``out`` from a file; False when the file ends before."""
     filled = 0
     while filled < out.size:
@@ -251,7 +251,7 @@ def _read_exactly(file: FileIO, out: NDArray[np.uint8]) -> bool:
     return True
 
 
-def _damage(path: Path, what: str) -> str:
+def _damage(path: Place, what: str) -> str:
     return (
         f"{path} is damaged ({what} does not match its checksum); delete that file and run the "
         "same `sam3cache extract` again to rebuild its block"

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -32,6 +31,9 @@ from sam3cache.features.levels import (
     LevelSpec,
     ShardGrid,
 )
+from sam3cache.features.mirror import Mirror
+from sam3cache.features.objects import ObjectPath
+from sam3cache.features.places import Place, place_of
 from sam3cache.features.precision import (
     FEATURE_PRECISIONS,
     Encoded,
@@ -47,6 +49,7 @@ from sam3cache.features.receipts import (
     Receipt,
     ReceiptKey,
     ReceiptsOnDemand,
+    ShardRecord,
     check_seal,
     is_sealed,
     scan_receipts,
@@ -106,12 +109,13 @@ class StoredSample:
 
 
 def open_store(
-    path: str | Path, *, allow_unsealed: bool = False, overlay: str | Path | None = None
+    path: str | Place, *, allow_unsealed: bool = False, overlay: str | Place | None = None
 ) -> FeatureStore:
     """Open a store for reading and check its seal. Nothing is written or locked.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its URL as ``s3://bucket/angio.zarr``: then it is read by way
+            of a local copy (:mod:`sam3cache.features.mirror`), or as it is while it is not sealed.
         allow_unsealed: read what an unfinished extraction has committed so far.
         overlay: folder of labels and annotations kept beside the store, which go before its own.
 
@@ -122,24 +126,29 @@ def open_store(
         StoreError: when the store's format is newer than this reader, ``path`` is an overlay, or
             the overlay is of other pictures.
     """
-    root = Path(path)
-    description = read_description(root)
+    root = place_of(path)
+    mirror = None
+    if isinstance(root, ObjectPath):
+        root.require_reachable()
+        mirror = Mirror.of(root)
+    folder = root if mirror is None else mirror.folder
+    description = read_description(folder)
     if OVERLAY_OF in description["settings"]:
         raise StoreError(
             f"{root} is an overlay, labels and annotations without features; give the store that "
             f"it was made for, and --overlay {root}"
         )
-    seal, receipts = _seal_and_receipts(root, allow_unsealed)
+    seal, receipts = _seal_and_receipts(folder, allow_unsealed)
     laid_over = (
-        None if overlay is None else open_overlay(Path(overlay), allow_unsealed=allow_unsealed)
+        None if overlay is None else open_overlay(place_of(overlay), allow_unsealed=allow_unsealed)
     )
-    store = FeatureStore(root, description, receipts, seal=seal, overlay=laid_over)
+    store = FeatureStore(root, description, receipts, seal=seal, overlay=laid_over, mirror=mirror)
     if laid_over is not None:
         _require_same_pictures(store, laid_over)
     return store
 
 
-def open_overlay(root: Path, *, allow_unsealed: bool = False) -> FeatureStore:
+def open_overlay(root: Place, *, allow_unsealed: bool = False) -> FeatureStore:
     """Open the labels and annotations of an overlay alone, without the store that they are for.
 
     Raises:
@@ -158,7 +167,7 @@ def open_overlay(root: Path, *, allow_unsealed: bool = False) -> FeatureStore:
     return FeatureStore(root, description, receipts, seal=seal)
 
 
-def _seal_and_receipts(root: Path, allow_unsealed: bool) -> tuple[str, ReceiptsOnDemand]:
+def _seal_and_receipts(root: Place, allow_unsealed: bool) -> tuple[str, ReceiptsOnDemand]:
     """Return the hash that the seal states, empty without a seal, and the receipts."""
     if is_sealed(root):
         return check_seal(root)
@@ -167,7 +176,7 @@ def _seal_and_receipts(root: Path, allow_unsealed: bool) -> tuple[str, ReceiptsO
     return "", scan_receipts(root)
 
 
-def _why_unsealed(root: Path) -> str:
+def _why_unsealed(root: Place) -> str:
     change = interrupted_change(root)
     if change:
         return f"{root} is not sealed: {change} was interrupted; run the same command again"
@@ -177,7 +186,7 @@ def _why_unsealed(root: Path) -> str:
     )
 
 
-def interrupted_change(root: Path) -> str:
+def interrupted_change(root: Place) -> str:
     """Return which change of labels or annotations a store is unsealed for; empty if for none."""
     try:
         return str(json.loads((root / CHANGE_FILE).read_bytes())["change"])
@@ -204,14 +213,14 @@ def _require_same_pictures(store: FeatureStore, overlay: FeatureStore) -> None:
 _DESCRIBED = {"num_blocks": int, "settings": dict, "levels": dict, "label_sets": list}
 
 
-def read_description(root: Path) -> dict[str, Any]:
+def read_description(root: Place) -> dict[str, Any]:
     """Return what the group's zarr.json says of the store.
 
     Raises:
         NotAStoreError: when there is no such file, or it is not ours.
         StoreError: when the format is newer than this code.
     """
-    path = root / "zarr.json"
+    path = place_of(root) / "zarr.json"
     try:
         description = json.loads(path.read_bytes())["attributes"]["sam3cache"]
         version = int(description["format_version"])
@@ -238,7 +247,7 @@ def read_description(root: Path) -> dict[str, Any]:
     return result
 
 
-def fingerprints_in(description: Mapping[str, Any], root: Path) -> dict[str, Fingerprint]:
+def fingerprints_in(description: Mapping[str, Any], root: Place) -> dict[str, Fingerprint]:
     """Return the fingerprint of every level that a store's description names.
 
     Raises:
@@ -260,7 +269,7 @@ class FeatureStore:
     """A store opened for reading; safe to use from several threads.
 
     Attributes:
-        path: the store's folder.
+        path: the store's folder or URL.
         seal: hash over all that the seal held when it was opened; empty without one.
         sealed: whether its extraction has finished.
         overlay: labels and annotations that go before the store's own; mostly None.
@@ -271,22 +280,26 @@ class FeatureStore:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         description: Mapping[str, Any],
         receipts: ReceiptsOnDemand,
         *,
         seal: str,
         overlay: FeatureStore | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.path = path
+        self._mirror = mirror
+        # Where its files are read.
+        self.folder: Place = path if mirror is None else mirror.folder
         self.seal = seal
         self.sealed = bool(seal)
         self.overlay = overlay
         self.settings: dict[str, Any] = dict(description["settings"])
         self._fingerprints = fingerprints_in(description, path)
-        self.levels = {name: read_level_spec(path, name) for name in description["levels"]}
+        self.levels = {name: read_level_spec(self.folder, name) for name in description["levels"]}
         self.label_sets = {
-            name: read_label_set_spec(path, name) for name in description["label_sets"]
+            name: read_label_set_spec(self.folder, name) for name in description["label_sets"]
         }
         if overlay is not None:
             self.label_sets |= overlay.label_sets
@@ -346,14 +359,14 @@ class FeatureStore:
         return self._scan_rows()
 
     def _scan_rows(self) -> Sequence[SampleRow]:
-        rows = scan_samples(self.path)
+        rows = scan_samples(self.folder)
         # A seal's facts are in the table already.
         return rows if self.sealed else RowsWithFacts(rows, self._receipts)
 
     @cached_property
     def annotations(self) -> dict[int, AnnotationRow]:
         """annotations.parquet by row; rows of the overlay go before."""
-        notes = {row.row: row for row in scan_annotations(self.path)}
+        notes = {row.row: row for row in scan_annotations(self.folder)}
         return notes if self.overlay is None else notes | self.overlay.annotations
 
     @cached_property
@@ -389,7 +402,7 @@ class FeatureStore:
 
     def _variant_rows(self) -> list[SampleRow]:
         # Of a store without variants no line has to be made.
-        if not scan_samples(self.path).num_known(VARIANT_COLUMN):
+        if not scan_samples(self.folder).num_known(VARIANT_COLUMN):
             return []
         return [row for row in self._scan_rows() if row.status == "ok" and row.variant is not None]
 
@@ -401,7 +414,7 @@ class FeatureStore:
         """Go through rows that have annotations, without keeping either table as objects."""
         over = {} if self.overlay is None else self.overlay.annotations
         # Both tables are in row order, and tombstones are in the first alone.
-        notes = scan_annotations(self.path)
+        notes = scan_annotations(self.folder)
         note = next(notes, None)
         for row in self._scan_rows():
             while note is not None and note.row < row.row:
@@ -430,6 +443,40 @@ class FeatureStore:
             MissingSampleError: when the store has no such level.
         """
         return self._fingerprints[self._stored_name(level)]
+
+    def fetch(self, rows: Iterable[int], levels: Sequence[str], label_set: str | None) -> None:
+        """Bring near at once what will be read, of a store that lies on an object store.
+
+        Without it, what is read is fetched at that moment. :func:`watch_fetching` tells how far it
+        is.
+
+        Args:
+            rows: of the samples.
+            levels: names of the levels.
+            label_set: name of the masks' set; None without masks.
+
+        Raises:
+            MissingSampleError: when the store has no such level.
+            NoSpaceError: when there is no room for it.
+            CorruptStoreError: when a shard is not what was written.
+            StoreError: when the object store refuses us or does not answer.
+        """
+        if self._mirror is None:
+            return
+        specs = [self.levels[self._own_or_served(level)] for level in levels]
+        grids = [(spec.item, grid) for spec in specs for grid in spec.grids]
+        wanted: dict[str, ShardRecord] = {}
+        for row in rows:
+            for item, grid in grids:
+                record = self._record(item, row, grid.key((row // grid.num_inner,)))
+                wanted[record.key] = record
+            if label_set is not None and self.holder_of(label_set) is self:
+                variant = self._variant_by_row.get(row)
+                base_row = row if variant is None else variant.base_row
+                assert base_row is not None
+                masks = self._receipts.get((f"labels.{label_set}", base_row // BLOCK_ROWS))
+                wanted |= {record.key: record for record in (masks.shards if masks else ())}
+        self._mirror.fetch_all(list(wanted.values()))
 
     def read(self, level: str, row: int) -> NDArray[Any]:
         """Return one sample of a level, checked against its checksum.
@@ -499,12 +546,11 @@ class FeatureStore:
         assert out.data_CHW.flags.c_contiguous
         self._require_row(place.item, row)
         shard, position = divmod(row, place.samples_per_shard)
-        self._reader(place.item, row, place.grid, (shard,)).read_into(position, out.data_CHW)
+        self._read_chunk(place.item, row, place.grid, (shard,), position, out.data_CHW)
         if place.scale_grid is not None:
             assert out.scale_C is not None
             block, position = divmod(row, BLOCK_ROWS)
-            reader = self._reader(place.item, row, place.scale_grid, (block,))
-            reader.read_into(position, out.scale_C)
+            self._read_chunk(place.item, row, place.scale_grid, (block,), position, out.scale_C)
 
     def read_mask(self, row: int, label_set: str = "mask") -> NDArray[np.uint8] | None:
         """Return a sample's mask on its own grid, or None when it has none.
@@ -547,7 +593,7 @@ class FeatureStore:
             for y in range(0, line.height_px, LABEL_TILE_PX):
                 for x in range(0, line.width_px, LABEL_TILE_PX):
                     index = (block, k, y // LABEL_TILE_PX, x // LABEL_TILE_PX)
-                    self._reader(spec.item, row, spec.grid, index).read_into(position, tile)
+                    self._read_chunk(spec.item, row, spec.grid, index, position, tile)
                     part = out[k, y : y + LABEL_TILE_PX, x : x + LABEL_TILE_PX]
                     part[...] = tile[0, : part.shape[0], : part.shape[1]]
         return out
@@ -578,7 +624,7 @@ class FeatureStore:
             return holder.label_rows(label_set)
         if label_set not in self._label_rows:
             if self.sealed:
-                lines = scan_label_rows(self.path / "labels" / label_set)
+                lines = scan_label_rows(self.folder / "labels" / label_set)
                 self._label_rows[label_set] = LabelRowsOnDemand(lines)
             else:
                 self._label_rows[label_set] = label_rows_of(label_set, self._receipts)
@@ -628,20 +674,45 @@ class FeatureStore:
             )
         return receipt
 
+    def _read_chunk(
+        self,
+        item: str,
+        row: int,
+        grid: ShardGrid,
+        index: tuple[int, ...],
+        position: int,
+        out: NDArray[Any],
+    ) -> None:
+        try:
+            self._reader(item, row, grid, index).read_into(position, out)
+        except CorruptStoreError:
+            if self._mirror is None:
+                raise
+            # Damaged since it was fetched: once more from where it came from.
+            self._mirror.forget(self._record(item, row, grid.key(index)))
+            with self._readers_lock:
+                self._readers.pop((grid.folder, index), None)
+            self._reader(item, row, grid, index).read_into(position, out)
+
     def _reader(self, item: str, row: int, grid: ShardGrid, index: tuple[int, ...]) -> ShardReader:
         reader = self._readers.get((grid.folder, index))
         if reader is None:
             key = grid.key(index)
-            shards = self._require_row(item, row).shards
-            record = next((shard for shard in shards if shard.key == key), None)
-            if record is None:
-                raise CorruptStoreError(
-                    f"{self.path / key} has no receipt; run `sam3cache extract` again"
-                )
-            reader = ShardReader.open(self.path / key, grid, record.size_bytes, record.chunk_crc32c)
+            record = self._record(item, row, key)
+            path = self.folder / key if self._mirror is None else self._mirror.fetch(record)
+            reader = ShardReader.open(path, grid, record.size_bytes, record.chunk_crc32c)
             with self._readers_lock:
                 self._readers[grid.folder, index] = reader
         return reader
+
+    def _record(self, item: str, row: int, key: str) -> ShardRecord:
+        shards = self._require_row(item, row).shards
+        record = next((shard for shard in shards if shard.key == key), None)
+        if record is None:
+            raise CorruptStoreError(
+                f"{self.path / key} has no receipt; run `sam3cache extract` again"
+            )
+        return record
 
 
 class _Place:
@@ -806,7 +877,7 @@ class _Lines(ValuesView[LabelRow]):
         return iter(self._lines)
 
 
-def read_label_set_spec(root: Path, name: str) -> LabelSetSpec:
+def read_label_set_spec(root: Place, name: str) -> LabelSetSpec:
     """Return a label set's planes and size.
 
     Raises:
@@ -827,7 +898,7 @@ def read_label_set_spec(root: Path, name: str) -> LabelSetSpec:
         ) from None
 
 
-def read_level_spec(root: Path, name: str) -> LevelSpec:
+def read_level_spec(root: Place, name: str) -> LevelSpec:
     """Return a level's shape and dtype.
 
     Raises:
@@ -844,7 +915,7 @@ def read_level_spec(root: Path, name: str) -> LevelSpec:
         ) from None
 
 
-def _load_metadata(path: Path) -> dict[str, Any]:
+def _load_metadata(path: Place) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_bytes())
         return value

@@ -6,9 +6,9 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from sam3cache.features.places import Place
 from sam3cache.features.receipts import SEAL_COPY, SEAL_FILE, Receipt
 from sam3cache.features.repacking import dead_space
 from sam3cache.features.store import (
@@ -27,7 +27,7 @@ from sam3cache.features.tables import (
 from sam3cache.records import SPLITS
 
 
-def summarise(root: Path, *, overlay: Path | None = None) -> dict[str, Any]:
+def summarise(root: Place, *, overlay: Place | None = None) -> dict[str, Any]:
     """Say what a store holds, as JSON values; one that is not sealed is said to be so.
 
     Nothing but tables and receipts is read: bytes are those that the receipts state.
@@ -41,8 +41,8 @@ def summarise(root: Path, *, overlay: Path | None = None) -> dict[str, Any]:
         CorruptStoreError: when metadata or tables are not what the store was sealed with.
         StoreError: when the format is newer, or the overlay is of other pictures.
     """
-    description = read_description(root)
     store = open_store(root, allow_unsealed=True, overlay=overlay)
+    description = read_description(store.folder)
     samples = store.samples
     dead = dead_space(store)
     return {

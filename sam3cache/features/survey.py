@@ -12,13 +12,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 from sam3cache.errors import ConfigError, CorruptStoreError, NotAStoreError, StoreError
 from sam3cache.features.files import canonical_json, sha256_of_file
 from sam3cache.features.fingerprint import Fingerprint
 from sam3cache.features.levels import BLOCK_ROWS, LABEL_TILE_PX, LabelSetSpec, LevelSpec, ShardGrid
+from sam3cache.features.objects import ObjectPath
+from sam3cache.features.places import Place, for_places, place_of
 from sam3cache.features.receipts import (
     CHANGE_FILE,
     FOLDED_FILE,
@@ -33,6 +34,7 @@ from sam3cache.features.receipts import (
     is_seal_lost,
     matches_own_hash,
     parse_receipt,
+    single_receipts,
 )
 from sam3cache.features.tables import (
     ANNOTATIONS_FILE,
@@ -154,7 +156,7 @@ class Survey:
         label_rows: by label set, rows.parquet, likewise.
     """
 
-    root: Path
+    root: Place
     findings: list[Finding] = field(default_factory=list)
     sealed: bool = False
     seal_holds: bool = True
@@ -204,7 +206,7 @@ class Survey:
         ]
 
 
-def survey_store(root: Path) -> Survey:
+def survey_store(root: Place) -> Survey:
     """Read all of a store but its shards.
 
     Raises:
@@ -212,7 +214,9 @@ def survey_store(root: Path) -> Survey:
         StoreError: when the store's format is newer than this code.
         OSError: when the system does not let us read.
     """
-    survey = Survey(root)
+    if isinstance(root, ObjectPath):
+        root.require_reachable()
+    survey = Survey(place_of(root))
     if not any((root / name).exists() for name in (GROUP_FILE, SEAL_FILE, SAMPLES_FILE)):
         what = "is not a feature store (no zarr.json in it)" if root.exists() else "does not exist"
         raise NotAStoreError(
@@ -232,7 +236,7 @@ def survey_store(root: Path) -> Survey:
     return survey
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: Place) -> bytes | None:
     try:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -265,11 +269,11 @@ def _read_receipts(survey: Survey) -> None:
         _check_copy_of_seal(survey)
     elif survey.sealed and (root / SEAL_COPY).exists():
         _read_seal(survey, SEAL_COPY)
-    for path in sorted((root / "receipts").glob("*/*.json")):
-        name = path.relative_to(root).as_posix()
+    paths = single_receipts(root)
+    for path, data in zip(paths, for_places(_read, paths), strict=True):
         item, number = path.parent.name, path.stem
+        name = f"receipts/{item}/{path.name}"
         key = (item, int(number)) if re.fullmatch(r"\d{8}", number) else None
-        data = _read(path)
         try:
             receipt = None if data is None else parse_receipt(data, path)
         except CorruptStoreError:
@@ -516,7 +520,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _read_tables(survey: Survey) -> None:
-    def attempt(path: str, read: Callable[[Path], T], folder: Path) -> T | None:
+    def attempt(path: str, read: Callable[[Place], T], folder: Place) -> T | None:
         try:
             return read(folder)
         except (CorruptStoreError, OSError, ValueError, OverflowError, MemoryError) as error:

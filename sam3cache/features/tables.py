@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import CorruptStoreError
 from sam3cache.features.lazy import LazySequence
-from sam3cache.runtime import write_atomic
+from sam3cache.features.places import Place, write_atomic
 
 Status = Literal["pending", "ok", "aside", "removed"]
 
@@ -170,12 +169,12 @@ class Rows(LazySequence[Row]):
         return values
 
 
-def write_samples(root: Path, rows: Iterable[SampleRow]) -> None:
+def write_samples(root: Place, rows: Iterable[SampleRow]) -> None:
     """Replace samples.parquet."""
     _write(root / SAMPLES_FILE, _table(rows, _SAMPLES_SCHEMA))
 
 
-def read_samples(root: Path) -> list[SampleRow]:
+def read_samples(root: Place) -> list[SampleRow]:
     """Read samples.parquet in row order.
 
     Raises:
@@ -184,7 +183,7 @@ def read_samples(root: Path) -> list[SampleRow]:
     return list(scan_samples(root))
 
 
-def scan_samples(root: Path) -> Rows[SampleRow]:
+def scan_samples(root: Place) -> Rows[SampleRow]:
     """Read samples.parquet in row order, to be made into objects when asked for.
 
     Raises:
@@ -193,13 +192,13 @@ def scan_samples(root: Path) -> Rows[SampleRow]:
     return Rows(_values(_read(root / SAMPLES_FILE, _SAMPLES_SCHEMA), _SAMPLES_SCHEMA), SampleRow)
 
 
-def write_annotations(root: Path, rows: Iterable[AnnotationRow]) -> None:
+def write_annotations(root: Place, rows: Iterable[AnnotationRow]) -> None:
     """Replace annotations.parquet; every name in any row's ``extra`` becomes a column."""
     names = sorted({name for row in rows for name in row.extra})
     _write(root / ANNOTATIONS_FILE, _table(rows, _ANNOTATIONS_SCHEMA, names))
 
 
-def read_annotations(root: Path) -> list[AnnotationRow]:
+def read_annotations(root: Place) -> list[AnnotationRow]:
     """Read annotations.parquet in row order.
 
     Raises:
@@ -208,7 +207,7 @@ def read_annotations(root: Path) -> list[AnnotationRow]:
     return list(scan_annotations(root))
 
 
-def scan_annotations(root: Path) -> Iterator[AnnotationRow]:
+def scan_annotations(root: Place) -> Iterator[AnnotationRow]:
     """Go through annotations.parquet in row order, without ever holding the whole of it.
 
     Raises:
@@ -231,12 +230,12 @@ def scan_annotations(root: Path) -> Iterator[AnnotationRow]:
             yield AnnotationRow(row, id_, split, group, primary, secondary, extra)
 
 
-def write_label_rows(folder: Path, rows: Iterable[LabelRow]) -> None:
+def write_label_rows(folder: Place, rows: Iterable[LabelRow]) -> None:
     """Replace a label set's rows.parquet; the rows are in row order."""
     _write(folder / LABEL_ROWS_FILE, _table(rows, _LABEL_ROWS_SCHEMA))
 
 
-def read_label_rows(folder: Path) -> dict[int, LabelRow]:
+def read_label_rows(folder: Place) -> dict[int, LabelRow]:
     """Read a label set's rows.parquet, by row.
 
     Raises:
@@ -245,7 +244,7 @@ def read_label_rows(folder: Path) -> dict[int, LabelRow]:
     return {row.row: row for row in scan_label_rows(folder)}
 
 
-def scan_label_rows(folder: Path) -> Rows[LabelRow]:
+def scan_label_rows(folder: Place) -> Rows[LabelRow]:
     """Read a label set's rows.parquet in row order, to be made into objects when asked for.
 
     Raises:
@@ -287,7 +286,7 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(path: Place, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     # The seal hashes the tables; until there is one, a page's own checksum finds damage.
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -295,7 +294,7 @@ def _write(path: Path, table: pa.Table) -> None:
     pa.default_memory_pool().release_unused()
 
 
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
+def _read(path: Place, schema: pa.Schema) -> pa.Table:
     """Read a table that has the columns of ``schema``, and beside them only ``extra.`` ones."""
     with _opened(path, schema) as file:
         # In this thread alone: one of Arrow's own that lets go of our bytes while the program ends
@@ -307,7 +306,7 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches(path: Place, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Read such a table some lines at a time."""
     with _opened(path, schema) as file:
         for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
@@ -316,7 +315,7 @@ def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 @contextmanager
-def _opened(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
+def _opened(path: Place, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
     """Open a table and check its columns; what Arrow finds wrong with it is ours to say."""
     # Through bytes: a memory-mapped table could not be replaced on Windows while it is open.
     try:
@@ -334,7 +333,7 @@ def _opened(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
         raise _unreadable(path, str(error).partition("\n")[0]) from None
 
 
-def _unreadable(path: Path, reason: str) -> CorruptStoreError:
+def _unreadable(path: Place, reason: str) -> CorruptStoreError:
     return CorruptStoreError(
         f"{path} cannot be read ({reason}); run `sam3cache store verify --repair` on the store, "
         "restore the file, or extract into a new store"

@@ -8,20 +8,19 @@ Shape legend: C channels, H height, W width.
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.errors import ConfigError, StoreBusyError, StoreError
+from sam3cache.errors import ConfigError, CorruptStoreError, StoreBusyError, StoreError
+from sam3cache.features.places import Place, close_by, files_below, stamp
 from sam3cache.features.receipts import FOLDED_FILE, SEAL_COPY, SEAL_FILE, receipt_path
 from sam3cache.features.shards import ShardReader, crc32c
 from sam3cache.features.survey import Finding, Kind, ShardClaim, Survey, known_files, survey_store
@@ -36,7 +35,7 @@ NOTES: tuple[Kind, ...] = ("unfinished", "stray")
 """Kinds of findings that are no damage."""
 
 _MAX_THREADS = 8
-_LEFT_ALONE = ("claims",)
+_LEFT_ALONE = "claims"
 _STATED_IN = (GROUP_FILE, SAMPLES_FILE, ANNOTATIONS_FILE, SEAL_FILE, SEAL_COPY, FOLDED_FILE)
 _FLOAT16_EXPONENT = np.uint16(0x7C00)
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
@@ -59,7 +58,7 @@ class VerifyResult:
         elapsed_s: of the call.
     """
 
-    store: Path
+    store: Place
     sealed: bool
     findings: tuple[Finding, ...]
     num_samples: int
@@ -77,7 +76,7 @@ class VerifyResult:
 
 
 def verify_store(
-    root: Path,
+    root: Place,
     sample_share: float = 1.0,
     seed: int = 0,
     report: Report = lambda num_done, num_total: None,
@@ -103,7 +102,7 @@ def verify_store(
 
 
 def inspect_store(
-    root: Path, sample_share: float, seed: int, report: Report
+    root: Place, sample_share: float, seed: int, report: Report
 ) -> tuple[VerifyResult, Survey]:
     """Verify a store, and return what it says of itself as well, for repair."""
     start_s = time.monotonic()
@@ -111,7 +110,7 @@ def inspect_store(
         raise ConfigError(
             f"a share of {sample_share:g} of the blocks: expected above 0 and at most 1 (100%)"
         )
-    stamp = _stamp(root)
+    before = stamp(root, _STATED_IN)
     survey = survey_store(root)
     blocks = sorted({claim.block for claim in survey.claims})
     num_chosen = max(1, round(sample_share * len(blocks))) if blocks else 0
@@ -125,7 +124,8 @@ def inspect_store(
 
     def check(claim: ShardClaim) -> list[Finding]:
         nonlocal num_done
-        found = list(check_shard(root, claim))
+        with close_by(root, claim.record.key) as folder:
+            found = list(check_shard(folder, claim))
         with lock:
             num_done += claim.record.size_bytes
             report(num_done, num_bytes)
@@ -138,7 +138,7 @@ def inspect_store(
             findings += found
     known = known_files(survey)
     num_files = 0
-    for path in _files_below(root):
+    for path in files_below(root, _LEFT_ALONE):
         num_files += path in known
         if path not in known:
             findings.append(Finding("stray", path, "is named by nothing"))
@@ -154,7 +154,8 @@ def inspect_store(
         sample_share=sample_share,
         elapsed_s=time.monotonic() - start_s,
     )
-    if result.damage and (_stamp(root) != stamp or _has_newer_receipts(root, survey, findings)):
+    is_changed = result.damage and stamp(root, _STATED_IN) != before
+    if is_changed or (result.damage and _has_newer_receipts(root, survey, findings)):
         raise StoreBusyError(
             f"{root} was changed by another process while it was read; wait for it to end, and "
             "verify again"
@@ -162,18 +163,7 @@ def inspect_store(
     return result, survey
 
 
-def _stamp(root: Path) -> list[tuple[str, int, int]]:
-    found = []
-    for name in _STATED_IN:
-        try:
-            stat = (root / name).stat()
-        except OSError:
-            continue
-        found.append((name, stat.st_size, stat.st_mtime_ns))
-    return found
-
-
-def _has_newer_receipts(root: Path, survey: Survey, findings: Sequence[Finding]) -> bool:
+def _has_newer_receipts(root: Place, survey: Survey, findings: Sequence[Finding]) -> bool:
     """Return whether a damaged block has a single receipt that was not there before."""
     return any(
         finding.block is not None
@@ -184,16 +174,7 @@ def _has_newer_receipts(root: Path, survey: Survey, findings: Sequence[Finding])
     )
 
 
-def _files_below(root: Path) -> Iterator[str]:
-    for folder, folders, names in os.walk(root):
-        here = Path(folder).relative_to(root).as_posix()
-        if here == ".":
-            folders[:] = [name for name in folders if name not in _LEFT_ALONE]
-        for name in names:
-            yield name if here == "." else f"{here}/{name}"
-
-
-def _check_outline(root: Path, claim: ShardClaim) -> Iterator[Finding]:
+def _check_outline(root: Place, claim: ShardClaim) -> Iterator[Finding]:
     """Check what can be checked without reading a shard: its size and its index."""
     record = claim.record
     path = root / record.key
@@ -210,7 +191,7 @@ def _check_outline(root: Path, claim: ShardClaim) -> Iterator[Finding]:
         return
     try:
         reader = ShardReader.open(path, claim.grid, record.size_bytes, record.chunk_crc32c)
-    except (StoreError, OSError):
+    except (CorruptStoreError, OSError):
         yield _finding(claim, "checksum", "its index is not what was written")
         return
     positions = tuple(row % claim.grid.num_inner for row in claim.rows)
@@ -237,7 +218,7 @@ def _is_dense(reader: ShardReader, size_bytes: int) -> bool:
     return offset == size_bytes - 16 * reader.grid.num_inner - 4
 
 
-def check_shard(root: Path, claim: ShardClaim) -> Iterator[Finding]:
+def check_shard(root: Place, claim: ShardClaim) -> Iterator[Finding]:
     """Check one shard to its last byte: index, checksums, values.
 
     Args:

@@ -26,6 +26,7 @@ from sam3cache.features.levels import (
     group_metadata,
 )
 from sam3cache.features.locks import BlockClaims
+from sam3cache.features.places import Place, file_sizes, write_atomic
 from sam3cache.features.precision import Encoded, encode
 from sam3cache.features.receipts import (
     CHANGE_FILE,
@@ -64,12 +65,12 @@ from sam3cache.features.tables import (
     write_label_rows,
     write_samples,
 )
-from sam3cache.runtime import TEMPORARY_SUFFIX, write_atomic
+from sam3cache.runtime import TEMPORARY_SUFFIX
 
 GROUP_FILE = "zarr.json"
 
 
-def foreign_files(root: Path) -> list[Path]:
+def foreign_files(root: Place) -> list[Place]:
     """Return what a folder holds that a crash of ours, before a store was described, cannot leave.
 
     Nothing where a store is described already.
@@ -94,7 +95,7 @@ def num_blocks_of(rows: Sequence[SampleRow]) -> int:
 
 
 def describe_store(
-    root: Path,
+    root: Place,
     *,
     settings: Mapping[str, Any],
     levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
@@ -126,7 +127,7 @@ def describe_store(
 
 
 def is_described(
-    root: Path,
+    root: Place,
     *,
     settings: Mapping[str, Any],
     levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
@@ -150,6 +151,19 @@ def is_described(
         stored, given = (list(rows), list(scan_annotations(root))), (samples, annotations)
         return stored == (list(given[0]), list(given[1]))
     return tables_are_current
+
+
+def note_setting(root: Place, name: str, value: Any) -> None:
+    """Correct a setting of a store that is being worked on; hold :func:`store_lock`.
+
+    Args:
+        root: the store's folder.
+        name: of the setting.
+        value: JSON values only.
+    """
+    description = read_description(root)
+    description["settings"][name] = value
+    write_atomic(root / GROUP_FILE, group_metadata(description))
 
 
 def metadata_files(
@@ -190,7 +204,7 @@ def metadata_files(
 
 
 def write_level_block(
-    root: Path,
+    root: Place,
     spec: LevelSpec,
     digest: str,
     block: int,
@@ -252,7 +266,7 @@ def _encoded(spec: LevelSpec, row: int, values: NDArray[Any] | Encoded) -> Encod
 
 
 def write_label_block(
-    root: Path,
+    root: Place,
     spec: LabelSetSpec,
     block: int,
     masks: Mapping[int, NDArray[np.uint8] | None],
@@ -307,7 +321,7 @@ def write_label_block(
     return receipt
 
 
-def write_sample_facts(root: Path, block: int, rows: Sequence[SampleRow]) -> Receipt:
+def write_sample_facts(root: Place, block: int, rows: Sequence[SampleRow]) -> Receipt:
     """Write what decoding found out about a block's rows: the receipt of the item "samples"."""
     facts = Facts.of(
         {
@@ -332,7 +346,7 @@ def write_sample_facts(root: Path, block: int, rows: Sequence[SampleRow]) -> Rec
 def missing_items(
     rows: Sequence[SampleRow],
     receipts: Mapping[ReceiptKey, Receipt],
-    root: Path,
+    root: Place,
     *,
     levels: Mapping[str, tuple[LevelSpec, Fingerprint]],
     label_sources: Mapping[str, Mapping[int, LabelRow]],
@@ -348,6 +362,7 @@ def missing_items(
     """
     missing: dict[int, frozenset[str]] = {}
     merged = RowsWithFacts(rows, receipts)
+    sizes = file_sizes(root) if receipts and len(rows) > BLOCK_ROWS else None
     for block, found in groupby(merged, key=lambda row: block_of(row.row)):
         members = [row for row in found if row.status in ("pending", "ok")]
         if not members:
@@ -355,11 +370,13 @@ def missing_items(
         items = {
             spec.item
             for spec, fingerprint in levels.values()
-            if not _level_done(receipts.get((spec.item, block)), members, fingerprint.digest, root)
+            if not _level_done(
+                receipts.get((spec.item, block)), members, fingerprint.digest, root, sizes
+            )
         }
         for name, sources in label_sources.items():
             receipt = receipts.get((f"labels.{name}", block))
-            if not _labels_done(receipt, members, sources, root):
+            if not _labels_done(receipt, members, sources, root, sizes):
                 items.add(f"labels.{name}")
         if any(row.status == "pending" for row in members):
             items.add(SAMPLES_ITEM)
@@ -369,13 +386,17 @@ def missing_items(
 
 
 def _level_done(
-    receipt: Receipt | None, members: Sequence[SampleRow], digest: str, root: Path
+    receipt: Receipt | None,
+    members: Sequence[SampleRow],
+    digest: str,
+    root: Place,
+    sizes: Mapping[str, int] | None,
 ) -> bool:
     return (
         receipt is not None
         and receipt.digest == digest
         and {row.row for row in members if row.status == "ok"} <= set(receipt.rows)
-        and receipt.is_done(root)
+        and receipt.is_done(root, sizes)
     )
 
 
@@ -383,10 +404,11 @@ def _labels_done(
     receipt: Receipt | None,
     members: Sequence[SampleRow],
     sources: Mapping[int, LabelRow],
-    root: Path,
+    root: Place,
+    sizes: Mapping[str, int] | None,
 ) -> bool:
     # One without rows was taken back, or has nothing to say of pending rows.
-    if receipt is None or not receipt.rows or not receipt.is_done(root):
+    if receipt is None or not receipt.rows or not receipt.is_done(root, sizes):
         return False
     facts = receipt.facts.columns
     files = zip(facts["source"], facts["size_bytes"], facts["mtime_ns"], strict=True)
@@ -401,7 +423,7 @@ def _labels_done(
 
 
 def seal_store(
-    root: Path,
+    root: Place,
     receipts: ReceiptsOnDemand | None = None,
     rows: Sequence[SampleRow] | None = None,
 ) -> None:
@@ -437,7 +459,7 @@ def seal_store(
     _sweep(root)
 
 
-def finish_seal(root: Path) -> None:
+def finish_seal(root: Place) -> None:
     """Tidy up behind a seal whose writer was killed before it had; hold :func:`store_lock`."""
     if not is_sealed(root):
         return
@@ -446,24 +468,24 @@ def finish_seal(root: Path) -> None:
         _sweep(root)
 
 
-def _sweep(root: Path) -> None:
+def _sweep(root: Place) -> None:
     sweep_temporaries(root)
     # Last: as long as they are there, something may be left to tidy up.
     BlockClaims(root).sweep()
 
 
-def _take_back(root: Path, item: str, block: int, keys: Sequence[str]) -> None:
+def _take_back(root: Place, item: str, block: int, keys: Sequence[str]) -> None:
     """Unsay a receipt before files that it may name are replaced.
 
     A kill between the first of them and the new receipt would leave an old one that vouches for
     bytes of the new, which may well have the size it states.
     """
-    if any((root / key).exists() for key in keys):
+    if any((root / key).is_file() for key in keys):
         write_receipt(root, Receipt(item, block, ()))
 
 
 def _write_shard(
-    root: Path,
+    root: Place,
     grid: ShardGrid,
     index: tuple[int, ...],
     chunks: Mapping[int, NDArray[Any]],
@@ -473,7 +495,8 @@ def _write_shard(
     path = root / key
     # Killed writers' temporaries, which many a kill would fill the disk with: nobody else writes
     # this shard now.
-    for stray in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
-        stray.unlink(missing_ok=True)
+    if isinstance(path, Path):
+        for stray in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
+            stray.unlink(missing_ok=True)
     write_atomic(path, shard.data)
     return ShardRecord(key, len(shard.data), crc32c(shard.data), shard.chunk_crc32c)

@@ -113,17 +113,42 @@ AUGMENTATIONS: Mapping[str, Mapping[str, float]] = {
 """By the names of ``--augment``, what each changes."""
 
 
-def augment(batch: Batch, augmentation: Augmentation, generator: torch.Generator) -> Batch:
+@dataclass(frozen=True)
+class Draws:
+    """What is left to chance in a batch, so that its parts can be changed as the whole would be.
+
+    Attributes:
+        crop: in [0, 1): below ``crop_share`` the batch is cropped.
+        seeds: by sample, of a generator of its own.
+    """
+
+    crop: float
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, num_samples: int, generator: torch.Generator) -> Draws:
+        """Draw for a batch of so many samples."""
+        crop = torch.rand((), generator=generator, device=generator.device)
+        seeds = torch.randint(2**62, (num_samples,), generator=generator, device=generator.device)
+        return cls(crop.item(), tuple(seeds.tolist()))
+
+    def part(self, start: int, num_samples: int) -> Draws:
+        """Return those for some of the batch's samples, which follow each other."""
+        return replace(self, seeds=self.seeds[start : start + num_samples])
+
+
+def augment(batch: Batch, augmentation: Augmentation, chance: torch.Generator | Draws) -> Batch:
     """Return a batch changed at random, on its own device.
 
     The same batch and the same state of the generator give the same result on the same kind of
     device. Values are drawn once a sample: a picture and its target, and all levels, are cropped
-    alike.
+    alike. What a sample's draws are does not depend on those beside it.
 
     Args:
         batch: of a training, with its target or without; it is not changed itself.
         augmentation: how far.
-        generator: of random numbers; one on the CPU keeps a GPU from waiting.
+        chance: a generator of random numbers, best on the CPU, where no GPU has to wait for it; or
+            what has been drawn already, for a part of a larger batch.
 
     Returns:
         A batch of the same levels, dtypes and rows. Of a crop all grids are smaller, still square,
@@ -133,15 +158,17 @@ def augment(batch: Batch, augmentation: Augmentation, generator: torch.Generator
         ConfigError: when a crop would not be whole on one of the grids.
         InputSizeError: when a level is not square.
     """
+    draws = chance if isinstance(chance, Draws) else Draws.of(len(batch.angles_B2), chance)
+    generators = [torch.Generator().manual_seed(seed) for seed in draws.seeds]
     levels = dict(batch.levels)
     if IMAGE_LEVEL in levels:
         image_BCHW = levels[IMAGE_LEVEL]
-        levels[IMAGE_LEVEL] = _photometric(image_BCHW, batch.content_B2, augmentation, generator)
+        levels[IMAGE_LEVEL] = _photometric(image_BCHW, batch.content_B2, augmentation, generators)
     for name in sorted(levels):
         if name != IMAGE_LEVEL:
-            noisy_BCHW = _noise(levels[name], augmentation.feature_noise, generator)
-            levels[name] = _channel_dropout(noisy_BCHW, augmentation.channel_dropout, generator)
-    return _crop(replace(batch, levels=levels), augmentation, generator)
+            noisy_BCHW = _noise(levels[name], augmentation.feature_noise, generators)
+            levels[name] = _channel_dropout(noisy_BCHW, augmentation.channel_dropout, generators)
+    return _crop(replace(batch, levels=levels), augmentation, draws.crop, generators)
 
 
 def choose_rows(groups: Sequence[Sequence[int]], seed: int, epoch: int) -> list[int]:
@@ -165,34 +192,44 @@ def choose_rows(groups: Sequence[Sequence[int]], seed: int, epoch: int) -> list[
     ]
 
 
+def _drawn(num: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return (B, num) values from 0 to 1, on the CPU."""
+    return torch.stack([torch.rand(num, generator=generator) for generator in generators])
+
+
 def _uniform(
-    num: int, limit: float, generator: torch.Generator, device: torch.device, low: float = -1.0
+    limit: float, generators: Sequence[torch.Generator], device: torch.device, low: float = -1.0
 ) -> Tensor:
-    """Return (num, 1, 1, 1) values from ``low * limit`` to ``limit``."""
-    drawn = torch.rand(num, generator=generator, device=generator.device)
-    return ((low + (1 - low) * drawn) * limit).to(device)[:, None, None, None]
+    """Return (B, 1, 1, 1) values from ``low * limit`` to ``limit``."""
+    return ((low + (1 - low) * _drawn(1, generators)) * limit).to(device)[:, :, None, None]
 
 
-def _normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+def _normal_like(x_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Return normal noise of a tensor's shape, drawn on its own device."""
-    if generator.device.type != x.device.type:
-        # Numbers by the million do not travel: a generator of the device's own goes on from here.
-        state = torch.randint(2**62, (), generator=generator, device=generator.device)
-        generator = torch.Generator(x.device).manual_seed(int(state))
-    return torch.randn(x.shape, generator=generator, device=x.device)
+    noise_BCHW = torch.empty(x_BCHW.shape, device=x_BCHW.device)
+    for noise_CHW, generator in zip(noise_BCHW, generators, strict=True):
+        if x_BCHW.device.type != "cpu":
+            # Numbers by the million do not travel: a generator of the device's own draws them.
+            seed = int(torch.randint(2**62, (), generator=generator))
+            generator = torch.Generator(x_BCHW.device).manual_seed(seed)
+        noise_CHW.normal_(generator=generator)
+    return noise_BCHW
 
 
 def _photometric(
-    image_BCHW: Tensor, content_B2: Tensor, augmentation: Augmentation, generator: torch.Generator
+    image_BCHW: Tensor,
+    content_B2: Tensor,
+    augmentation: Augmentation,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Change a picture's brightness, contrast, gamma and noise; padding stays 0."""
     settings = augmentation
     if not (settings.brightness or settings.contrast or settings.gamma or settings.pixel_noise):
         return image_BCHW
-    num, device = len(image_BCHW), image_BCHW.device
+    device = image_BCHW.device
 
     def drawn(limit: float, low: float = -1.0) -> Tensor:
-        return _uniform(num, limit, generator, device, low)
+        return _uniform(limit, generators, device, low)
 
     pixels_BCHW = image_BCHW.float() / 255
     pixels_BCHW = pixels_BCHW.pow(drawn(settings.gamma).exp())
@@ -200,7 +237,7 @@ def _photometric(
     pixels_BCHW = (pixels_BCHW - 0.5) * factor + 0.5 + summand
     if settings.pixel_noise:
         # The same in all channels: a grey picture that lies in three stays grey.
-        noise_B1HW = _normal_like(pixels_BCHW[:, :1], generator)
+        noise_B1HW = _normal_like(pixels_BCHW[:, :1], generators)
         pixels_BCHW = pixels_BCHW + drawn(settings.pixel_noise, 0.0) * noise_B1HW
     pixels_BCHW = (pixels_BCHW * 255).round_().clamp_(0, 255)
     height, width = image_BCHW.shape[-2:]
@@ -213,25 +250,28 @@ def _photometric(
     return (pixels_BCHW * inside_B1HW).to(torch.uint8)
 
 
-def _noise(feature_BCHW: Tensor, limit: float, generator: torch.Generator) -> Tensor:
+def _noise(feature_BCHW: Tensor, limit: float, generators: Sequence[torch.Generator]) -> Tensor:
     if not limit:
         return feature_BCHW
-    amount = _uniform(len(feature_BCHW), limit, generator, feature_BCHW.device, 0.0)
+    amount = _uniform(limit, generators, feature_BCHW.device, 0.0)
     spread_B111 = feature_BCHW.float().std(dim=(1, 2, 3), keepdim=True)
-    noise_BCHW = _normal_like(feature_BCHW, generator).mul_(amount * spread_B111)
+    noise_BCHW = _normal_like(feature_BCHW, generators).mul_(amount * spread_B111)
     return feature_BCHW + noise_BCHW.to(feature_BCHW.dtype)
 
 
-def _channel_dropout(feature_BCHW: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def _channel_dropout(
+    feature_BCHW: Tensor, share: float, generators: Sequence[torch.Generator]
+) -> Tensor:
     if not share:
         return feature_BCHW
-    shape = feature_BCHW.shape[:2]
-    kept_BC = torch.rand(shape, generator=generator, device=generator.device) >= share
+    kept_BC = _drawn(feature_BCHW.shape[1], generators) >= share
     factor_BC = (kept_BC / (1 - share)).to(feature_BCHW)
     return feature_BCHW * factor_BC[:, :, None, None]
 
 
-def _crop(batch: Batch, augmentation: Augmentation, generator: torch.Generator) -> Batch:
+def _crop(
+    batch: Batch, augmentation: Augmentation, chance: float, generators: Sequence[torch.Generator]
+) -> Batch:
     """Cut the same part of the square out of all that a batch holds of a sample."""
     if augmentation.crop_side == 1 or not augmentation.crop_share:
         return batch
@@ -247,12 +287,11 @@ def _crop(batch: Batch, augmentation: Augmentation, generator: torch.Generator) 
     step, side = _crop_tokens(
         {name: grid.shape[-1] for name, grid in grids.items()}, augmentation.crop_side
     )
-    draws = torch.rand(1 + 2 * len(batch.angles_B2), generator=generator, device=generator.device)
-    if draws[0].item() >= augmentation.crop_share or side == TOKENS:
+    if chance >= augmentation.crop_share or side == TOKENS:
         return batch
     # Where there is picture, and as much of it as can be.
     room_B2 = (batch.content_B2.add(PATCH_PX - 1) // PATCH_PX - side).clamp(min=0)
-    draw_B2 = draws[1:].view(-1, 2).to(room_B2.device)
+    draw_B2 = _drawn(2, generators).to(room_B2.device)
     start_B2 = step * (draw_B2 * (room_B2 // step + 1)).long()
     cropped = {name: _cut(grid, start_B2, side) for name, grid in grids.items()}
     return replace(

@@ -106,7 +106,7 @@ class CachedSamples:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._label_set = label_set
         self._resize_mode = _resize_mode(store, self._level_names)
-        self._report = report or (lambda num_done, num_total: None)
+        self._report = report or _tell_nobody
         by_row = {sample.row: sample for sample in (*store.samples, *store.variants)}
         if unknown := [row for row in rows if row not in by_row]:
             raise MissingSampleError(
@@ -116,6 +116,8 @@ class CachedSamples:
         self.rows = tuple(kept)
         self.samples: tuple[StoredSample, ...] = tuple(by_row[row] for row in kept)
         self.num_without_mask = len(rows) - len(kept)
+        has_masks = label_set in store.label_sets
+        store.fetch(self.rows, self._level_names, label_set if has_masks else None)
         del by_row
         # Filled in one by one: lists of all samples would take more than the samples.
         self._angles_N2 = torch.empty(len(self), 2)
@@ -140,6 +142,8 @@ class CachedSamples:
         self._pins: list[object] = []
         self.loaded_bytes = 0
         placement = self._place(residency, share_in)
+        # Who was told mostly holds these samples: in a circle, their memory would outlive both.
+        self._report = _tell_nobody
         self.residency, self.placement = placement.residency, str(placement)
         self.resident_bytes = sum(held_NR.nbytes for held_NR in self._held.values())
         self.load_s = time.monotonic() - started_s
@@ -500,6 +504,10 @@ def split_batches(
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     piece = piece_size or batch_size
     return [batch[at : at + piece] for batch in batches for at in range(0, len(batch), piece)]
+
+
+def _tell_nobody(num_done: int, num_total: int) -> None:
+    """Take a report of how far something is."""
 
 
 def _record_bytes(records: Sequence[Record]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from sam3cache.errors import ConfigError, MissingSampleError
-from sam3cache.features import FeatureStore, StoredSample, open_store
+from sam3cache.features import FeatureStore, Place, StoredSample, open_store
 from sam3cache.features.precision import decode, value_dtype
 from sam3cache.loading.cached import CachedSamples
 from sam3cache.loading.residency import Residency
@@ -29,12 +28,12 @@ Rows = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 
 
 def open(
-    path: str | Path, *, overlay: str | Path | None = None, allow_unsealed: bool = False
+    path: str | Place, *, overlay: str | Place | None = None, allow_unsealed: bool = False
 ) -> OpenedStore:
     """Open a feature store for reading. Nothing is written or locked.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its URL as ``s3://bucket/angio.zarr``.
         overlay: folder of labels and annotations kept beside the store, which go before its own.
         allow_unsealed: read what an unfinished extraction has stored so far.
 
@@ -51,7 +50,7 @@ class OpenedStore:
     """A feature store, as ``sam3cache.open`` returns it.
 
     Attributes:
-        path: its folder.
+        path: its folder or URL.
         features: the open store below it, for what is not here.
         samples: the samples that can be used, in row order.
         variants: changed views of training samples; their rows are in no split, and for training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3cache.evaluation import EvalConfig, evaluate
-from sam3cache.features import open_store
+from sam3cache.features import open_store, record_data
 from sam3cache.heads import CheckpointInfo, Head, build_head, save_checkpoint
 from sam3cache.records import Batch
 
@@ -63,6 +64,7 @@ def write_shifted(
         label_set="mask",
         epoch=3,
         settings=settings or {},
+        data=dataclasses.asdict(record_data(opened, "mask")),
     )
     save_checkpoint(folder / "best", built, info)
     return folder

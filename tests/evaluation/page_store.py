@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sam3cache.features import (
     SampleRow,
     describe_store,
     open_store,
+    record_data,
     seal_store,
     store_lock,
     write_label_block,
@@ -266,6 +267,7 @@ def write_run(
         label_set="mask",
         epoch=3,
         settings=settings or {},
+        data=asdict(record_data(opened, "mask")),
     )
     save_checkpoint(folder / "best", built, info)
     return folder

@@ -7,11 +7,9 @@ from sam3cache.evaluation.angle_use import (
     NUM_SHUFFLES,
     AngleTrial,
     AngleUse,
-    format_view,
     judge,
     mean_angles_deg,
     plan_trial,
-    view_region,
 )
 from sam3cache.evaluation.shuffling import derangement
 
@@ -151,33 +149,3 @@ def test_masks_that_are_all_empty_leave_the_question_open() -> None:
     use = judge(trial, nothing, np.stack([nothing] * 2), nothing, ["a"], 0.0, seed=0)
     assert use.verdict == "undecided"
     assert "mask that is not empty" in use.sentence
-
-
-@pytest.mark.parametrize(
-    ("primary", "secondary", "text"),
-    [
-        (30.0, 25.0, "LAO 30.0 CRA 25.0"),
-        (-30.0, -25.04, "RAO 30.0 CAU 25.0"),
-        (0.0, 0.0, "LAO 0.0 CRA 0.0"),
-    ],
-)
-def test_a_view_is_written_as_cardiologists_do(primary: float, secondary: float, text: str) -> None:
-    assert format_view(primary, secondary) == text
-
-
-@pytest.mark.parametrize(
-    ("primary", "secondary", "region"),
-    [
-        (30.0, 25.0, "LAO cranial"),
-        (30.0, -25.0, "LAO caudal"),
-        (-30.0, 25.0, "RAO cranial"),
-        (-30.0, -0.1, "RAO caudal"),
-        (0.0, 0.0, "LAO cranial"),
-        (None, 25.0, ""),
-        (30.0, None, ""),
-    ],
-)
-def test_a_view_is_of_one_of_four_regions(
-    primary: float | None, secondary: float | None, region: str
-) -> None:
-    assert view_region(primary, secondary) == region

@@ -16,14 +16,9 @@ from sam3cache.errors import ConfigError
 from sam3cache.evaluation import CompareConfig, Comparison, EvalConfig, compare, evaluate
 from sam3cache.evaluation.comparing.runs import find_experiments
 from sam3cache.evaluation.comparing.statistics import Differences, paired_difference
-from sam3cache.evaluation.figures import (
-    NARROW_PX,
-    PREDICTED_COLOUR,
-    TRUE_COLOUR,
-    WIDE_PX,
-    differences_svg,
-)
+from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.statistics import Interval
+from sam3cache.pages import NARROW_PX, PREDICTED_COLOUR, TRUE_COLOUR, WIDE_PX
 
 SHIFTS = [1, 1, 1, 1, 0, 1, 1, 2, 1, 1, 1, 1]
 """Against one of 0 cells a head of 1 gains 0.25 Dice on all of these but one, where it loses it."""
@@ -143,8 +138,7 @@ def test_seeds_of_one_experiment_are_averaged_image_by_image(tmp_path: Path, hea
     )
 
 
-def test_a_value_that_one_seed_lacks_is_none_of_the_experiment(tmp_path: Path) -> None:
-    """A prediction of the empty mask has no Dice where it is empty."""
+def test_where_nothing_is_and_nobody_marks_anything_is_nothing_to_compare(tmp_path: Path) -> None:
     mixed = write_page_store(
         tmp_path / "mixed.zarr", [Drawn(0, is_empty=True), *map(Drawn, SHIFTS)]
     )
@@ -153,6 +147,82 @@ def test_a_value_that_one_seed_lacks_is_none_of_the_experiment(tmp_path: Path) -
     evaluated(tmp_path / "old", mixed, 2)
     result = comparison(tmp_path / "old", tmp_path / "new")
     assert (result.num_images, result.comparisons[0].dice.num_images) == (13, 12)
+
+
+def edit_scores(run: Path, edit: Callable[[dict[str, str]], None]) -> None:
+    """Change the lines of a run's per_image.csv."""
+    path = run / "eval-test" / "per_image.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        edit(line)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def test_marking_what_is_not_there_counts_against_a_head(head: Head) -> None:
+    silent, loud = head(0), head(1)
+
+    def empty(line: dict[str, str], *, dice: str) -> None:
+        number = int(line["id"].removeprefix("s"))
+        if number < 9:
+            # Of the last of them neither marks anything.
+            line["true_px"], line["dice"] = "0", "" if number == 8 else dice
+
+    edit_scores(silent, lambda line: empty(line, dice=""))
+    edit_scores(loud, lambda line: empty(line, dice="0.0"))
+    result = comparison(silent, loud)
+    (pair,) = result.comparisons
+    assert pair.dice.num_images == 11
+    assert (pair.dice.num_better, pair.dice.num_worse) == (3, 8)
+    assert pair.dice.mean == pytest.approx((3 * 0.25 - 8) / 11)
+    assert pair.verdict == "worse"
+    assert (
+        "The masks of 9 images are empty; something is marked by head0 on 0, head1 on 8 of them: "
+        "that is Dice 0, and marking nothing, where another marks something, Dice 1."
+        in result.notices
+    )
+
+
+def test_means_over_classes_are_of_the_same_classes_on_both_sides(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "two.zarr", classes=("LAD", "RCA"))
+    silent, loud = (evaluated(tmp_path / name, store, 0, num_classes=2) for name in "ab")
+
+    def without_rca(line: dict[str, str], *, dice: str) -> None:
+        if line["class_name"] == "RCA" and line["id"] == "s0":
+            line["true_px"], line["dice"] = "0", dice
+
+    edit_scores(silent, lambda line: without_rca(line, dice=""))
+    edit_scores(loud, lambda line: without_rca(line, dice="0.0"))
+    (pair,) = comparison(silent, loud).comparisons
+    # In the image both find the LAD to 0.75, and one finds an RCA that is not there.
+    assert pair.dice.mean == pytest.approx(-0.5 / 12)
+    assert (pair.dice.num_better, pair.dice.num_worse) == (0, 1)
+
+
+def test_corrected_masks_are_evaluated_anew_and_other_stores_refused(tmp_path: Path) -> None:
+    store, other = tmp_path / "angio.zarr", tmp_path / "other.zarr"
+    write_store(store)
+    runs = [evaluated(tmp_path / name, store, cells) for name, cells in (("a", 0), ("b", 1))]
+    assert comparison(*runs).comparisons[0].dice.mean == pytest.approx(5 / 24)
+    refusal = "measured on other images, masks or annotations than .* -o FOLDER"
+    write_store(other, [0] * 9)
+    with pytest.raises(ConfigError, match=refusal):
+        comparison(*runs, store=other)
+    # A copy is welcome.
+    assert comparison(*runs, store=Path(shutil.copytree(store, tmp_path / "copy.zarr"))).num_images
+    shutil.rmtree(store)
+    # Half a cell to the right: a head of 0 cells now meets 7/8 of the masks, one of 1 less.
+    write_store(store, [0] * 12, edit_mask=lambda row, mask_MHW: np.roll(mask_MHW, 1, axis=-1))
+    with pytest.raises(ConfigError, match=refusal):
+        comparison(*(run / "eval-test" for run in runs))
+    told: list[str] = []
+    config = CompareConfig(tuple(runs), heads=(HEAD,), page=False)
+    result = compare(config, lambda run, *_: told.append(run))
+    assert set(told) == {"a", "b"}
+    assert result.comparisons[0].dice.baseline == pytest.approx(7 / 8)
 
 
 def test_folds_are_put_together_each_image_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from sam3cache.evaluation.comparing.statistics import PairedDifference, holm, paired_difference
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE, judge
@@ -95,6 +96,23 @@ def test_one_group_or_none_has_no_interval(values: list[float], groups: list[str
     assert (found.interval, found.p_value) == (None, None)
     assert found.mean == (pytest.approx(np.mean(values)) if values else None)
     assert judge("b", "a", found)[0] == "undecided"
+
+
+def test_p_values_do_not_end_where_draws_do() -> None:
+    """All of a dozen heads that are better on every patient shall be found so."""
+    values_N = 0.1 + 0.01 * np.random.default_rng(0).standard_normal(8)
+    groups = [str(number) for number in range(8)]
+    p_value = p_value_of_zero(values_N, groups, seed=0)
+    assert p_value is not None
+    student = stats.ttest_1samp(values_N, 0.0).pvalue
+    assert p_value == pytest.approx(student, rel=1.0)
+    assert max(p for p in holm([p_value] * 12) if p is not None) < 1e-4
+    # Of identical differences there is no spread to judge by.
+    assert p_value_of_zero(np.full(8, 0.1), groups, seed=0) == pytest.approx(0.0, abs=1e-12)
+    # And three patients are few, whatever they say.
+    few = p_value_of_zero(np.array([0.05, 0.1, 0.2]), ["a", "b", "c"], seed=0)
+    assert few is not None
+    assert 0.05 < few < 0.2
 
 
 @pytest.mark.parametrize(

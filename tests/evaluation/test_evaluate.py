@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare_store import HEAD as SHIFTED
+from compare_store import write_shifted
+from page_store import Drawn, write_page_store
 from store_builder import build_store
 from torch.nn import functional as F
 from view_store import (
@@ -33,6 +36,7 @@ from sam3cache.features import open_store
 from sam3cache.heads import load_checkpoint
 from sam3cache.heads.film_conv import FilmConv
 from sam3cache.loading import CachedSamples
+from sam3cache.loading.folds import fold_of_groups
 from sam3cache.training import TrainConfig, train
 
 VIEWS: list[View] = [(-30.0 + 70.0 * (i % 2), float(i)) for i in range(12)]
@@ -338,6 +342,30 @@ def test_the_levels_and_data_measured_are_recorded(store: Path, sided: Path) -> 
     assert result.levels == {"fpn_72": open_store(store).fingerprint("fpn_72").digest}
     assert len(result.data_sha256) == 64
     assert LEVEL.name in result.levels
+
+
+def test_folds_are_dealt_again_only_on_the_images_that_they_were_made_of(tmp_path: Path) -> None:
+    splits = ("train", "train", "val")
+    store = write_page_store(tmp_path / "x.zarr", [Drawn(i % 4) for i in range(12)], splits=splits)
+    other = write_page_store(tmp_path / "y.zarr", [Drawn(i % 3) for i in range(9)], splits=splits)
+    settings = {"folds": 3, "fold": 1, "fold_seed": 0, "stratify": None, "store": "x.zarr"}
+    run = write_shifted(tmp_path / "run", store, 0, settings=settings)
+    quick = {"check_angles": False, "check_features": False, "page": False, "head": SHIFTED}
+
+    def ids(where: Path, split: str) -> set[str]:
+        output = tmp_path / f"{where.stem}-{split}"
+        result = evaluate(EvalConfig(where, run, split=split, output=output, **quick))  # type: ignore[arg-type]
+        with (result.output / "per_image.csv").open(encoding="utf-8", newline="") as file:
+            return {line["id"] for line in csv.DictReader(file)}
+
+    fold_of = fold_of_groups(open_store(store).samples, 3, 0, None)
+    held_out = {s.id for s in open_store(store).samples if fold_of[s.group] == 1}
+    assert ids(store, "val") == held_out
+    assert ids(store, "train") == {f"s{i}" for i in range(12)} - held_out
+    assert ids(other, "val") == {"s2", "s5", "s8"}
+    chosen = "The checkpoint is that of the epoch with the highest Dice on split val"
+    notices = evaluate(EvalConfig(store, run, split="val", **quick)).notices  # type: ignore[arg-type]
+    assert any(sentence.startswith(chosen) for sentence in notices)
 
 
 @pytest.mark.parametrize("empty_mask_rows", [(), (4,)], ids=["all-filled", "one-empty"])

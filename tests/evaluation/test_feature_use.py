@@ -9,7 +9,7 @@ from page_store import write_run
 from store_builder import build_store
 
 from sam3cache.evaluation import EvalConfig, FeatureUse, evaluate
-from sam3cache.evaluation.feature_use import NUM_FEATURE_SHUFFLES
+from sam3cache.evaluation.feature_use import NUM_FEATURE_SHUFFLES, exchanges
 from sam3cache.evaluation.predicting import Rule, logits_of, planes, predict
 from sam3cache.evaluation.shuffling import derangement
 from sam3cache.features import open_store
@@ -153,3 +153,17 @@ def test_the_features_check_can_be_left_out(store: Path, tmp_path: Path) -> None
     run = write_run(tmp_path / "run", store, HEAD)
     config = EvalConfig(store, run, head=HEAD, check_features=False, page=False)
     assert evaluate(config).feature_use is None
+
+
+def test_features_are_exchanged_among_images_that_lie_alike_on_the_square(tmp_path: Path) -> None:
+    # Groups are pairs: of the wide ones 3 and 4 are of two, and 10 of the last group is alone.
+    root = build_store(
+        tmp_path / "a.zarr", num_samples=11, level_shapes=SHAPES, wide_rows=(3, 4), splits=("test",)
+    )
+    store = open_store(root)
+    cached = CachedSamples(store, [s.row for s in store.samples], ("fpn_72",), residency="stream")
+    found = [(among.tolist(), kind.tolist()) for among, kind in exchanges(cached, np.arange(10))]
+    assert found == [([3, 4], [0, 1]), ([0, 1, 2, 5, 6, 7, 8, 9], [0, 0, 1, 2, 3, 3, 4, 4])]
+    # One patient alone of a size has nobody to exchange with.
+    (only,) = exchanges(cached, np.array([0, 2, 4, 6]))
+    assert only[0].tolist() == [0, 2, 6]

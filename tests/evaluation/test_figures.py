@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam3cache import pages
 from sam3cache.evaluation import figures
 from sam3cache.evaluation.cases import choose_cases
-from sam3cache.evaluation.figures import PREDICTED_COLOUR, TRUE_COLOUR
 from sam3cache.evaluation.statistics import summarise
 from sam3cache.geometry import Letterbox
+from sam3cache.pages import PREDICTED_COLOUR, TRUE_COLOUR
 
 
 def rgb(hexadecimal: str) -> list[int]:
@@ -23,7 +24,7 @@ def test_lines_have_their_full_colour_on_the_border_and_leave_the_rest_alone() -
     mask_1HW = np.zeros((1, 252, 126), dtype=np.uint8)
     mask_1HW[0, 50:100, 20:60] = 1
     predicted_1HW = np.roll(mask_1HW, 100, axis=1) == 1
-    drawn_HW3 = figures.draw_contours(picture_HW1, (1008, 504), mask_1HW, predicted_1HW)
+    drawn_HW3 = pages.draw_contours(picture_HW1, (1008, 504), mask_1HW, predicted_1HW)
     # Four pixels of the picture a pixel of the mask.
     assert drawn_HW3[4 * 75, 4 * 20].tolist() == rgb(TRUE_COLOUR)
     assert drawn_HW3[4 * 100, 4 * 40].tolist() == rgb(TRUE_COLOUR)
@@ -37,20 +38,20 @@ def test_lines_have_their_full_colour_on_the_border_and_leave_the_rest_alone() -
 
 def test_a_mask_up_to_the_edge_is_closed_along_it_and_an_empty_one_draws_nothing() -> None:
     full_1HW, empty_1HW = np.ones((1, 9, 9), np.uint8), np.zeros((1, 9, 9), np.uint8)
-    drawn_HW3 = figures.draw_contours(None, (90, 90), full_1HW, empty_1HW == 1)
+    drawn_HW3 = pages.draw_contours(None, (90, 90), full_1HW, empty_1HW == 1)
     assert drawn_HW3[0, 45].tolist() == drawn_HW3[45, 89].tolist() == rgb(TRUE_COLOUR)
     assert len(np.unique(drawn_HW3[5:85, 5:85])) == 1
-    drawn_HW3 = figures.draw_contours(None, (90, 90), empty_1HW, empty_1HW == 1)
+    drawn_HW3 = pages.draw_contours(None, (90, 90), empty_1HW, empty_1HW == 1)
     assert len(np.unique(drawn_HW3)) == 1
 
 
 def test_what_does_not_count_is_greyed_and_has_no_border() -> None:
     mask_1HW = np.zeros((1, 10, 10), np.uint8)
     mask_1HW[0, :, 5:] = 255
-    drawn_HW3 = figures.draw_contours(None, (100, 100), mask_1HW, mask_1HW == 255)
-    assert np.unique(drawn_HW3[:, :50]).tolist() == [figures._GROUND]
+    drawn_HW3 = pages.draw_contours(None, (100, 100), mask_1HW, mask_1HW == 255)
+    assert np.unique(drawn_HW3[:, :50]).tolist() == [pages._GROUND]
     (grey,) = np.unique(drawn_HW3[:, 50:])
-    assert grey < figures._GROUND - 20
+    assert grey < pages._GROUND - 20
 
 
 def test_colours_of_features_separate_two_regions_and_padding_has_no_part() -> None:
@@ -95,21 +96,21 @@ def test_a_cut_token_is_shown_cut() -> None:
 def test_a_picture_of_noise_is_encoded_small_enough(num_channels: int) -> None:
     rng = np.random.default_rng(0)
     noise_HWC = rng.integers(0, 256, (1008, 1008, num_channels), dtype=np.uint8)
-    data = base64.b64decode(figures.jpeg_uri(noise_HWC).partition(",")[2])
-    assert len(data) < 1.1 * figures.PICTURE_BYTES
+    data = base64.b64decode(pages.jpeg_uri(noise_HWC).partition(",")[2])
+    assert len(data) < 1.1 * pages.PICTURE_BYTES
     assert Image.open(io.BytesIO(data)).size == (1008, 1008)
 
 
 def test_png_keeps_every_pixel() -> None:
     pixels_HW3 = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    data = base64.b64decode(figures.png_uri(pixels_HW3).partition(",")[2])
+    data = base64.b64decode(pages.png_uri(pixels_HW3).partition(",")[2])
     assert (np.asarray(Image.open(io.BytesIO(data))) == pixels_HW3).all()
 
 
 def test_the_strip_has_a_dot_an_image_and_names_the_mean() -> None:
     dice = [0.2, 0.4, 0.4, 0.4, 0.9]
     summary = summarise(dice, list("abcde"), 0)
-    for width_px in (figures.WIDE_PX, figures.NARROW_PX):
+    for width_px in (pages.WIDE_PX, pages.NARROW_PX):
         svg = figures.strip_svg("dice", dice, summary, width_px)
         assert "mean 0.460" in svg
         (collection,) = re.findall(r'<g id="dice-PathCollection_1">(.*?)\n   </g>', svg, re.DOTALL)
@@ -121,14 +122,14 @@ def test_the_strip_has_a_dot_an_image_and_names_the_mean() -> None:
 
 def test_thousands_of_images_make_no_heavier_a_strip() -> None:
     dice = np.random.default_rng(0).random(20_000).tolist()
-    svg = figures.strip_svg("dice", dice, summarise(dice, ["a"] * 20_000, 0), figures.WIDE_PX)
+    svg = figures.strip_svg("dice", dice, summarise(dice, ["a"] * 20_000, 0), pages.WIDE_PX)
     assert len(svg) < 200_000
     assert 'href="data:image/png;base64,' in svg
 
 
 def test_plots_are_the_same_bytes_each_time_and_know_of_no_other_place() -> None:
     def plot() -> str:
-        return figures.curves_svg("c", [1, 2], [0.5, None], [0.1, 0.2], 2, figures.WIDE_PX)
+        return figures.curves_svg("c", [1, 2], [0.5, None], [0.1, 0.2], 2, pages.WIDE_PX)
 
     svg = plot()
     assert svg == plot()

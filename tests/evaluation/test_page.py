@@ -14,7 +14,7 @@ from page_store import CELL_PX, MASK_HEIGHT_PX, MASK_WIDTH_PX, Drawn, write_page
 from PIL import Image
 
 from sam3cache.evaluation import EvalConfig, EvalResult, evaluate
-from sam3cache.evaluation.figures import PREDICTED_COLOUR, TRUE_COLOUR
+from sam3cache.pages import PREDICTED_COLOUR, TRUE_COLOUR
 
 FROM_FEATURES = "page_store:FromFeatures"
 SPREAD = [Drawn(2), Drawn(0), Drawn(3), Drawn(1), Drawn(4)]

@@ -13,8 +13,6 @@ from sam3cache.errors import ConfigError
 from sam3cache.evaluation import EvalConfig, evaluate
 from sam3cache.evaluation.predicting import Prediction
 from sam3cache.evaluation.threshold import THRESHOLDS, DiceByThreshold
-from sam3cache.features import open_store
-from sam3cache.loading.folds import fold_of_groups
 from sam3cache.metrics import dice_iou_precision_recall
 
 FAINT = "page_store:Faint"
@@ -118,7 +116,8 @@ def test_a_threshold_chosen_on_what_is_measured_is_told_so(config: EvalConfig, s
     result = evaluate(replace(config, split=split))  # type: ignore[arg-type]
     assert result.threshold_choice.on_evaluated
     assert result.threshold_choice.sentence.endswith("of split val; 6 of them are evaluated here.")
-    assert "The threshold was chosen on images of split val that are measured" in result.notices[0]
+    told = "The threshold was chosen on images of split val that are measured here"
+    assert any(sentence.startswith(told) for sentence in result.notices)
 
 
 def test_the_images_that_are_measured_have_no_say(config: EvalConfig, tmp_path: Path) -> None:
@@ -164,9 +163,6 @@ def test_of_cross_validation_the_part_that_was_held_out_chooses(
         of[split] = result.threshold_choice
     assert of["val"].sentence.endswith("4 of them are evaluated here.")
     assert of["test"].sentence.endswith("none of them is evaluated here.")
-    # Half of 4 + 4 images are held out: some of them may be of the split that is called train.
-    samples = [s for s in open_store(store).samples if s.split in ("train", "val")]
-    fold_of = fold_of_groups(samples, 2)
-    num_train = sum(s.split == "train" and fold_of[s.group] == 0 for s in samples)
-    assert of["train"].on_evaluated == (num_train > 0)
-    assert f"; {num_train or 'none'} of them " in of["train"].sentence
+    # What is trained on is the other half of 4 + 4 images, whatever their splits are called.
+    assert not of["train"].on_evaluated
+    assert "; none of them " in of["train"].sentence

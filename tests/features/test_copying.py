@@ -626,7 +626,10 @@ def test_files_that_nothing_names_are_deleted_and_others_kept(copy):
     assert not (copy / "levels/fpn_72/c/7").exists()
 
 
-def test_repack_dies_after_any_operation_and_loses_nothing(tiny, tmp_path, monkeypatch, no_flush):
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_repack_dies_after_any_operation_and_loses_nothing(
+    tiny, tmp_path, monkeypatch, no_flush, step
+):
     prepared = shutil.copytree(tiny, tmp_path / "prepared.zarr")
     # Block 0 loses some, block 1 all.
     remove(prepared, {0, 2, *range(16, 20)})
@@ -648,7 +651,7 @@ def test_repack_dies_after_any_operation_and_loses_nothing(tiny, tmp_path, monke
         if not died:
             assert (again.num_moved, again.num_strays) == (0, 0)
         shutil.rmtree(root)
-        num_operations += 1
+        num_operations += step
     assert num_operations > 60
 
 

@@ -107,7 +107,7 @@ def test_nothing_changes_a_store_that_an_extraction_is_at_work_on(store: Path) -
 
 def test_a_block_that_is_held_is_named(store: Path) -> None:
     with another_at_work(store, "1"), store_lock(store):
-        assert not BlockClaims(store).is_free(1)
+        assert BlockClaims(store).free([0, 1]) == [0]
         with pytest.raises(StoreBusyError, match=r"at work on .* \(block 00000001\); wait for it"):
             require_idle(store)
     require_idle(store)

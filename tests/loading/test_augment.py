@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from head_runs import SMALL
 
 from sam3cache.errors import ConfigError, InputSizeError
 from sam3cache.heads import HEADS, build_head
-from sam3cache.loading.augment import AUGMENTATIONS, Augmentation, augment, choose_rows
+from sam3cache.loading.augment import AUGMENTATIONS, Augmentation, Draws, augment, choose_rows
 from sam3cache.records import Batch
 
 
@@ -82,6 +83,28 @@ def test_the_generator_decides_and_the_batch_itself_stays_as_it_is() -> None:
     assert [grid.dtype for grid in first.levels.values()] == [torch.float16, torch.uint8]
 
 
+def test_a_part_of_a_batch_is_changed_as_within_the_whole() -> None:
+    batch, always, draws = natural_batch(), replace(ALL, crop_share=1.0), Draws.of(2, seeded(6))
+    whole = augment(batch, always, draws)
+    assert same(whole, augment(batch, always, seeded(6)))
+    assert batch.target_BKTT is not None
+    assert whole.target_BKTT is not None
+    for at in range(2):
+        one = Batch(
+            {name: grid[at : at + 1] for name, grid in batch.levels.items()},
+            batch.angles_B2[at : at + 1],
+            batch.content_B2[at : at + 1],
+            batch.target_BKTT[at : at + 1],
+            batch.rows[at : at + 1],
+        )
+        changed = augment(one, always, draws.part(at, 1))
+        for name, grid in changed.levels.items():
+            torch.testing.assert_close(grid[0], whole.levels[name][at])
+        assert changed.target_BKTT is not None
+        assert torch.equal(changed.target_BKTT[0], whole.target_BKTT[at])
+        assert torch.equal(changed.content_B2[0], whole.content_B2[at])
+
+
 @pytest.mark.parametrize(
     ("target_px", "side", "tokens"),
     [(1008, 2 / 3, 48), (504, 0.5, 36), (288, 0.7, 52), (256, 2 / 3, 36), (1008, 0.01, 4)],
@@ -90,7 +113,7 @@ def test_a_crop_is_the_same_part_of_every_level_and_of_the_target(
     target_px: int, side: float, tokens: int
 ) -> None:
     batch = marked_batch(target_px=target_px)
-    cropped = augment(batch, Augmentation(crop_side=side), seeded(3))
+    cropped = augment(batch, Augmentation(crop_side=side), seeded(4))
     sizes = {name: grid.shape[-1] for name, grid in cropped.levels.items()}
     assert sizes == {"fpn_72": tokens, "fpn_144": 2 * tokens, "image_1008": 14 * tokens}
     assert cropped.target_BKTT is not None
@@ -156,7 +179,7 @@ def test_a_photometric_change_is_what_it_is_called(settings: dict, expected) -> 
     batch = Batch({"image_1008": image}, torch.zeros(1, 2), torch.tensor([[1008, 1008]]))
     changed = augment(batch, Augmentation(**settings), seeded(4)).levels["image_1008"]
     # Draws come in one order, whatever is asked for: gamma, contrast, brightness.
-    draws = torch.rand(3, generator=seeded(4)) * 2 - 1
+    draws = torch.rand(3, generator=seeded(Draws.of(1, seeded(4)).seeds[0])) * 2 - 1
     draw = draws[["gamma", "contrast", "brightness"].index(next(iter(settings)))]
     wanted = (expected(values / 255, draw) * 255).round().clamp(0, 255)
     assert (changed[0, 0, 0, :256].float() - wanted).abs().max() <= 1
@@ -192,13 +215,14 @@ def test_every_head_takes_a_cropped_batch(name: str) -> None:
         "fpn_288": (256, 288, 288),
         "image_1008": (1, 1008, 1008),
     }
-    head = build_head(name, shapes)
+    head = build_head(name, shapes, SMALL.get(name, {}))
     levels = {
         level: batch.levels.get(level, torch.zeros(2, *shapes[level])) for level in head.needs
     }
     cropped = augment(replace(batch, levels=levels), replace(ALL, crop_share=1.0), seeded())
-    logits_BKHW = head(cropped)
-    whole_BKHW = head(replace(batch, levels=levels))
+    with torch.no_grad():
+        logits_BKHW = head(cropped)
+        whole_BKHW = head(replace(batch, levels=levels))
     assert logits_BKHW.shape[-1] == logits_BKHW.shape[-2] == whole_BKHW.shape[-1] * 48 // 72
     assert logits_BKHW.isfinite().all()
 

@@ -1,6 +1,7 @@
 """Folds divide groups, not images, evenly and always alike."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,26 @@ def test_an_annotation_is_shared_out_evenly() -> None:
         of_lad = Counter(folds[sample.group] for sample in own[:5])
         assert of_lad == dict.fromkeys(range(5), 1)
         assert set(Counter(folds.values()).values()) == {4}
+
+
+def test_view_regions_and_several_annotations_are_shared_out_evenly() -> None:
+    own = samples([1] * 24, vessel=["LAD", "RCA"] * 12)
+    views = [(-30.0, 20.0), (30.0, 20.0), (30.0, -20.0)]
+    own = [
+        replace(s, primary_angle_deg=views[i // 2 % 3][0], secondary_angle_deg=views[i // 2 % 3][1])
+        for i, s in enumerate(own)
+    ]
+    folds = fold_of_groups(own, 4, 0, "vessel, view")
+    for members in (own[::2], [s for s in own if s.secondary_angle_deg < 0]):
+        counts = Counter(folds[sample.group] for sample in members)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_folds_are_those_of_earlier_versions() -> None:
+    # Evaluation finds them again for runs that were trained long ago.
+    own = samples([3, 1, 2, 2, 1, 1], vessel=["a", "b", "a", "b", "a", "b"])
+    earlier = {"g0": 0, "g1": 0, "g2": 1, "g3": 1, "g4": 1, "g5": 0}
+    assert fold_of_groups(own, 2, 5, "vessel") == earlier
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whole trainings on small stores: what they write, what they refuse, and going on to the bit."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from sam3cache.heads import load_checkpoint
 from sam3cache.heads.checkpoint import read_record
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.training import Progress, TrainConfig, train
+from sam3cache.training.loop import Run
 from sam3cache.training.state import read_state
 
 SHAPES = {"fpn_72": (8, 12, 12)}
@@ -340,7 +343,7 @@ def test_a_run_that_is_stopped_while_it_loads_has_changed_nothing(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.long)])
 def test_a_run_ended_by_a_signal_within_an_epoch_goes_on_to_the_bit(
     store: Path, tmp_path: Path, how: str
 ) -> None:
@@ -467,6 +470,24 @@ def test_class_numbers_are_learned_and_judged_by_class(tmp_path: Path, loss: str
     assert len(set(map(str, dice))) > 1
 
 
+def test_samples_are_let_go_with_the_run_not_with_the_next_collection(
+    store: Path, tmp_path: Path
+) -> None:
+    # The first in a process leaves a circle of torch's own, from an import that it brings about.
+    train(config_for(store, tmp_path, name="first", epochs=1))
+    gc.collect()
+    gc.disable()
+    try:
+        run = Run(config_for(store, tmp_path, epochs=1))
+        for _ in run.steps():
+            pass
+        samples = [weakref.ref(run.train_samples), weakref.ref(run.val_samples)]
+        del run
+        assert [reference() for reference in samples] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_balanced_weights_are_found_from_the_training_masks_and_recorded(tmp_path: Path) -> None:
     root = build_store(
         tmp_path / "x.zarr",
@@ -506,6 +527,7 @@ def test_as_many_go_through_the_head_at_once_as_fit(
     assert train(config_for(store, tmp_path, resume=True)).micro_batch == 3
 
 
+@pytest.mark.long
 def test_a_compiled_head_learns_the_same(store: Path, tmp_path: Path) -> None:
     # The smallest head, and batches of one size: compiling takes longer than all the rest.
     values: dict[str, Any] = {"head": "linear", "head_options": {}, "epochs": 2, "batch_size": 8}

@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.extract import SET_ASIDE_EXIT_CODE
-from sam3cache.commands.printing import echo_json, warn_of_samples
+from sam3cache.commands.printing import (
+    echo_json,
+    names_of,
+    plain_console,
+    table,
+    warn_of_samples,
+)
 
 if TYPE_CHECKING:
+    from sam3cache.extract.relabel import SplitResult
     from sam3cache.features import FeatureStore, StoredSample
 
 _STORE = click.argument("store", type=click.Path(path_type=Path))
@@ -33,6 +40,7 @@ def annotations_() -> None:
 
     \b
     Examples:
+      sam3cache store annotations split features/angio.zarr --by vessel_pattern,view
       sam3cache store annotations show features/angio.zarr > angio.csv    (to edit)
       sam3cache store annotations set features/angio.zarr --from angio.csv
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
@@ -96,6 +104,97 @@ def set_(
         )
     if result.set_aside:
         raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
+
+
+@annotations_.command("split")
+@_STORE
+@click.option("--val", default=0.15, show_default=True, help="Share of the validation split.")
+@click.option("--test", default=0.15, show_default=True, help="Share of the test split.")
+@click.option(
+    "--by",
+    metavar="COLUMNS",
+    help="What the splits shall have in even shares, such as vessel_pattern,view: annotations; "
+    "view, for LAO or RAO and cranial or caudal; class, for the classes that masks show.",
+)
+@click.option(
+    "--label-set", default="mask", show_default=True, help="Masks that --by class is about."
+)
+@click.option("--seed", default=0, show_default=True, help="Same seed, same splits.")
+@_OVERLAY
+@_JSON
+def split(
+    store: Path,
+    val: float,
+    test: float,
+    by: str | None,
+    label_set: str,
+    seed: int,
+    overlay: Path | None,
+    as_json: bool,
+) -> None:
+    """Divide the samples of STORE into train, val and test anew, by whole groups (patients).
+
+    The old splits are replaced: `annotations show` keeps them in a CSV, which `annotations set
+    --only split` puts back. `sam3cache extract` run again takes splits from its own manifest.
+
+    \b
+    Examples:
+      sam3cache store annotations split features/angio.zarr --by vessel_pattern,view
+      sam3cache store annotations split features/angio.zarr --val 0.2 --test 0 --seed 1
+      sam3cache store annotations split features/x.zarr --by class --label-set branches
+    """  # noqa: D301 - \b is click's mark for lines to keep as they are
+    from sam3cache.extract.relabel import SplitConfig, split_annotations
+
+    result = split_annotations(
+        SplitConfig(
+            store=store,
+            val=val,
+            test=test,
+            by=tuple(names_of("--by", by) or ()),
+            label_set=label_set,
+            seed=seed,
+            overlay=overlay,
+        )
+    )
+    warn_of_samples((), (), result.num_moved)
+    if as_json:
+        click.echo(json.dumps(_split_as_json(result), indent=2))
+    else:
+        _print_split(result)
+
+
+def _split_as_json(result: SplitResult) -> dict[str, Any]:
+    by_column: dict[str, dict[str, Any]] = {}
+    for (column, value), counts in result.num_by_value.items():
+        by_column.setdefault(column, {})[value] = dict(counts)
+    return {
+        "store": result.store.as_posix(),
+        "shares": dict(result.shares),
+        "num_samples": dict(result.num_samples),
+        "num_groups": dict(result.num_groups),
+        "num_by_value": by_column,
+        "num_changed": result.num_changed,
+        "num_moved": result.num_moved,
+    }
+
+
+def _print_split(result: SplitResult) -> None:
+    """Say how even the splits are: what was asked for, then each value's own shares."""
+    made = table("", *result.shares)
+    made.add_row("asked for", *(f"{share:.1%}" for share in result.shares.values()))
+    rows = {"samples": result.num_samples, "groups": result.num_groups} | {
+        f"{column} {value or '(empty)'}": counts
+        for (column, value), counts in result.num_by_value.items()
+    }
+    for name, counts in rows.items():
+        num_all = sum(counts.values())
+        cells = [f"{counts.get(s, 0)} ({counts.get(s, 0) / num_all:.1%})" for s in result.shares]
+        made.add_row(name, *cells)
+    plain_console().print(made)
+    click.echo(
+        f"{result.store.as_posix()}: {result.num_changed} of "
+        f"{sum(result.num_samples.values())} samples are in another split than before."
+    )
 
 
 @annotations_.command("list")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from sam3cache.commands.places import store_place
 from sam3cache.commands.printing import size_text
 from sam3cache.commands.progress import Bar, format_duration, progress
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
     from sam3cache.extract.recompute import RecomputeResult
-    from sam3cache.features import Finding, RepairResult, VerifyResult
+    from sam3cache.features import Finding, Place, RepairResult, VerifyResult
 
 Status = Literal["sound", "damaged", "unfinished", "drift", "repaired"]
 
@@ -35,7 +36,7 @@ _HASH_DIGITS = 12
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", callback=store_place)
 @click.option(
     "--sample",
     default="100%",
@@ -76,7 +77,7 @@ _HASH_DIGITS = 12
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all findings as JSON on stdout.")
 def verify(
-    store: Path,
+    store: Place,
     sample: str,
     seed: int,
     repair: bool,
@@ -113,7 +114,7 @@ def verify(
       sam3cache store verify features/angio.zarr --recompute 5 --from angio.csv
       sam3cache store verify features/angio.zarr --repair
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
-    from sam3cache.features import repair_store, verify_store
+    from sam3cache.features import ObjectPath, repair_store, verify_store
 
     share = _share(sample)
     if (num_recompute is None) != (manifest is None):
@@ -122,10 +123,15 @@ def verify(
         )
     if num_recompute is not None and repair:
         raise ConfigError("--repair and --recompute: give one, and the other in a second run")
+    if repair and isinstance(store, ObjectPath):
+        raise ConfigError(
+            f"{store}: --repair works on a folder alone; copy the store (aws s3 sync {store} "
+            f"{store.name}), repair the copy, and let the same extraction mend it"
+        )
     repaired: RepairResult | None = None
     computed: RecomputeResult | None = None
     with progress("Reading", unit="MB") as bar:
-        if repair:
+        if repair and isinstance(store, Path):
             repaired = repair_store(store, share, seed, _in_megabytes(bar))
             found = repaired.found
         else:

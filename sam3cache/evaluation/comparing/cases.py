@@ -172,7 +172,8 @@ def _predicted(
     drawn = []
     for i in range(len(rows)):
         mask_CHW = planes(cached, i, rule)
-        assert mask_CHW is not None
+        if mask_CHW is None:
+            raise StoreError(f"{store_path} no longer has a mask of {cached.samples[i].id}")
         (logits_KSS,) = logits_of(head, cached.batch([i]))
         predicted_CHW = predict(logits_KSS, cached.letterbox(i), mask_CHW, rule).predicted_CHW
         drawn.append((cached.letterbox(i), mask_CHW.cpu().numpy(), predicted_CHW.cpu().numpy()))

@@ -25,8 +25,10 @@ from sam3cache.errors import ConfigError
 from sam3cache.evaluation.comparing.cases import ComparedCase, compared_cases
 from sam3cache.evaluation.comparing.page import comparison_html
 from sam3cache.evaluation.comparing.runs import (
+    HEADLINE,
     OVER_CLASSES,
     Experiment,
+    Ground,
     Run,
     Scores,
     check_same_training,
@@ -49,13 +51,13 @@ from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
 from sam3cache.evaluation.scores import DISTANCES
 from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
+from sam3cache.features import open_store, record_data
 from sam3cache.records import SPLITS
 from sam3cache.runtime import write_atomic
 
 RECORD_FILE = "comparison.json"
 DIFFERENCES_FILE = "differences.csv"
 PLOT_FILE = "differences.svg"
-HEADLINE = "dice"
 
 STORES = Path("features")
 """Where the store of a run's name is looked for, when none is given."""
@@ -219,7 +221,8 @@ def compare(
 ) -> Comparison:
     """Compare runs with a baseline on the same images, and write what was found.
 
-    A run that was not evaluated on the split, or was trained anew since, is evaluated first.
+    A run that was not evaluated on the split is evaluated first, and so is one that was trained
+    anew since, or whose store (or overlay) has other content now.
 
     Args:
         config: what to compare.
@@ -249,14 +252,18 @@ def compare(
     }
     notices += _of_images(left_out, len(ids))
     classes, metrics = _in_common(evaluated)
-    scores = [one.together.of(ids, classes, metrics) for one in evaluated]
-    notices += _check_masks(evaluated, scores)
+    aligned = [one.together.of(ids, classes, metrics) for one in evaluated]
+    notices += _check_masks(evaluated, aligned)
+    notices += _of_empty_masks(evaluated, aligned)
+    ground = Ground.of(aligned)
+    scores = [ground.settle(one) for one in aligned]
     groups = scores[0].groups
     notices += _of_groups(evaluated, scores)
 
     pairs = _pairs(evaluated, scores, config.seed)
     compared = tuple(
-        _compared(one, of, ids, config.seed) for one, of in zip(evaluated, scores, strict=True)
+        _compared(one, of, ground, (ids, classes, metrics), config.seed)
+        for one, of in zip(evaluated, scores, strict=True)
     )
     notices += _of_training(evaluated, compared, pairs)
     result = Comparison(
@@ -334,12 +341,22 @@ def _evaluate(
     """Read what an experiment's runs scored, evaluating what has not been."""
     check_same_training(experiment)
     for run in experiment.runs:
-        if is_evaluated(run):
+        stale_store = _store_of_other_content(run, config) if is_evaluated(run) else None
+        if is_evaluated(run) and stale_store is None:
             continue
         info = run.info()
+        if stale_store is not None:
+            recorded = Path(str(read_summary(run.evaluation).get("store")))
+            if run.folder is None or info is None or recorded.resolve() != stale_store.resolve():
+                raise ConfigError(
+                    f"{run.evaluation} was measured on other images, masks or annotations than "
+                    f"{stale_store} has now; write another with `sam3cache eval {stale_store} "
+                    f"{run.folder or 'CHECKPOINT'} --split {config.split} -o FOLDER`, and compare "
+                    "such folders"
+                )
         if run.folder is None or info is None:
             raise ConfigError(f"{run.evaluation} lacks a part of an evaluation; write it anew")
-        store = config.store or _known_store(run, all_of_them)
+        store = config.store or stale_store or _known_store(run, all_of_them)
         if store is None:
             raise ConfigError(
                 f"{run.name} was not evaluated on split {config.split} with the weights it has "
@@ -358,6 +375,7 @@ def _evaluate(
                 allow_unsealed=config.allow_unsealed,
                 overlay=config.overlay,
                 output=run.evaluation,
+                **({} if stale_store is None else _asked_before(run)),
                 check_angles=False,
                 check_features=False,
                 page=False,
@@ -370,6 +388,36 @@ def _evaluate(
         for run, summary in zip(experiment.runs, summaries, strict=True)
     )
     return _Evaluated(experiment, summaries, scores, combine(experiment, scores))
+
+
+def _store_of_other_content(run: Run, config: CompareConfig) -> Path | None:
+    """Return the store to evaluate on anew, if a run was measured on other content than it has.
+
+    Where the store is not at hand, or the evaluation had an overlay that is not named now, there is
+    nothing to look at.
+    """
+    summary = read_summary(run.evaluation)
+    there = summary.get("data") or {}
+    store = config.store or Path(str(summary.get("store", "")))
+    if config.store is None and not (store / "zarr.json").is_file():
+        return None
+    if config.overlay is None and there.get("overlay_seal"):
+        return None
+    opened = open_store(store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
+    label_set = str(summary.get("label_set"))
+    if label_set not in opened.label_sets:
+        return store
+    here = dataclasses.asdict(record_data(opened, label_set))
+    content = ("samples_sha256", "labels_sha256", "annotations_sha256")
+    return None if all(here[name] == there.get(name) for name in content) else store
+
+
+def _asked_before(run: Run) -> dict[str, Any]:
+    """Return the label set and the threshold that a run was evaluated with."""
+    summary = read_summary(run.evaluation)
+    source = (summary.get("threshold_choice") or {}).get("source")
+    threshold = {"auto": "auto", "given": summary.get("threshold")}.get(str(source))
+    return {"label_set": summary.get("label_set"), "threshold": threshold}
 
 
 def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
@@ -453,6 +501,22 @@ def _check_masks(evaluated: Sequence[_Evaluated], scores: Sequence[Scores]) -> l
     return sentences
 
 
+def _of_empty_masks(evaluated: Sequence[_Evaluated], aligned: Sequence[Scores]) -> list[str]:
+    """Say who marks something where there is nothing."""
+    empty_N = (aligned[0].true_px_NC == 0).all(axis=1)
+    marked = {}
+    for one, of in zip(evaluated, aligned, strict=True):
+        dice_NC = of.value_NCM[..., of.metrics.index(HEADLINE)]
+        marked[one.name] = int((dice_NC[empty_N] < 1).any(axis=1).sum())
+    if not any(marked.values()):
+        return []
+    told = ", ".join(f"{name} on {number}" for name, number in marked.items())
+    return [
+        f"The masks of {int(empty_N.sum())} images are empty; something is marked by {told} of "
+        "them: that is Dice 0, and marking nothing, where another marks something, Dice 1."
+    ]
+
+
 def _of_images(left_out: Mapping[str, Sequence[str]], num_images: int) -> list[str]:
     return [
         f"{len(names)} images of {name} were not scored by all others and are left out, "
@@ -490,6 +554,12 @@ def _of_training(
                 f"{one.name} was trained on {sum(num_seen.values())} of the images it was "
                 "evaluated on: its scores on those say little about new ones."
             )
+    if any(s.get("split") in ("val", "all") for one in evaluated for s in one.summaries):
+        sentences.append(
+            "Each checkpoint is that of the epoch with the highest Dice on its validation images, "
+            "which are among these: all scores are a little too high, and most so of heads whose "
+            "Dice goes up and down."
+        )
     single = [one.name for one in compared if len(one.dice_of_runs) < 2]
     if single:
         sentences.append(
@@ -549,14 +619,22 @@ def _pairs(
     return pairs
 
 
-def _compared(one: _Evaluated, scores: Scores, ids: Sequence[str], seed: int) -> Compared:
+def _compared(
+    one: _Evaluated,
+    scores: Scores,
+    ground: Ground,
+    common: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    seed: int,
+) -> Compared:
+    """Summarise an experiment on the images, classes and measures that all have in common."""
+    ids, classes, metrics = common
     headline = scores.classes[0]
     values = [None if np.isnan(v) else float(v) for v in scores.values(headline, HEADLINE)]
     summary = summarise(values, scores.groups, seed)
     of_runs = []
     for of in one.scores:
         if set(ids) <= set(of.ids):
-            dice_N = of.of(ids, [headline]).values(headline, HEADLINE)
+            dice_N = ground.settle(of.of(ids, classes, metrics)).values(headline, HEADLINE)
             known = dice_N[np.isfinite(dice_N)]
             of_runs.append(float(known.mean()) if len(known) else None)
     return Compared(

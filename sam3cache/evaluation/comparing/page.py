@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sam3cache import pages
 from sam3cache.evaluation import figures
-from sam3cache.evaluation.angle_use import format_view
 from sam3cache.evaluation.cases import shown_size_px, stored_picture
 from sam3cache.evaluation.comparing.cases import ComparedCase
 from sam3cache.evaluation.comparing.runs import OVER_CLASSES
 from sam3cache.evaluation.comparing.statistics import Differences, PairedDifference
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE
-from sam3cache.evaluation.page_parts import fill_in
 from sam3cache.evaluation.scores import DISTANCES, METRICS
 from sam3cache.evaluation.statistics import (
     LEVEL,
@@ -25,6 +24,7 @@ from sam3cache.evaluation.statistics import (
     interval_text,
     number_text,
 )
+from sam3cache.views import format_view
 
 if TYPE_CHECKING:
     from sam3cache.evaluation.comparing.compare import Compared, Comparison
@@ -51,7 +51,7 @@ def comparison_html(
         sentences: what of them cannot be shown.
         date: of the comparison; all else on the page depends on the comparison alone.
     """
-    return fill_in(
+    return pages.fill_in(
         __package__,
         TEMPLATE_FILE,
         baseline=result.baseline,
@@ -65,7 +65,7 @@ def comparison_html(
         runs=[_run(one) for one in result.experiments],
         plots=[
             figures.differences_svg(f"differences-{width_px}", differences, width_px)
-            for width_px in (figures.WIDE_PX, figures.NARROW_PX)
+            for width_px in (pages.WIDE_PX, pages.NARROW_PX)
         ],
         tables=[
             {
@@ -77,7 +77,7 @@ def comparison_html(
         several_classes=OVER_CLASSES in result.comparisons[0].measures,
         cases=[_case(case) for case in cases],
         case_sentences=sentences,
-        colours={"true": figures.TRUE_COLOUR, "predicted": figures.PREDICTED_COLOUR},
+        colours={"true": pages.TRUE_COLOUR, "predicted": pages.PREDICTED_COLOUR},
         level_percent=f"{LEVEL:.0%}",
         num_resamples=NUM_RESAMPLES,
         small_dice=SMALL_DICE,
@@ -128,15 +128,15 @@ def _case(case: ComparedCase) -> dict[str, Any]:
     size_px = shown_size_px(case.letterbox, PICTURE_PX)
     picture = stored_picture(case.store, case.sample.row, case.letterbox)
     if picture is not None:
-        picture = figures.resized(picture, size_px)
+        picture = pages.resized(picture, size_px)
     shown = []
     for name, dice in case.dice.items():
         predicted_CHW = case.predicted_CHW.get(name)
         uri = None
         if predicted_CHW is not None:
-            drawn = figures.draw_contours(picture, size_px, case.mask_CHW, predicted_CHW)
+            drawn = pages.draw_contours(picture, size_px, case.mask_CHW, predicted_CHW)
             # Lines on an even ground: exact, and smaller than JPEG would be.
-            uri = figures.png_uri(drawn) if picture is None else figures.jpeg_uri(drawn)
+            uri = pages.png_uri(drawn) if picture is None else pages.jpeg_uri(drawn)
         shown.append({"name": name, "dice": number_text(dice), "contours": uri})
     sample = case.sample
     angles_deg = (sample.primary_angle_deg, sample.secondary_angle_deg)

@@ -30,6 +30,16 @@ from sam3cache.heads.checkpoint import MODEL_FILE, CheckpointInfo, read_record
 OVER_CLASSES = "all classes"
 """The class that stands for the mean over an image's classes, where there are several."""
 
+HEADLINE = "dice"
+"""The measure that decides."""
+
+SILENCE_IS_RIGHT = (HEADLINE, "iou")
+"""Measures that are 1, rather than undefined, where the mask is empty and nothing is marked.
+
+An evaluation leaves such images out. Between two heads that would reward the one that marks what is
+not there: it has a Dice of 0, the other none, and so neither would count.
+"""
+
 MAX_NAMES = 5
 """Most names that are listed in one sentence."""
 
@@ -85,9 +95,9 @@ class Scores:
     Attributes:
         ids: of the images.
         groups: by image.
-        classes: of the masks; of several the first is ``OVER_CLASSES``.
+        classes: of the masks; of several, once settled, the first is ``OVER_CLASSES``.
         metrics: names of the measures.
-        value_NCM: NaN where an image has none.
+        value_NCM: NaN where an image has none; see ``SILENCE_IS_RIGHT``.
         true_px_NC: pixels of the mask; NaN without a mask, and for ``OVER_CLASSES``.
     """
 
@@ -119,6 +129,55 @@ class Scores:
             self.value_NCM[np.ix_(rows, columns, planes)],
             self.true_px_NC[np.ix_(rows, columns)],
         )
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What of the images counts for all experiments alike.
+
+    Attributes:
+        silent_NC: where the mask is empty and no experiment marks anything: nothing to compare.
+        known_NCM: where, beyond these, all experiments have a value: what means over an image's
+            classes are taken of, so that all are of the same classes.
+    """
+
+    silent_NC: NDArray[np.bool_]
+    known_NCM: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, scores: Sequence[Scores]) -> Ground:
+        """Find it, given what experiments scored of the same images, classes and measures."""
+        silent_NC = np.logical_and.reduce(
+            [
+                (one.true_px_NC == 0) & (one.value_NCM[..., one.metrics.index(HEADLINE)] == 1)
+                for one in scores
+            ]
+        )
+        ground = cls(silent_NC, np.ones(scores[0].value_NCM.shape, bool))
+        known_NCM = np.logical_and.reduce(
+            [np.isfinite(ground._without_silence(one)) for one in scores]
+        )
+        return cls(silent_NC, known_NCM)
+
+    def settle(self, scores: Scores) -> Scores:
+        """Leave out where nobody marks anything, and add the mean over an image's classes."""
+        value_NCM, true_px_NC = self._without_silence(scores), scores.true_px_NC
+        classes = scores.classes
+        if len(classes) > 1:
+            known_NCM = np.where(self.known_NCM, value_NCM, np.nan)
+            classes = (OVER_CLASSES, *classes)
+            value_NCM = np.concatenate((_mean_over_classes(known_NCM), value_NCM), axis=1)
+            true_px_NC = np.pad(true_px_NC, ((0, 0), (1, 0)), constant_values=np.nan)
+        return dataclasses.replace(
+            scores, classes=classes, value_NCM=value_NCM, true_px_NC=true_px_NC
+        )
+
+    def _without_silence(self, scores: Scores) -> NDArray[np.float64]:
+        value_NCM = scores.value_NCM.copy()
+        for metric in SILENCE_IS_RIGHT:
+            if metric in scores.metrics:
+                value_NCM[..., scores.metrics.index(metric)][self.silent_NC] = np.nan
+        return value_NCM
 
 
 def find_experiments(paths: Sequence[Path], split: str) -> list[Experiment]:
@@ -358,10 +417,10 @@ def _read_table(
     if not len(table):
         raise ValueError("it has no images")
     value_NCM, true_px_NC = table[..., :-1], table[..., -1]
-    if len(classes) > 1:
-        classes = (OVER_CLASSES, *classes)
-        value_NCM = np.concatenate((_mean_over_classes(value_NCM), value_NCM), axis=1)
-        true_px_NC = np.pad(true_px_NC, ((0, 0), (1, 0)), constant_values=np.nan)
+    for metric in SILENCE_IS_RIGHT:
+        if metric in metrics:
+            value_NC = value_NCM[..., metrics.index(metric)]
+            value_NC[np.isnan(value_NC) & (true_px_NC == 0)] = 1.0
     return Scores(tuple(groups), tuple(groups.values()), classes, metrics, value_NCM, true_px_NC)
 
 
