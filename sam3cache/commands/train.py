@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -12,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_store
+from sam3cache.commands.places import show_fetching, store_place
+from sam3cache.commands.printing import plain_console
 from sam3cache.commands.progress import Stages, format_duration
 from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sam3cache.features import Place
     from sam3cache.training import Progress, RunOutcome, TrainConfig, TrainResult
     from sam3cache.training.pool import PoolProgress
 
 SET_ASIDE_EXIT_CODE = 3
 """Of many runs some have failed; the others are done."""
+
+FAR_TOO_LOW = 0.01
+"""A validation Dice below which something is the matter."""
 
 _GROUPS = {
     "What to train": (
@@ -66,7 +73,7 @@ class _GroupedCommand(click.Command):
 
 
 @click.command(cls=_GroupedCommand)
-@click.argument("store", type=click.Path(path_type=Path), required=False)
+@click.argument("store", callback=store_place, required=False)
 @click.option(
     "--head",
     default="film-detail",
@@ -132,7 +139,7 @@ class _GroupedCommand(click.Command):
     "--lr",
     "learning_rate",
     type=float,
-    help="Of AdamW at the first step; a cosine takes it to 0. [default: the head's own]",
+    help="Of AdamW at the first step; a cosine takes it towards 0. [default: the head's own]",
 )
 @click.option(
     "--ema",
@@ -207,7 +214,7 @@ class _GroupedCommand(click.Command):
 @click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished extraction.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def train(
-    store: Path | None,
+    store: Place | None,
     head_options: tuple[str, ...],
     others: tuple[str, ...],
     experiments_file: Path | None,
@@ -258,6 +265,7 @@ def train(
         _train_many(experiments, seeds, folds, as_json)
         return
     with stop_on_signals() as stop, ExitStack() as stack:
+        show_fetching(stack)
         result = run(config, partial(_show, Stages(stack)), stop)
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
@@ -292,7 +300,6 @@ def _show_many(stages: Stages, state: PoolProgress) -> None:
 
 
 def _print_many(outcomes: list[RunOutcome], folder: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from sam3cache.training.experiments import summarize
@@ -311,8 +318,7 @@ def _print_many(outcomes: list[RunOutcome], folder: Path) -> None:
             "-" if summary.parameters is None else f"{summary.parameters:,}",
             "-" if summary.elapsed_s_mean is None else format_duration(summary.elapsed_s_mean),
         )
-    console = Console(width=100)
-    console.print(table)
+    plain_console().print(table)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
         click.echo(f"Set aside, {len(failed)} of {len(outcomes)} runs:")
@@ -382,11 +388,13 @@ def _by_part(result: TrainResult) -> str:
 
 def _print_summary(result: TrainResult, config: TrainConfig) -> None:
     from sam3cache.evaluation import notices_of_features
-    from sam3cache.features import open_store
+    from sam3cache.features import open_store, place_of
     from sam3cache.heads.checkpoint import read_record
 
     early = " (ended early)" if result.stopped_early else ""
-    speed = "" if result.images_per_s is None else f", {result.images_per_s:.1f} images/s"
+    speed = ""
+    if result.images_per_s is not None:
+        speed = f" with validation, {result.images_per_s:.1f} images/s without"
     click.echo(
         f"Best validation Dice {result.best_dice:.4f} in epoch {result.best_epoch} of "
         f"{result.epochs}{early}, over {result.num_val} images; trained on {result.num_train} "
@@ -400,6 +408,13 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
         f"Head: {result.parameters['total']:,} parameters, {result.gflop:.1f} GFLOP an image"
         f"{_by_part(result)}."
     )
+    if result.best_dice < FAR_TOO_LOW:
+        steps = result.epochs * math.ceil(result.num_train / config.batch_size)
+        click.echo(
+            f"Note: a Dice near 0 mostly means too few steps, here {steps}: give more --epochs, a "
+            "smaller --batch-size or a higher --lr; or look whether masks and pictures belong "
+            "together."
+        )
     if result.num_without_mask:
         click.echo(f"{result.num_without_mask} samples without a mask were left out.")
     if result.num_empty_masks:
@@ -413,7 +428,7 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
         click.echo(f"Note: {notice}")
     run_dir = result.run_dir.as_posix()
     beside = "" if config.overlay is None else f" --overlay {Path(config.overlay).as_posix()}"
-    click.echo(f"Next: sam3cache eval {Path(config.store).as_posix()} {run_dir}{beside}")
+    click.echo(f"Next: sam3cache eval {place_of(config.store).as_posix()} {run_dir}{beside}")
 
 
 def _as_json(result: TrainResult) -> dict[str, Any]:

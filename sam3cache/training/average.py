@@ -33,9 +33,15 @@ class MovingAverage:
         self.num_steps = 0
         self.weights = {name: p.detach().clone() for name, p in head.named_parameters()}
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take in the weights after each step that an optimizer takes from now on.
+
+        Not after one that a gradient scaler leaves out, as its gradients were not finite.
+        """
+        optimizer.register_step_post_hook(lambda *step: self._update())
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights after a step."""
+    def _update(self) -> None:
         self.num_steps += 1
         decay = min(self._decay, (1 + self.num_steps) / (WARM_UP_STEPS + self.num_steps))
         for name, parameter in self._head.named_parameters():

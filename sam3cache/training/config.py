@@ -26,9 +26,10 @@ LearningRateScaling = Literal["none", "sqrt", "linear"]
 # A run's name becomes a folder's, on every system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
+# What a run's data are known by: they make its result, too, but are no settings to resume with.
+_OF_THE_DATA = frozenset({"data_sha256", "class_weights_used"})
+
 # Where a run lies and what it runs on may change between its parts; the rest makes its result.
-# The data do, too, but a hash is no setting that one could resume with. A whole batch's loss does
-# not depend on its parts, and a run goes on with those that it began with.
 _NOT_THE_RESULT = frozenset(
     {
         "store",
@@ -37,8 +38,6 @@ _NOT_THE_RESULT = frozenset(
         "device",
         "residency",
         "allow_unsealed",
-        "data_sha256",
-        "micro_batch",
         "save_minutes",
         "compile",
     }
@@ -88,9 +87,9 @@ class TrainConfig:
         epochs: passes over the training split.
         batch_size: samples a step.
         micro_batch: samples that go through the head at once; their gradients add up to those of
-            the batch. None: as many as fit, see ``training.micro``.
-        learning_rate: of AdamW, for a batch of 16; a cosine takes it to 0 at the last step. None:
-            the head's own.
+            the batch. None: as many as fit, see ``training.micro``, or as a resumed run began with.
+        learning_rate: of AdamW, for a batch of 16; a cosine takes it towards 0 at the last step.
+            None: the head's own.
         lr_scaling: what a batch of another size does to it: "none", "sqrt" or "linear" in
             batch size / 16.
         warmup_epochs: epochs, or a part of one, in which the rate rises from 0.
@@ -113,7 +112,7 @@ class TrainConfig:
             divided; 0: none, the splits as they are.
         fold: which part is validated on, from 0; the others are trained on.
         fold_seed: of the division.
-        stratify: annotation whose values the parts shall share evenly, or None.
+        stratify: annotations, with commas between, whose values the parts shall share evenly.
         precision: what a head computes in; auto is bf16 or fp16 on a GPU and fp32 on a CPU.
         compile: let torch compile the head.
         device: "auto", "cpu" or a CUDA device.
@@ -268,12 +267,20 @@ class TrainConfig:
 def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse to resume a run whose result the present settings or data would change.
 
+    A micro-batch has to be the recorded one, too, or not be given: other parts of a batch add up to
+    the same but for rounding, and a resumed run is the same to the bit.
+
     Raises:
         ConfigError: every setting that differs, as recorded → present, or that the data do.
     """
+    if present["micro_batch"] is None:
+        present = {**present, "micro_batch": recorded.get("micro_batch")}
+    else:  # What is recorded is never more than the batch.
+        most = min(present["micro_batch"], present["batch_size"])
+        present = {**present, "micro_batch": most}
     differences = [
         f"{name} {recorded.get(name)} → {present.get(name)}"
-        for name in sorted({*recorded, *present} - _NOT_THE_RESULT)
+        for name in sorted({*recorded, *present} - _NOT_THE_RESULT - _OF_THE_DATA)
         if recorded.get(name) != present.get(name)
     ]
     if differences:
@@ -281,7 +288,7 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
             f"the run to resume had other settings ({'; '.join(differences)}); resume with the "
             "old ones, or start a run under another --name"
         )
-    if recorded.get("data_sha256") != present.get("data_sha256"):
+    if any(recorded.get(name) != present.get(name) for name in _OF_THE_DATA):
         raise ConfigError(
             f"the run to resume learned from other images, angles or masks than {present['store']} "
             "now has in its splits train and val; resume on the store as it was, or start a run "

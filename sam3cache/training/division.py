@@ -26,14 +26,22 @@ class Division:
     Attributes:
         train: learned from, variants included.
         val: validated on.
+        held_out: variants of what is validated on: neither learned from nor validated on, but
+            other folds learn from them.
         groups: by image that is learned from, its row and those of its variants.
         num_without_mask: images left out for want of a mask.
     """
 
     train: list[int]
     val: list[int]
+    held_out: list[int]
     groups: list[list[int]]
     num_without_mask: int
+
+    @property
+    def pool(self) -> list[int]:
+        """All rows that the folds of one division draw from, the same for each of them."""
+        return sorted([*self.train, *self.val, *self.held_out])
 
 
 def divide(store: FeatureStore, config: TrainConfig) -> Division:
@@ -50,12 +58,16 @@ def divide(store: FeatureStore, config: TrainConfig) -> Division:
     train_rows = _with_mask(store, config, "train", train)
     val_rows = _with_mask(store, config, "val", val)
     groups = {row: [row] for row in train_rows}
+    validated, held_out = set(val_rows), []
     for variant in _variants(store, config):
         if variant.base_row in groups:
             groups[variant.base_row].append(variant.row)
+        elif variant.base_row in validated:
+            held_out.append(variant.row)
     return Division(
         train=sorted(row for group in groups.values() for row in group),
         val=val_rows,
+        held_out=held_out,
         groups=list(groups.values()),
         num_without_mask=len(train) + len(val) - len(train_rows) - len(val_rows),
     )
@@ -96,7 +108,7 @@ def _with_mask(
 
 
 def data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:
-    """Return a hash of what a run learns from, in the order that indices count in.
+    """Return a hash of what a run learns from and is judged by, in the order of its rows.
 
     Of a mask its origin, size and time of change stand for its pixels: no mask has to be read.
     """

@@ -45,7 +45,7 @@ from sam3cache.heads import (
     save_checkpoint,
 )
 from sam3cache.loading import CachedSamples
-from sam3cache.loading.augment import Augmentation, augment, choose_rows
+from sam3cache.loading.augment import Augmentation, Draws, augment, choose_rows
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.records import Batch
 from sam3cache.runtime import peak_memory_bytes, pick_device, write_atomic
@@ -226,6 +226,7 @@ class Run:
         report: called as the work goes on.
         stop: asked after each step whether to stop there.
         open_samples: makes what samples come from; for runs that share it.
+        mask_of: reads a mask; for runs that share masks.
 
     Attributes:
         train_feed: what training batches are asked of.
@@ -242,6 +243,7 @@ class Run:
         report: Callable[[Progress], None] = lambda progress: None,
         stop: Stop = never,
         open_samples: Callable[..., CachedSamples] = CachedSamples,
+        mask_of: Callable[[FeatureStore, int, str], Tensor] | None = None,
     ) -> None:
         self.config, self.report, self.stop = config, report, stop
         self.device = pick_device(config.device)
@@ -275,7 +277,10 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(), lr=self.learning_rate, weight_decay=config.weight_decay
         )
-        self.average = MovingAverage(self.head, config.ema) if config.ema else None
+        self.average: MovingAverage | None = None
+        if config.ema:
+            self.average = MovingAverage(self.head, config.ema)
+            self.average.follow(self.optimizer)
         self.scaler = torch.amp.GradScaler(
             torch.device(self.device).type, enabled=self.precision == "fp16"
         )
@@ -290,23 +295,29 @@ class Run:
             }
             for level in self.head.needs
         }
+        all_rows = [*rows.train, *rows.val, *rows.held_out]
         settings = config.settings() | {
             "learning_rate": rate,
             "precision": self.precision,
-            "class_weights": weights,
             "num_train": len(rows.groups),
             "num_val": len(rows.val),
-            "data_sha256": data_sha256(store, [*rows.train, *rows.val], config.label_set),
+            "data_sha256": data_sha256(store, all_rows, config.label_set),
         }
+        if config.class_weights == BALANCED:
+            # By a name of its own: folds of one experiment are asked alike, and find others.
+            settings["class_weights_used"] = weights
         self.data = dataclasses.asdict(record_data(store, config.label_set))
         self._total_loss = torch.zeros((), device=self.device)
         # Before anything is loaded: what stands against the run is said at once.
         self.state = self._begin(RunState(settings, levels))
 
         # Before the samples, whose place depends on the memory that is then left.
-        self.val_masks = [_mask(store, row, self.label_set) for row in rows.val]
-        self.num_empty_masks = sum(not (mask == 1).any() for mask in self.val_masks)
-        if self.num_empty_masks == len(self.val_masks):
+        mask_of = mask_of or read_mask
+        self.val_masks_MHW = [mask_of(store, row, config.label_set) for row in rows.val]
+        self.num_empty_masks = sum(
+            not (self._planes(mask_MHW) == 1).any() for mask_MHW in self.val_masks_MHW
+        )
+        if self.num_empty_masks == len(self.val_masks_MHW):
             raise ConfigError(
                 f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
                 "undefined; check the masks, or the split"
@@ -347,9 +358,10 @@ class Run:
             )
 
         # Of folds all samples together, whichever is validated on: so all folds share them.
-        pool = sorted({*rows.train, *rows.val}) if config.folds else rows.train
         self.train_samples: CachedSamples = open_rows(
-            pool, report_load, target_size_px=config.loss_size_px
+            rows.pool if config.folds else rows.train,
+            report_load,
+            target_size_px=config.loss_size_px,
         )
         index_of = {row: index for index, row in enumerate(self.train_samples.rows)}
         self._learned = [index_of[row] for row in rows.train]
@@ -370,7 +382,7 @@ class Run:
 
     def _choose_micro_batch(self) -> None:
         """Settle how many samples go through the head at once; a resumed run keeps to that."""
-        config, chosen = self.config, self.config.micro_batch or self.state.micro_batch
+        config, chosen = self.config, self.state.micro_batch or self.config.micro_batch
         if chosen is None and config.batch_size > 1:
             shapes = {level: entry["shape"] for level, entry in self.state.levels.items()}
             size_px = config.loss_size_px
@@ -582,19 +594,35 @@ class Run:
                     self._report_train(epoch, (epoch - 1) * num_images + num_seen, loss.item())
                 self._save_within_epoch(num_seen, self._elapsed_s())
                 yield from self._pause()
-        mean_loss = self._total_loss.item() / num_images
-        if not math.isfinite(mean_loss):
-            raise NumericError(
-                f"the training loss became {mean_loss} in epoch {epoch}; lower --lr, or take "
-                "--precision fp32"
-            )
-        return mean_loss
+        self._require_finite()
+        return self._total_loss.item() / num_images
+
+    def _require_finite(self) -> None:
+        """Refuse to save, and to go on with, what no further step can mend.
+
+        Raises:
+            NumericError: the loss of the epoch so far, or a weight, is infinite or no number.
+        """
+        loss, epoch = self._total_loss.item(), self.state.epoch + 1
+        found = f"the training loss became {loss}"
+        if math.isfinite(loss):
+            # A loss is of the weights before its step, so they may be worse already.
+            finite = torch.stack([p.isfinite().all() for p in self.head.parameters()])
+            if finite.all():
+                return
+            found = "weights became infinite or no number"
+        precision = "" if self.precision == "fp32" else " or --precision fp32"
+        raise NumericError(
+            f"{found} in epoch {epoch}; start again with --overwrite and a lower --lr{precision} "
+            "(--resume keeps to what the run began with)"
+        )
 
     def _save_within_epoch(self, num_seen: int, train_s: float) -> None:
         """Save where the run is, if it is to stop here or was last saved some time ago."""
         is_due = time.monotonic() - self._saved_s >= 60 * self.config.save_minutes
         if not (is_due or self.stop()):
             return
+        self._require_finite()
         self._save(
             dataclasses.replace(
                 self.state,
@@ -653,12 +681,15 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         num_samples = min(config.batch_size, self.num_train - num_seen)
+        # For the whole step, so that it is the same in whatever pieces it is taken.
+        draws = Draws.of(num_samples, self._random(epoch, num_seen)) if config.augment else None
         num_taken, total_loss = 0, torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         while num_taken < num_samples:
             batch = next(pieces)
-            if config.augment:
-                batch = augment(batch, self.augmentation, self._random(epoch, num_seen + num_taken))
+            if draws is not None:
+                own = draws.part(num_taken, len(batch.rows))
+                batch = augment(batch, self.augmentation, own)
             # The loss is a mean over the images.
             loss = self._loss_of(batch, self.model) * (len(batch.rows) / num_samples)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -668,8 +699,6 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), MAX_GRADIENT_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
-            self.average.update()
         return total_loss, num_taken
 
     def _rate(self, epoch: int, num_seen: int) -> float:
@@ -681,7 +710,7 @@ class Run:
         return self.learning_rate * _schedule(step, steps_per_epoch * config.epochs, num_warmup)
 
     def _random(self, epoch: int, num_seen: int) -> torch.Generator:
-        """Return what augmentation draws from: made of the place alone, nothing has to be saved."""
+        """Return what a step draws from: made of its place alone, nothing has to be saved."""
         entropy = [self.config.seed, epoch, num_seen]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
         return torch.Generator().manual_seed(seed >> 1)
@@ -749,7 +778,7 @@ class Run:
 
     def _dice(self, logits_KHW: Tensor, number: int) -> float | None:
         """Return an image's Dice, the mean over its classes."""
-        mask_CHW = self.val_masks[number].to(logits_KHW.device)
+        mask_CHW = self._planes(self.val_masks_MHW[number].to(logits_KHW.device))
         box = self.val_samples.letterbox(self.val_indices[number])
         on_grid_KHW = box.logits_to_grid(logits_KHW, *mask_CHW.shape[-2:])
         decided_CHW = decide(on_grid_KHW, self.label_set.task, THRESHOLD)
@@ -759,6 +788,10 @@ class Run:
         ]
         dice = [score for score in scores if score is not None]
         return sum(dice) / len(dice) if dice else None
+
+    def _planes(self, mask_MHW: Tensor) -> Tensor:
+        """Return a mask as a plane of 0, 1 and 255 a class: as many times larger as classes are."""
+        return mask_planes(mask_MHW, self.label_set.task, self.num_classes)
 
     def _info(self, epoch: int, metrics: dict[str, float]) -> CheckpointInfo:
         return CheckpointInfo(
@@ -785,7 +818,7 @@ class Run:
 
 
 def _schedule(step: int, num_steps: int, num_warmup: int) -> float:
-    """Return a step's share of the learning rate: a straight rise, then half a cosine down to 0."""
+    """Return a step's share of the learning rate: a straight rise, then half a cosine towards 0."""
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     # The cosine of CosineAnnealingLR, as a function of the step: nothing to save.
@@ -852,8 +885,8 @@ def _label_set(store: FeatureStore, config: TrainConfig) -> LabelSetSpec:
     return store.label_sets[config.label_set]
 
 
-def _mask(store: FeatureStore, row: int, label_set: LabelSetSpec) -> Tensor:
-    """Return a mask, a plane of 0, 1 and 255 a class."""
-    mask_MHW = store.read_mask(row, label_set.name)
+def read_mask(store: FeatureStore, row: int, label_set: str) -> Tensor:
+    """Return the mask of a row that has one, as it is stored: uint8 (M, H, W)."""
+    mask_MHW = store.read_mask(row, label_set)
     assert mask_MHW is not None
-    return mask_planes(torch.from_numpy(mask_MHW), label_set.task, len(label_set.classes))
+    return torch.from_numpy(mask_MHW)

@@ -127,12 +127,13 @@ class DevicePool:
                 label = device if self._devices.count(device) == 1 else f"{device}:{number}"
                 self._start(device, label)
             while self._workers:
+                ready = wait([worker.pipe for worker in self._workers], timeout=_POLL_S)
+                # First, as the same signal may have ended a worker that was only starting.
                 if reason is None and (reason := self._stop()) is not None:
                     self._queue.clear()
                     for worker in self._workers:
                         with suppress(OSError):
                             worker.pipe.send(reason)
-                ready = wait([worker.pipe for worker in self._workers], timeout=_POLL_S)
                 for worker in [w for w in self._workers if w.pipe in ready]:
                     self._listen(worker)
         finally:
@@ -204,8 +205,8 @@ class DevicePool:
         for number in worker.tasks:
             error = WorkerError(
                 f"its process on {worker.label} ended with exit code {worker.process.exitcode}: "
-                "too little memory, or a crash; see what it printed above, and try a smaller "
-                "--micro-batch; --resume goes on with it"
+                "too little memory, or a crash; see what it printed above; --resume goes on with "
+                "it, --overwrite with a smaller --micro-batch starts it again"
             )
             self._note_end(number, error)
         if self._queue and not worker.tasks:
@@ -250,7 +251,9 @@ def _words(name: str, progress: Progress) -> str:
 
 def _work(pipe: Connection, device: str, num_threads: int | None) -> None:
     """Train what comes by the pipe until nothing more does; the target of a worker's process."""
-    for name in ("SIGINT", "SIGBREAK"):  # of the console, for the parent, which says what to do
+    # For the parent, which says by the pipe what to do: of the console, and what a batch system
+    # sends to every process of a job.
+    for name in ("SIGINT", "SIGBREAK", "SIGTERM"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if num_threads is not None:

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sam3cache.errors import Sam3CacheError
 from sam3cache.features import FeatureStore
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.joint import JointMember, JointReading
 from sam3cache.training.config import TrainConfig
-from sam3cache.training.loop import Progress, Run, TrainResult
+from sam3cache.training.loop import Progress, Run, TrainResult, read_mask
 from sam3cache.training.state import RandomState
 from sam3cache.training.stopping import Stop, never
 
@@ -54,6 +55,7 @@ class SamplePool:
     def __init__(self, levels: Sequence[str]) -> None:
         self._levels = tuple(levels)
         self._opened: dict[tuple[Any, ...], CachedSamples] = {}
+        self._masks: dict[tuple[int, str], Tensor] = {}
 
     def open(
         self, store: FeatureStore, rows: Sequence[int], levels: Sequence[str], **values: Any
@@ -64,6 +66,13 @@ class SamplePool:
             wanted = tuple(dict.fromkeys([*self._levels, *levels]))
             self._opened[key] = CachedSamples(store, rows, wanted, **values)
         return self._opened[key]
+
+    def mask(self, store: FeatureStore, row: int, label_set: str) -> Tensor:
+        """Return a mask as ``read_mask`` does, mostly one that is there already."""
+        key = (row, label_set)
+        if key not in self._masks:
+            self._masks[key] = read_mask(store, row, label_set)
+        return self._masks[key]
 
 
 def sharing_key(config: TrainConfig) -> tuple[Any, ...]:
@@ -112,14 +121,14 @@ def train_together(
     samples = pool or SamplePool(levels)
     waiting = list(enumerate(configs))
     lanes: list[_Lane] = []
-    readings: dict[str, JointReading] = {}
+    readings: list[JointReading] = []
     asked = False
     while waiting or lanes:
         # Memory that holds the samples is shared anyway: only a stream is worth going side by side.
         while waiting and (not lanes or (lanes[0].streams and len(lanes) < MAX_TOGETHER)):
             number, config = waiting.pop(0)
             try:
-                run = Run(config, partial(report, number), stop, samples.open)
+                run = Run(config, partial(report, number), stop, samples.open, samples.mask)
             except FAILURES as error:
                 yield number, error
                 continue
@@ -138,7 +147,7 @@ def train_together(
                     lanes.remove(lane)
                     yield lane.number, outcome
         finally:
-            for reading in readings.values():
+            for reading in readings:
                 reading.close()
 
 
@@ -174,36 +183,43 @@ class _Lane:
         return outcome
 
 
-def _join(lanes: Sequence[_Lane]) -> dict[str, JointReading]:
-    """Let trainings read what they stream together."""
+def _join(lanes: Sequence[_Lane]) -> list[JointReading]:
+    """Let trainings read what they stream together.
+
+    Indices count in a training's own samples, so only those who have the very same samples join a
+    reading. One ``sharing_key`` gives all the same, unless the store has changed in between.
+    """
     runs = [lane.run for lane in lanes]
     levels = tuple(dict.fromkeys(level for run in runs for level in run.head.needs))
     piece_size = min(run.micro_batch for run in runs)
-    first = runs[0]
-    readings = {
-        "train": JointReading(
-            first.train_samples,
-            seed=first.config.order,
-            shuffle=True,
-            piece_size=piece_size,
-            levels=levels,
-        )
-    }
-    if first.val_samples.residency == "stream":
-        readings["val"] = JointReading(
-            first.val_samples, with_target=False, piece_size=piece_size, levels=levels
-        )
+    for_training: dict[CachedSamples, JointReading] = {}
+    for_validation: dict[CachedSamples, JointReading] = {}
     for lane in lanes:
         run, epoch = lane.run, lane.run.state.epoch + 1
-        feed = readings["train"].join(run.train_indices, epoch=epoch, start=run.state.num_seen)
+        if run.train_samples not in for_training:
+            for_training[run.train_samples] = JointReading(
+                run.train_samples,
+                seed=run.config.order,
+                shuffle=True,
+                piece_size=piece_size,
+                levels=levels,
+            )
+        feed = for_training[run.train_samples].join(
+            run.train_indices, epoch=epoch, start=run.state.num_seen
+        )
         run.train_feed = feed
         lane.members.append(feed)
-        if "val" in readings:
-            indices = run.val_indices if run.config.folds else None
-            feed = readings["val"].join(partial(_always, indices), epoch=epoch)
-            run.val_feed = feed
-            lane.members.append(feed)
-    return readings
+        if run.val_samples.residency != "stream":
+            continue
+        if run.val_samples not in for_validation:
+            for_validation[run.val_samples] = JointReading(
+                run.val_samples, with_target=False, piece_size=piece_size, levels=levels
+            )
+        indices = run.val_indices if run.config.folds else None
+        feed = for_validation[run.val_samples].join(partial(_always, indices), epoch=epoch)
+        run.val_feed = feed
+        lane.members.append(feed)
+    return [*for_training.values(), *for_validation.values()]
 
 
 def _always(indices: Sequence[int] | None, epoch: int) -> Sequence[int] | None:

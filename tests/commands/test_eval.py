@@ -43,7 +43,7 @@ def test_people_get_narrow_tables_and_a_sentence(here, invoke):
     assert Path("checkpoints/first/eval-test/report.html").is_file()
     tables = [line for line in lines if line.startswith(" ")]
     assert max(map(len, tables)) <= 80
-    assert "Evaluating: 10/10 images" in result.stderr
+    assert "Evaluating and checking: 10/10 images" in result.stderr
 
 
 def test_a_head_that_has_seen_the_images_is_not_measured_without_a_warning(here, invoke):
@@ -103,6 +103,7 @@ def test_the_only_store_and_run_need_not_be_named(here, invoke):
     [
         (["nowhere.zarr", "checkpoints/first"], 1, "nowhere.zarr does not exist"),
         (["features/angio.zarr", "nowhere"], 1, "no checkpoint at nowhere"),
+        (["checkpoints/first", "features/angio.zarr"], 2, "give the store first"),
         (["features/angio.zarr", "checkpoints/first"], 1, "name it again with --head"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--split", "val"], 2, "10 test"),
         (["features/angio.zarr", "checkpoints/first", "--threshold", "2"], 2, "threshold 2.0"),

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from head_runs import levels_of, write_run
 from picture_folder import write_images
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.commands import main
 from sam3cache.extract import ExtractConfig, extract
@@ -37,7 +38,8 @@ def place(tmp_path_factory):
     config = ExtractConfig(
         two, root / "two.zarr", levels=("fpn_72", "image_1008"), backbone="sam3-mini"
     )
-    assert extract(config).sealed
+    with one_process():
+        assert extract(config).sealed
     levels = levels_of(open_store(root / "two.zarr"))
     write_run(levels, root / "first", "film-conv", threshold=0.48)
     write_run(levels, root / "numbers", "film-conv", task="multiclass", classes=("LAD", "RCA"))
@@ -294,4 +296,4 @@ def test_the_document_is_true(here, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "('vessel',) multilabel 0.48 (1, 480, 512)"
     assert len(printed) == 4
-    assert printed[-1] == "['vessel'] (2, 1, 1008, 1008)"
+    assert printed[-1] == "['vessel'] (2, 1, 512, 512)"

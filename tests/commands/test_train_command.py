@@ -30,6 +30,7 @@ def test_the_only_store_is_found_and_the_summary_says_what_comes_next(
     assert "1 samples without a mask were left out" in result.stdout
     assert "Samples: ram, shared with other processes; " in result.stdout
     assert "Training: 2/2 images" in result.stderr
+    assert ("Note: a Dice near 0" in result.stdout) == ("Dice 0.00" in result.stdout)
     assert Path("checkpoints/film-conv/best/model.safetensors").exists()
 
 

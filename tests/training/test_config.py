@@ -73,6 +73,22 @@ def test_only_settings_that_make_the_result_have_to_be_the_same_on_resuming() ->
         check_same_run(old, old | {"batch_size": 8, "head": "linear"})
 
 
+def test_a_resumed_run_keeps_to_its_micro_batch_and_refuses_another() -> None:
+    begun = TrainConfig("x.zarr", "run", batch_size=8).settings() | {"micro_batch": 8}
+    for same in (None, 8, 16):  # More than a batch is the batch.
+        check_same_run(begun, begun | {"micro_batch": same})
+    with pytest.raises(ConfigError, match=r"\(micro_batch 8 → 4\); resume with the old ones"):
+        check_same_run(begun, begun | {"micro_batch": 4})
+
+
+def test_class_weights_that_are_found_anew_tell_of_other_data() -> None:
+    asked = TrainConfig("x.zarr", "run", class_weights="balanced").settings()
+    begun = asked | {"class_weights_used": [0.5, 2.0]}
+    check_same_run(begun, dict(begun))
+    with pytest.raises(ConfigError, match="learned from other images, angles or masks"):
+        check_same_run(begun, asked | {"class_weights_used": [0.5, 2.5]})
+
+
 def test_a_cpu_computes_in_float32_unless_told_otherwise_and_never_in_fp16() -> None:
     assert resolve_precision("auto", "cpu") == "fp32"
     assert resolve_precision("bf16", "cpu") == "bf16"

@@ -34,6 +34,7 @@ from sam3cache.heads import load_checkpoint
 from sam3cache.heads.checkpoint import read_record
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.training import Progress, TrainConfig, train
+from sam3cache.training.average import MovingAverage
 from sam3cache.training.loop import Run
 from sam3cache.training.state import read_state
 
@@ -382,6 +383,21 @@ def test_parts_of_a_batch_add_up_to_the_batch(store: Path, straight: Path, tmp_p
             assert parts["val_dice"] == pytest.approx(whole["val_dice"], abs=0.01)
 
 
+def test_a_batch_is_augmented_alike_in_whatever_parts(store: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"augment": ("crop", "noise", "channel-dropout"), "batch_size": 4}
+    whole, *parts = (
+        metrics_of(
+            train(config_for(store, tmp_path / str(size), micro_batch=size, **values)).run_dir
+        )
+        for size in (4, 3, 1)
+    )
+    plain = metrics_of(train(config_for(store, tmp_path, batch_size=4)).run_dir)
+    assert whole[0]["train_loss"] != pytest.approx(plain[0]["train_loss"], rel=1e-2)
+    for lines in parts:
+        for one, other in zip(whole, lines, strict=True):
+            assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["dice-bce", "focal", "dice-focal", "cldice", "boundary"])
 def test_parts_of_a_batch_add_up_to_the_batch_whatever_the_loss(
     store: Path, tmp_path: Path, name: str
@@ -411,6 +427,37 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept(
     weights = load_file(straight / "last" / "training.safetensors")
     assert all(torch.equal(weights[f"head.{name}"], state[f"head.{name}"]) for name in kept)
     assert not all(torch.equal(weights[f"head.{name}"], kept[name]) for name in kept)
+
+
+def test_a_step_that_a_gradient_scaler_leaves_out_is_no_part_of_the_average() -> None:
+    layer = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    average, scaler = MovingAverage(layer, 0.5), torch.amp.GradScaler("cpu")
+    average.follow(optimizer)
+    for value, num_steps in ((math.inf, 0), (1.0, 1)):
+        optimizer.zero_grad()
+        scaler.scale(value * layer(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert average.num_steps == num_steps
+
+
+def test_a_run_whose_weights_have_diverged_saves_nothing_of_them(
+    store: Path, tmp_path: Path
+) -> None:
+    # The loss of the first step is that of weights which nothing has happened to.
+    values: dict[str, Any] = {"learning_rate": 1e37, "weight_decay": 1e3}
+    config = config_for(store, tmp_path, batch_size=2, save_minutes=0, **values)
+    with pytest.raises(NumericError, match=r"weights became infinite or no number in epoch 1; "):
+        train(config)
+    assert not (config.run_dir / "last").exists()
+    # A little later: what was saved before is whole.
+    config = dataclasses.replace(config, name="later", learning_rate=1e30, weight_decay=0.0)
+    expected = r"the training loss became \w+ in epoch 1; start again with --overwrite and a lower"
+    with pytest.raises(NumericError, match=expected):
+        train(config)
+    state = load_file(config.run_dir / "last" / "training.safetensors")
+    assert all(value.isfinite().all() for name, value in state.items() if name.startswith("head."))
 
 
 def test_a_run_without_progress_ends_when_patience_does(store: Path, tmp_path: Path) -> None:
@@ -507,8 +554,11 @@ def test_balanced_weights_are_found_from_the_training_masks_and_recorded(tmp_pat
     means = [np.mean(sizes) for sizes in sizes_px.values()]
     assert len(set(means)) == 2, "the case is to have classes of different sizes"
     result = train(config_for(root, tmp_path, epochs=1, class_weights="balanced"))
-    recorded = load_checkpoint(result.best_checkpoint)[1].settings["class_weights"]
-    assert recorded == pytest.approx([np.median(means) / mean for mean in means])
+    settings = load_checkpoint(result.best_checkpoint)[1].settings
+    assert settings["class_weights"] == "balanced", "as asked, so that folds compare"
+    assert settings["class_weights_used"] == pytest.approx(
+        [np.median(means) / mean for mean in means]
+    )
 
 
 def test_as_many_go_through_the_head_at_once_as_fit(
@@ -553,6 +603,7 @@ def test_resuming_a_finished_run_only_tells_its_result(straight: Path, store: Pa
         ({"head": "linear", "head_options": {}}, r"head film-conv → linear; head_options"),
         ({"batch_size": 4}, r"other settings \(batch_size 3 → 4\); resume with the old ones"),
         ({"epochs": 9}, r"\(epochs 4 → 9\)"),
+        ({"micro_batch": 1}, r"\(micro_batch 3 → 1\)"),
     ],
 )
 def test_resuming_with_other_settings_names_them(

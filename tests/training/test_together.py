@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from store_builder import build_store
+from variant_store import NUM_TRAIN, NUM_VAL, Noting, build_variant_store, image_of
 
 from sam3cache.errors import (
     ConfigError,
@@ -33,7 +34,10 @@ from sam3cache.training import (
     train_together,
 )
 from sam3cache.training.experiments import as_json
+from sam3cache.training.loop import Run
 from sam3cache.training.pool import PoolProgress
+from sam3cache.training.state import read_state
+from sam3cache.training.together import SamplePool
 
 SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
 
@@ -184,6 +188,44 @@ def test_folds_share_their_samples_and_come_out_as_alone(
     }
 
 
+@pytest.mark.parametrize("residency", ["stream", "ram"])
+def test_folds_with_variants_share_their_samples_and_learn_from_none_that_is_held_out(
+    tmp_path: Path, residency: str
+) -> None:
+    store = build_variant_store(tmp_path / "x.zarr")
+    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}, "batch_size": 3}
+    base = config_for(store, tmp_path / "together", residency=residency, epochs=2, **own)
+    configs = [run.config for run in plan_runs([base], folds=3)]
+    Noting.trained.clear()
+    outcomes = dict(train_together(configs))
+    trained = [set(rows) for rows in Noting.trained]
+    assert len(trained) == 3
+    for number, config in enumerate(configs):
+        outcome = outcomes[number]
+        assert isinstance(outcome, TrainResult), outcome
+        alone = train(replace(config, output=str(tmp_path / "alone")))
+        assert trained[number] == Noting.trained[-1]
+        assert_equal_runs(alone.run_dir, outcome.run_dir)
+
+    pool = SamplePool(("fpn_72",))
+    again = [replace(config, output=str(tmp_path / "again")) for config in configs]
+    runs = [Run(config, open_samples=pool.open, mask_of=pool.mask) for config in again]
+    assert len({run.train_samples for run in runs}) == 1, "one copy, or one stream, for all folds"
+    images = set(range(NUM_TRAIN + NUM_VAL))
+    for run, rows in zip(runs, trained, strict=True):
+        held_out = {run.val_samples.rows[index] for index in run.val_indices}
+        assert {image_of(row) for row in rows} == images - held_out
+        assert any(image_of(row) != row for row in rows), "the case is to draw variants"
+
+
+def test_runs_that_are_judged_alike_hold_each_mask_once(store: Path, tmp_path: Path) -> None:
+    pool = SamplePool(())
+    configs = [config_for(store, tmp_path, name=f"run{seed}", seed=seed) for seed in range(2)]
+    runs = [Run(config, open_samples=pool.open, mask_of=pool.mask) for config in configs]
+    masks = [[id(mask_MHW) for mask_MHW in run.val_masks_MHW] for run in runs]
+    assert masks[0] == masks[1]
+
+
 def test_damage_in_a_shared_stream_is_told_to_everyone_who_meets_it(tmp_path: Path) -> None:
     store = build_store(tmp_path / "x.zarr", num_samples=9, level_shapes={"fpn_72": (8, 12, 12)})
     shard = next((store / "levels" / "fpn_72").rglob("c/0/*/*/*"))
@@ -247,7 +289,8 @@ def test_experiments_of_a_file_run_in_processes_and_what_fails_is_set_aside(
         ("diverges-seed1", "failed"),
     ]
     assert "head film-detail needs image_1008" in outcomes[4].error
-    assert outcomes[6].error.startswith("the training loss became")
+    # Two steps an epoch: both losses are still finite, what the second left is not.
+    assert outcomes[6].error.startswith("weights became infinite or no number in epoch 1; start")
     # What a process of its own gave is what this one gives, with as many threads.
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -284,8 +327,9 @@ def test_a_store_that_cannot_be_used_stops_all_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
+@pytest.mark.parametrize("signalled", ["the program", "all processes"])
 def test_many_runs_that_are_told_to_stop_save_their_place_and_go_on(
-    store: Path, tmp_path: Path
+    store: Path, tmp_path: Path, signalled: str
 ) -> None:
     options = ("--head", "film-conv", "--head-option", "embedding_dim=16", "--epochs", 20)
     options += ("--batch-size", 4, "--lr", 3e-3, "--loss-size", 48, "--seeds", 2)
@@ -294,17 +338,29 @@ def test_many_runs_that_are_told_to_stop_save_their_place_and_go_on(
     command = [sys.executable, "-m", "sam3cache", "train", store, *options, "-o", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
-        [*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True
+        [*map(str, command)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     lines = tmp_path / "both" / "both-seed1" / "metrics.jsonl"
     deadline_s = time.monotonic() + 120
     while not lines.exists() and process.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    if signalled == "all processes":  # as SLURM does with those of a job
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "stopped by SIGTERM with 0 of 2 runs done; go on with --resume" in errors
     assert len(lines.read_text("utf-8").splitlines()) < 20, "it had finished before"
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text("utf-8"))
+    assert [run["status"] for run in summary["runs"]] == ["waiting"] * 2
+    for number in range(2):  # Within an epoch: where it was, not where it last was by itself.
+        state = tmp_path / "both" / f"both-seed{number}" / "last" / "training.safetensors"
+        assert read_state(state)[0].num_seen > 0
     base = config_for(store, tmp_path / "both", name="both", epochs=20, residency="stream")
     runs = plan_runs([replace(base, order_seed=3)], seeds=2)
     resumed = [replace(run.config, resume=True) for run in runs]

@@ -51,7 +51,7 @@ _OF_ONE_RUN = frozenset(
     {
         *("name", "seed", "order_seed", "store", "overlay", "num_train", "num_val", "data_sha256"),
         *("device", "residency", "precision", "micro_batch", "compile", "save_minutes"),
-        "allow_unsealed",
+        *("allow_unsealed", "class_weights_used"),
     }
 )
 
