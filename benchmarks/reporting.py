@@ -128,7 +128,9 @@ class Machine:
         # Time of virtual machines is counted among the users' already.
         guest_s = times.get("guest", 0.0) + times.get("guest_nice", 0.0)
         own = psutil.Process().cpu_times()
-        return time.monotonic(), sum(times.values()) - idle_s - guest_s, own.user + own.system
+        # Those of processes that it has started count once these have ended.
+        own_s = own.user + own.system + own.children_user + own.children_system
+        return time.monotonic(), sum(times.values()) - idle_s - guest_s, own_s
 
 
 def alternate(

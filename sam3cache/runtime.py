@@ -1,15 +1,20 @@
-"""The machine a command runs on: its devices, memory, threads, files and installed versions."""
+"""The machine a command runs on: its devices, memory, threads, files and installed versions.
+
+And the place of this process among those that a launcher has started on it and on others.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -44,12 +49,123 @@ class DeviceMemory:
     free_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The place of a process among those that a launcher has started with one command.
+
+    Attributes:
+        number: among all of them, from 0.
+        num_processes: how many they are, on every machine together.
+        local_number: among those on this machine, from 0.
+        num_local: how many they are on this machine.
+        has_own_devices: whether the launcher shows each process no devices but its own.
+        num_cores: logical cores that the launcher grants the process; None where it does not say.
+    """
+
+    number: int = 0
+    num_processes: int = 1
+    local_number: int = 0
+    num_local: int = 1
+    has_own_devices: bool = False
+    num_cores: int | None = None
+
+    def own_devices(self, devices: Sequence[str]) -> list[str]:
+        """Share devices out among the processes of this machine, at least one each."""
+        if self.has_own_devices:
+            return list(devices)
+        own = devices[self.local_number :: self.num_local]
+        return list(own or devices[self.local_number % max(1, len(devices)) :][:1])
+
+
+def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
+    """Return the place that torchrun, srun or an array of SLURM jobs gives this process.
+
+    What a launcher in the job script starts counts within its element of an array. A job script
+    by itself, outside srun, is one process, however many tasks its job may have.
+
+    Args:
+        environment: variables as those launchers set them.
+
+    Raises:
+        ConfigError: when a variable is no number, or the rank is not below the number of processes.
+    """
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
+        number, num_processes = _rank_of(environment, "RANK", "WORLD_SIZE")
+        local_number, num_local = 0, 1
+        if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= environment.keys():
+            local_number, num_local = _rank_of(environment, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank = Rank(number, num_processes, local_number, num_local)
+    # Only srun says how many tasks its step has; SLURM_NTASKS is there in the job script, too.
+    elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environment.keys():
+        number, num_processes = _rank_of(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        num_local = _num_tasks_of_node(environment)
+        num_cores = environment.get("SLURM_CPUS_PER_TASK")
+        if num_cores is None and (on_node := _number(environment, "SLURM_CPUS_ON_NODE", 0)):
+            num_cores = str(max(1, on_node // num_local))
+        rank = Rank(
+            number,
+            num_processes,
+            _number(environment, "SLURM_LOCALID", 0),
+            num_local,
+            "SLURM_GPUS_PER_TASK" in environment,
+            None if num_cores is None else int(num_cores),
+        )
+    else:
+        rank = Rank()
+    if "SLURM_ARRAY_TASK_COUNT" in environment:
+        first, last, step, num_elements = (
+            _number(environment, f"SLURM_ARRAY_TASK_{name}", default)
+            for name, default in (("MIN", 0), ("MAX", 0), ("STEP", 1), ("COUNT", 1))
+        )
+        place, rest = divmod(_number(environment, "SLURM_ARRAY_TASK_ID", first) - first, step)
+        # Of a list such as 1,3,7 nobody tells which places there are: each is on its own.
+        if not rest and (last - first) // step + 1 == num_elements:
+            rank = replace(
+                rank,
+                number=place * rank.num_processes + rank.number,
+                num_processes=num_elements * rank.num_processes,
+            )
+    return rank
+
+
+def _rank_of(environment: Mapping[str, str], number: str, total: str) -> tuple[int, int]:
+    rank, num_processes = _number(environment, number, 0), _number(environment, total, 1)
+    if rank >= num_processes:
+        raise ConfigError(
+            f"{number}={rank} is not below {total}={num_processes}: what launched this process "
+            "sets both; unset both to run it alone"
+        )
+    return rank, num_processes
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not _is_index(text):
+        raise ConfigError(
+            f"{name}={text!r} is no number, as what launches several processes sets it: unset it "
+            "to run this one alone"
+        )
+    return int(text)
+
+
+def _num_tasks_of_node(environment: Mapping[str, str]) -> int:
+    """Read how many tasks a step has on this node from a list by node, such as "2(x3),1"."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text, re.ASCII):
+        raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not as srun sets it: 2(x3),1")
+    counts: list[int] = []
+    for num_tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(num_tasks)] * int(times or 1)
+    return counts[min(_number(environment, "SLURM_NODEID", 0), len(counts) - 1)]
+
+
 def parse_devices(text: str) -> list[str]:
     """Resolve what the user wrote into torch device names, a worker each.
 
     Args:
-        text: "all" (every CUDA device, or one CPU worker where there is none), "cpu",
-            "cpu:N" for N workers on the CPU, or CUDA devices as "0,1" or "cuda:0,cuda:1".
+        text: "all" (every CUDA device, or one CPU worker where there is none; of several processes
+            that a launcher has started on this machine, each gets its own), "cpu", "cpu:N" for N
+            workers on the CPU, or CUDA devices as "0,1" or "cuda:0,cuda:1".
 
     Returns:
         "cpu" or "cuda:INDEX" in the order asked for; "cpu" once for each CPU worker.
@@ -59,7 +175,8 @@ def parse_devices(text: str) -> list[str]:
     """
     wanted = text.strip().lower()
     if wanted == "all":
-        return [f"cuda:{index}" for index in range(num_cuda_devices())] or ["cpu"]
+        devices = [f"cuda:{index}" for index in range(num_cuda_devices())]
+        return find_rank().own_devices(devices) or ["cpu"]
     if wanted == "cpu":
         return ["cpu"]
     if wanted.startswith("cpu:"):
@@ -208,9 +325,17 @@ def cpu_name() -> str:
 
 
 def num_cpu_cores() -> int:
-    """Count the logical cores this process may use: an affinity mask counts, a quota does not."""
+    """Count the logical cores this process may use: an affinity mask counts, a quota does not.
+
+    Cores are shared with the other processes that a launcher has started on this machine.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    num_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    rank = find_rank()
+    if rank.num_cores is not None:
+        # The mask may be the task's own already, if the launcher binds.
+        return min(num_cores, max(1, rank.num_cores))
+    return max(1, num_cores // rank.num_local)
 
 
 def peak_memory_bytes() -> int:

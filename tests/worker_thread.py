@@ -17,10 +17,25 @@ import pytest
 import torch
 
 from sam3cache.errors import Sam3CacheError
+from sam3cache.extract import WorkerStatus
 from sam3cache.extract import run as run_module
 from sam3cache.extract.worker import BlockReport, BlockTask, WorkerSetup, _Worker
 
 
+@contextmanager
+def threads_as_before() -> Iterator[None]:
+    """Undo what a worker sets for its process, and for all that starts from it."""
+    num_threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(variable, str(num_threads))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+@threads_as_before()
 def run_in_this_process(
     setups: Sequence[WorkerSetup],
     tasks: Sequence[BlockTask],
@@ -38,7 +53,6 @@ def run_in_this_process(
         finally:
             theirs.close()
 
-    num_threads = torch.get_num_threads()
     thread = threading.Thread(target=serve)
     thread.start()
     elsewhere = set()
@@ -50,12 +64,14 @@ def run_in_this_process(
             message = ours.recv()
             if isinstance(message, BlockReport) and message.outcome != "written":
                 elsewhere.add(message.block)
+            status = message.status if isinstance(message, BlockReport) else message
+            if isinstance(status, WorkerStatus):
+                report({0: status}, status.num_images)
     except (EOFError, ConnectionError):
         pass
     finally:
         thread.join()
         ours.close()
-        torch.set_num_threads(num_threads)
     if failures:
         raise failures[0]
     return frozenset(elsewhere)

@@ -22,6 +22,7 @@ from sam3cache import __version__
 from sam3cache.errors import Sam3CacheError
 
 COMMANDS = {
+    "check": "Find mistakes in images, masks, angles and splits beforehand.",
     "extract": "Run SAM 3 over images and store its features.",
     "plan": "Say what an extraction would write and how long it would take.",
     "train": "Train a head on stored features.",

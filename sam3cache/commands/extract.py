@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from sam3cache.commands.interrupts import signals_interrupt, stopped_by
+from sam3cache.commands.places import store_place
 from sam3cache.commands.printing import warn_of_samples
 from sam3cache.commands.progress import Stages
-from sam3cache.errors import StoppedError
+from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sam3cache.extract import ExtractConfig, ExtractProgress, ExtractResult
+    from sam3cache.extract import ExtractConfig, ExtractProgress, ExtractResult, TimeShares
     from sam3cache.extract.forecast import Forecast
+    from sam3cache.features import Place
 
 SET_ASIDE_EXIT_CODE = 3
 UNSEALED_EXIT_CODE = 4
@@ -29,8 +32,10 @@ _OPTIONS = (
     click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path),
-        help="The store to write or go on with. [default: features/MANIFEST'S NAME.zarr]",
+        callback=store_place,
+        metavar="PATH",
+        help="The store to write or go on with, a folder or s3://bucket/NAME.zarr. [default: "
+        "features/MANIFEST'S NAME.zarr]",
     ),
     click.option(
         "--columns",
@@ -62,15 +67,18 @@ _OPTIONS = (
     ),
     click.option(
         "--batch-size",
-        type=int,
-        help="Images a forward pass, 1 to 16. [default: the store's; else 8 on CUDA, 1 on a CPU]",
+        default="auto",
+        show_default=True,
+        help="Images a forward pass, 1 to 16; auto is the store's, else on CUDA what a short "
+        "measurement finds and 1 on a CPU. Where memory runs out, it is halved.",
     ),
     click.option(
         "--numeric-path",
-        type=click.Choice(["auto", "fp32", "bf16"]),
+        type=click.Choice(["auto", "fp32", "bf16", "bf16+compile"]),
         default="auto",
         show_default=True,
-        help="Arithmetic of the tower; auto is bf16 on CUDA and fp32 on a CPU.",
+        help="Arithmetic of the tower; auto is bf16 on CUDA and fp32 on a CPU. bf16+compile is for "
+        "long extractions on a GPU: torch.compile first takes a minute or two.",
     ),
     click.option(
         "--resize",
@@ -97,22 +105,26 @@ def extraction_options(function: Callable[..., None]) -> Callable[..., None]:
 def make_config(
     manifest: Path,
     *,
-    output: Path | None,
+    output: Place | None,
     columns: Path | None,
     levels: str,
     backbone: str,
     weights: str | None,
     devices: str,
-    batch_size: int | None,
-    numeric_path: str,
+    batch_size: str | None,
+    numeric_path: Literal["auto", "fp32", "bf16", "bf16+compile"],
     resize: str,
     variants: str | None,
     seed: int | None = None,
+    engine: str = "local",
+    strict: bool = False,
 ) -> ExtractConfig:
     """Return what the options say."""
     from sam3cache.extract import ExtractConfig
     from sam3cache.runtime import parse_devices
 
+    if engine == "ray":
+        from sam3cache.extract.ray_engine import cluster_devices as parse_devices
     return ExtractConfig(
         manifest=manifest,
         output=output or Path("features") / f"{manifest.resolve().stem}.zarr",
@@ -121,14 +133,22 @@ def make_config(
         backbone=backbone,
         weights=weights,
         devices=tuple(parse_devices(devices)),
-        batch_size=batch_size,
+        batch_size=_parse_batch_size(batch_size),
         resize_mode="squash" if resize == "squash" else "letterbox",
-        numeric_path="auto"
-        if numeric_path == "auto"
-        else ("bf16" if numeric_path == "bf16" else "fp32"),
+        numeric_path=numeric_path,
         seed=seed,
         variants=None if variants is None else _names_of_variants(variants),
+        engine="ray" if engine == "ray" else "local",
+        strict=strict,
     )
+
+
+def _parse_batch_size(text: str | None) -> int | None:
+    if text is None or text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"--batch-size {text!r}: expected auto, or a number from 1 to 16")
+    return int(text)
 
 
 def _names_of_variants(text: str) -> tuple[str, ...]:
@@ -144,13 +164,34 @@ def _names_of_variants(text: str) -> tuple[str, ...]:
     type=int,
     help="Of the split, if the manifest has none. [default: the store's; else 0]",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the workers are: on this machine, or on the nodes of a Ray cluster, whose devices "
+    "--devices then means (docs/clusters.md).",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="End with an error at the first sample that cannot be used, before anything is computed, "
+    "rather than set it aside.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def extract(manifest: Path, seed: int | None, as_json: bool, **options: Any) -> None:
+def extract(manifest: Path, seed: int | None, engine: str, as_json: bool, **options: Any) -> None:
     """Run SAM 3's vision tower once over the images of MANIFEST and store its features.
 
-    MANIFEST is a CSV with a line a sample, or a folder with images/ and perhaps masks/. Stop it at
-    any time: the same command goes on where it was. Samples that cannot be used are listed, and
-    the exit code is then 3; it is 4 when another process is still at work on the store.
+    MANIFEST is a table with a row a sample (CSV, Parquet), a file that holds many (HDF5, .npz,
+    COCO), or a folder: of pictures in images/ and perhaps masks/, or of DICOM files (docs/data.md).
+    Samples that cannot be used are listed, and the exit code is then 3; it is 4 when another
+    process is still at work on the store.
+
+    Stop it at any time: the same command goes on where it was. Ctrl-C, SIGTERM and SIGUSR1 (as
+    SLURM's --signal=USR1@60 sends) end it within seconds, with exit code 130, 143 and 138.
+
+    Beyond one machine, torchrun and srun start this same command several times: each process takes
+    its own devices and blocks, and the last one seals the store (docs/clusters.md).
 
     \b
     Examples:
@@ -159,25 +200,41 @@ def extract(manifest: Path, seed: int | None, as_json: bool, **options: Any) -> 
       sam3cache extract angio.csv --variants hflip,rot10,rot-10,gamma
     """  # noqa: D301 - \b is click's mark for lines to keep as they are
     from sam3cache.extract import extract as run
+    from sam3cache.runtime import find_rank
 
-    config = make_config(manifest, seed=seed, **options)
-    with ExitStack() as stack:
-        try:
-            result = run(config, partial(show_stage, Stages(stack)), _announce)
-        except KeyboardInterrupt:
-            raise StoppedError(
-                f"interrupted; every finished block of {config.output} is kept: run the same "
-                "command again to go on"
-            ) from None
-    warn_of_samples(result.set_aside, result.leaks, result.num_moved)
+    rank = find_rank()
+    config = replace(make_config(manifest, seed=seed, engine=engine, **options), rank=rank)
+    try:
+        with signals_interrupt(), ExitStack() as stack:
+            if rank.number:
+                result = run(config)  # One of them shows how far all of them are.
+            else:
+                result = run(config, partial(show_stage, Stages(stack)), _announce, _warn)
+    except KeyboardInterrupt as interrupt:
+        raise stopped_by(
+            interrupt,
+            f"every finished block of {config.output} is kept: run the same command again to go on",
+        ) from None
+    others_seal = not result.sealed and rank.num_processes > 1
+    if not others_seal:
+        warn_of_samples(result.set_aside, result.leaks, result.num_moved)
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
+    elif others_seal:
+        click.echo(
+            f"{result.store}: process {rank.number + 1} of {rank.num_processes} is done: "
+            f"{result.num_computed} images computed in {result.elapsed_s:.1f} s; others are at "
+            "work on the store, and the last one seals it."
+        )
     else:
         _print_summary(result)
+    if others_seal:
+        return
     if not result.sealed:
         raise click.exceptions.Exit(UNSEALED_EXIT_CODE)
     if result.set_aside:
-        raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
+        # What only pixels tell has come out meanwhile.
+        raise click.exceptions.Exit(1 if config.strict else SET_ASIDE_EXIT_CODE)
 
 
 def _announce(forecast: Forecast) -> None:
@@ -190,18 +247,34 @@ def _announce(forecast: Forecast) -> None:
         variants = f" ({of_variants} of them variants)" if of_variants else ""
         click.echo(
             f"{forecast.num_to_compute} images to compute{variants}, about "
-            f"{in_bytes(forecast.size_bytes)} to write in {forecast.num_files} files ({parts}); "
-            f"{in_bytes(forecast.free_bytes)} are free.",
+            f"{in_bytes(forecast.size_bytes)} to write in {forecast.num_files} files ({parts})"
+            + (
+                "."
+                if forecast.free_bytes is None
+                else f"; {in_bytes(forecast.free_bytes)} are free."
+            ),
             err=True,
         )
+
+
+def _warn(message: str) -> None:
+    click.echo(f"warning: {message}", err=True)
 
 
 def show_stage(stages: Stages, state: ExtractProgress) -> None:
     """Show how far an extraction, or the planning of one, is."""
     bar = stages.show(state.stage.capitalize(), state.num_done, state.num_total)
     bar.rows(
-        (worker.name, f"{worker.memory_bytes / 1e9:.1f} GB, {worker.use:.0%} in the tower")
+        (worker.name, f"{worker.memory_bytes / 1e9:.1f} GB, {_shares_text(worker.time_shares)}")
         for worker in state.workers.values()
+    )
+
+
+def _shares_text(shares: TimeShares) -> str:
+    """Say what workers spend their time on; what bounds them has the largest share."""
+    return (
+        f"{shares.tower:.0%} in the tower, {shares.images:.0%} waiting for images, "
+        f"{shares.writing:.0%} for writing"
     )
 
 
@@ -223,6 +296,8 @@ def _print_summary(result: ExtractResult) -> None:
     click.echo(
         f"{result.store}: {result.num_samples} samples{variants}, {state}; {', '.join(changes)}."
     )
+    if result.time_shares is not None:
+        click.echo(f"Time of the workers: {_shares_text(result.time_shares)}.")
     click.echo(f"Splits: {result.split_rule}.")
     if result.sealed:
         _print_what_it_is_good_for(result)

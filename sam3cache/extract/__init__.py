@@ -1,7 +1,8 @@
 """The first pass: SAM 3's vision tower once over every image, into a feature store.
 
-``run`` tells the story; ``plan`` gives samples their rows, ``pool`` keeps a worker a device busy,
-and ``worker`` turns a block of samples into committed features.
+``run`` tells the story; ``rows`` gives samples their rows, ``pool`` keeps a worker a device busy,
+``worker`` turns a block of samples into committed features, and ``device`` puts batches of them
+through the tower.
 """
 
 from sam3cache.extract.config import (
@@ -9,6 +10,7 @@ from sam3cache.extract.config import (
     ExtractConfig,
     ExtractProgress,
     ExtractResult,
+    TimeShares,
     WorkerStatus,
 )
 from sam3cache.extract.run import extract
@@ -18,6 +20,7 @@ __all__ = [
     "ExtractConfig",
     "ExtractProgress",
     "ExtractResult",
+    "TimeShares",
     "WorkerStatus",
     "extract",
 ]

@@ -13,7 +13,6 @@ import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from sam3cache.errors import ImageError, NoSpaceError
 from sam3cache.extract.config import IMAGE_LEVEL, ExtractConfig
 from sam3cache.extract.job import Job
 from sam3cache.extract.levels import Levels, is_of_tower
-from sam3cache.features import BLOCK_ROWS, LabelSetSpec, LevelSpec
+from sam3cache.features import BLOCK_ROWS, LabelSetSpec, LevelSpec, ObjectPath, Place
 from sam3cache.features.levels import LABEL_TILE_PX, ShardGrid
 from sam3cache.features.shards import encode_shard
 from sam3cache.geometry import ResizeMode
@@ -148,7 +147,7 @@ class Forecast:
         variants: changed views of training samples, which are counted nowhere else but in
             ``num_to_compute``, ``num_removed`` and ``items``; None without any.
         items: what is to be written.
-        free_bytes: at the target.
+        free_bytes: at the target; None where that is unknown, as of an object store.
         num_looked_at: of how many samples the figures come, if not of all.
         packed: what compressed samples take.
         choices: by what to pass to --levels, the bytes that it would take.
@@ -156,7 +155,7 @@ class Forecast:
         why_no_time: why it could not be, if it was to be.
     """
 
-    store: Path
+    store: Place
     num_samples: int
     num_new: int
     num_changed: int
@@ -166,7 +165,7 @@ class Forecast:
     num_set_aside: int
     num_removed: int
     items: tuple[ItemForecast, ...]
-    free_bytes: int
+    free_bytes: int | None
     num_looked_at: int | None = None
     packed: Packed = Packed()
     choices: Mapping[str, int] = field(default_factory=dict)
@@ -190,7 +189,7 @@ class Forecast:
         Raises:
             NoSpaceError: when the disk has less room than is needed.
         """
-        if self.size_bytes <= self.free_bytes:
+        if self.free_bytes is None or self.size_bytes <= self.free_bytes:
             return
         fitting = [
             f"--levels {names} takes {in_bytes(size)}"
@@ -215,8 +214,10 @@ def in_bytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e3:.0f} kB"
 
 
-def free_bytes_at(path: Path) -> int:
-    """Return the free space of the disk that a path is on, or will be."""
+def free_bytes_at(path: Place) -> int | None:
+    """Return the free space of the disk that a path is on, or will be; None of an object store."""
+    if isinstance(path, ObjectPath):
+        return None
     return shutil.disk_usage(runtime.existing_folder(path)).free
 
 

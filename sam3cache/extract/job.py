@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from sam3cache import runtime
+from sam3cache.backbone import find_numeric_path
 from sam3cache.errors import ManifestError, StoreError
 from sam3cache.extract.config import IMAGE_LEVEL, LABEL_SET, ExtractConfig, ExtractProgress
 from sam3cache.extract.levels import (
@@ -33,6 +33,8 @@ from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
     LabelSetSpec,
     LazySequence,
+    ObjectPath,
+    Place,
     RowsWithFacts,
     describe_store,
     foreign_files,
@@ -40,7 +42,7 @@ from sam3cache.features import (
     missing_items,
     read_label_set_spec,
 )
-from sam3cache.images import Manifest, read_manifest
+from sam3cache.images import Manifest, key_path, read_manifest
 
 Report = Callable[[ExtractProgress], None]
 
@@ -83,7 +85,8 @@ def read_request(
         digest: of the weights; they are hashed unless it is given.
 
     Raises:
-        ManifestError: when the manifest is unusable, or none of its images can be read.
+        ManifestError: when the manifest is unusable, or none of its images can be read; when one
+            cannot, and the configuration is strict.
         ConfigError: when a level or the backbone is unknown.
         FingerprintError: when another backbone made the store.
         WeightsError: when the weights are absent or not the backbone's.
@@ -98,10 +101,32 @@ def read_request(
         find_variants(config, state.description),
     )
     require_some(config, wanted)
+    if config.strict:
+        require_all(manifest, wanted)
     if digest is None:
         digest = find_digest(config, state.description)
     hashes = hash_changed(state.stored, wanted, _stage(report, "comparing"))
     return Request(config, seed, manifest, wanted, hashes, digest)
+
+
+def require_all(manifest: Manifest, wanted: WantedSamples) -> None:
+    """Refuse a manifest of which anything cannot be read, naming what comes first.
+
+    Raises:
+        ManifestError: when that is so.
+    """
+    bad = [index for index in range(wanted.num_originals) if not wanted.is_usable(index)]
+    if not bad:
+        return
+    first, where = bad[0], ""
+    if manifest.lines:
+        first = min(bad, key=manifest.lines.__getitem__)
+        where = f"{manifest.unit} {manifest.lines[first]}: "
+    sample, reason = wanted.samples[first], wanted[first].reason
+    raise ManifestError(
+        f"{where}sample {sample.id!r} cannot be used: {reason.removeprefix(where)} "
+        f"({len(bad)} in all; without --strict they are set aside)"
+    )
 
 
 def require_some(config: ExtractConfig, wanted: WantedSamples) -> None:
@@ -117,13 +142,15 @@ def require_some(config: ExtractConfig, wanted: WantedSamples) -> None:
         )
 
 
-def require_folder(root: Path) -> None:
-    """Refuse an output that is no folder.
+def require_folder(root: Place) -> None:
+    """Refuse an output that is no folder, or a bucket that cannot be used.
 
     Raises:
         StoreError: when that is so.
     """
-    if root.exists() and not root.is_dir():
+    if isinstance(root, ObjectPath):
+        root.require_reachable()
+    elif root.exists() and not root.is_dir():
         raise StoreError(f"{root} is a file; give -o a folder, such as features/NAME.zarr")
 
 
@@ -212,6 +239,7 @@ def plan_job(request: Request, state: StoreState) -> Job:
             "features/NAME.zarr"
         )
     settings = make_settings(config, request.seed, description)
+    settings |= _key_setting(request, state)
     wanted = request.wanted
     levels = plan_levels(config, description, settings, request.digest, wanted.num_channels)
     if IMAGE_LEVEL in levels:
@@ -231,6 +259,23 @@ def plan_job(request: Request, state: StoreState) -> Job:
     # A set that no extraction has read stays as it is.
     num_relabelled = 0 if label_set is None else _num_relabelled(state, plan)
     return replace(job.at(state), num_relabelled=num_relabelled)
+
+
+def _key_setting(request: Request, state: StoreState) -> dict[str, str]:
+    """Return what tells of the key that the store's names come from, if of any.
+
+    Raises:
+        StoreError: when that is another than the user's.
+    """
+    description, now = state.description, request.manifest.key_mark
+    before = "" if description is None else str(description["settings"].get("names_key", ""))
+    if before and now and before != now:
+        raise StoreError(
+            f"{state.root} has its names of DICOM files from the key {before}, but "
+            f"{key_path()} holds the key {now}, by which every file would be another: put the old "
+            "key back, or give -o a new folder"
+        )
+    return {"names_key": now or before} if now or before else {}
 
 
 def _require_common_picture(state: StoreState, config: ExtractConfig, plan: RowPlan) -> None:
@@ -307,8 +352,8 @@ def make_setups(
                 backbone=config.backbone,
                 weights=config.weights,
                 weights_sha256=str(of_tower[0].fields["weights_sha256"]) if of_tower else "",
-                numeric_path="bf16"
-                if of_tower and of_tower[0].fields["numeric_path"] == "bf16"
+                numeric_path=find_numeric_path(of_tower[0].fields["numeric_path"])
+                if of_tower
                 else "fp32",
                 batch_size=settings["batch_size"],
                 resize_mode=config.resize_mode,

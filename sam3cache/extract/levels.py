@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sam3cache import runtime
-from sam3cache.backbone import BACKBONES, LEVELS, TowerSpec, weights_sha256
+from sam3cache.backbone import BACKBONES, LEVELS, NumericPath, TowerSpec, weights_sha256
 from sam3cache.errors import ConfigError, FingerprintError
 from sam3cache.extract.config import IMAGE_LEVEL, ExtractConfig
 from sam3cache.features import Fingerprint, LevelSpec, in_words, split_name
@@ -115,10 +115,18 @@ def make_settings(
         "numeric_path": numeric_path,
         "resize_mode": config.resize_mode,
         "seed": seed,
-        "device": runtime.device_memory(config.devices[0]).name,
+        "device": _device_name(config),
         "environment": runtime.environment_fields(),
         **more,
     }
+
+
+def _device_name(config: ExtractConfig) -> str:
+    if config.engine == "ray":
+        from sam3cache.extract.ray_engine import device_name
+
+        return device_name(config.devices[0])
+    return runtime.device_memory(config.devices[0]).name
 
 
 def find_variants(config: ExtractConfig, description: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -158,7 +166,7 @@ def plan_levels(
     """
     stored = {} if description is None else description["levels"]
     backbone = find_backbone(config)
-    numeric_path: Literal["fp32", "bf16"] = settings["numeric_path"]
+    numeric_path: NumericPath = settings["numeric_path"]
     if config.numeric_path != "auto":
         numeric_path = config.numeric_path
     preprocessing = {

@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 from sam3cache import runtime
 from sam3cache.errors import ImageError
 from sam3cache.extract.config import WorkerStatus
-from sam3cache.extract.levels import is_of_tower
 from sam3cache.extract.pool import run_pool
 from sam3cache.extract.rows import Wanted
 from sam3cache.extract.worker import BlockTask, WorkerSetup
@@ -68,13 +66,12 @@ class _Watch:
     """Notes when which worker had done how much, and ends the run when that will do."""
 
     num_workers: int
-    has_tower: bool
     begun_s: float
     budget_s: float
     first_s: float | None = None
     states: Mapping[int, WorkerStatus] = field(default_factory=dict)
-    # By worker, when it had put how many images through.
-    history: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    # By worker, when it had written how many images: once a block.
+    blocks: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
 
     def __call__(self, states: Mapping[int, WorkerStatus], num_images: int) -> None:
         now_s = time.monotonic()
@@ -82,24 +79,15 @@ class _Watch:
         if self.first_s is None:
             self.first_s = now_s
         for number, state in states.items():
-            history = self.history.setdefault(number, [])
-            history.append((now_s, state.num_images))
-        is_steady = len(self.history) == self.num_workers and all(
+            blocks = self.blocks.setdefault(number, [])
+            if state.num_written > (blocks[-1][1] if blocks else 0):
+                blocks.append((now_s, state.num_written))
+        is_steady = len(self.blocks) == self.num_workers and all(
             len(blocks) > _STEADY_BLOCKS and blocks[-1][0] - blocks[0][0] >= MIN_STEADY_S
-            for blocks in map(self.blocks, self.history)
+            for blocks in self.blocks.values()
         )
         if is_steady or now_s - self.first_s >= self.budget_s:
             raise _EnoughError
-
-    def blocks(self, number: int) -> list[tuple[float, int]]:
-        """Return when a worker had done with each block, and how many images it had done then.
-
-        With a tower it reports after every batch, and then once more, with no image more.
-        """
-        history = self.history[number]
-        if not self.has_tower:
-            return history
-        return [now for before, now in pairwise(history) if now[1] == before[1]]
 
 
 def run_pilot(
@@ -134,8 +122,7 @@ def run_pilot(
         setups = [replace(setup, root=root) for setup in setups]
         tasks = _tasks(setups[0], wanted, _NUM_BLOCKS * len(setups), block_rows)
         num_total = len(tasks) * block_rows
-        has_tower = any(map(is_of_tower, setups[0].levels))
-        watch = _Watch(len(setups), has_tower, time.monotonic(), budget_s)
+        watch = _Watch(len(setups), time.monotonic(), budget_s)
 
         def watched(states: Mapping[int, WorkerStatus], num_images: int) -> None:
             report(num_images, num_total)
@@ -212,7 +199,7 @@ def _evaluate(
     tower_rate = sum(1 / seconds for seconds in tower_s)
     rates = []
     for number, state in watch.states.items():
-        ends = watch.blocks(number)
+        ends = watch.blocks[number]
         if len(ends) > 1:
             (begun_s, begun), (ended_s, ended) = ends[0], ends[-1]
             rates.append((ended - begun) / (ended_s - begun_s))

@@ -45,7 +45,13 @@ from sam3cache.extract.levels import find_digest, find_variants, make_settings, 
 from sam3cache.extract.pilot import Pilot, run_pilot
 from sam3cache.extract.rows import Wanted, probe_all
 from sam3cache.extract.state import StoreState
-from sam3cache.features import BLOCK_ROWS, LabelSetSpec, is_sealed, read_description
+from sam3cache.features import (
+    BLOCK_ROWS,
+    LabelSetSpec,
+    ObjectPath,
+    is_sealed,
+    read_description,
+)
 from sam3cache.images import Manifest, count_rows, find_csv, read_manifest, sample_manifest
 
 MAX_EXACT_ROWS = 200_000
@@ -143,7 +149,10 @@ def _run_pilot(
         max(item.info.num_channels for item in wanted if item.info),
     )
     return run_pilot(
-        runtime.existing_folder(config.output),
+        # What an object store takes is not measured: it would be written to.
+        Path(tempfile.gettempdir())
+        if isinstance(config.output, ObjectPath)
+        else runtime.existing_folder(config.output),
         make_setups(config, settings, levels, label_set),
         spread(wanted, _NUM_PILOT_IMAGES),
         lambda num_done, num_total: report(ExtractProgress("measuring", num_done, num_total, {})),

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from sam3cache.errors import WorkerError
+from sam3cache.errors import ConfigError, WorkerError
+from sam3cache.extract.agenda import Agenda, how_it_ended
 from sam3cache.extract.config import WorkerStatus
 from sam3cache.extract.worker import (
     NUM_BLOCKS_HELD,
     BlockReport,
     BlockTask,
+    WorkerReady,
     WorkerSetup,
     run_worker,
 )
 
-MAX_DEATHS_OF_A_BLOCK = 2
-# For the batch or block that a worker is at when the others have given up.
-_END_PATIENCE_S = 5.0
+_MAX_FALSE_STARTS = 3
+# For the batch that a worker is at, and the block that it writes, when the others have given up.
+_END_PATIENCE_S = 10.0
+# Windows' Ctrl-Break does not interrupt a wait, and is heard behind it.
+_POLL_S = 1.0
+_IMPORTED_EXIT_CODE = 96
 
 
 @dataclass
@@ -32,28 +38,20 @@ class _Member:
     setup: WorkerSetup
     process: SpawnProcess
     pipe: Connection
-    tasks: deque[BlockTask] = field(default_factory=deque)
+    tasks: list[BlockTask] = field(default_factory=list)
+    is_ready: bool = False
     told_to_end: bool = False
 
 
-class _Queue:
-    """Tasks in their order, each asked for when its turn comes; those given back go first."""
+def leave_if_imported() -> None:
+    """End this process, without a word, if it is a worker that only imports the user's script.
 
-    def __init__(self, tasks: Sequence[BlockTask]) -> None:
-        self._tasks, self._next = tasks, 0
-        self._returned: deque[BlockTask] = deque()
-
-    def __len__(self) -> int:
-        return len(self._returned) + len(self._tasks) - self._next
-
-    def take(self) -> BlockTask:
-        if self._returned:
-            return self._returned.popleft()
-        self._next += 1
-        return self._tasks[self._next - 1]
-
-    def give_back(self, tasks: Sequence[BlockTask]) -> None:
-        self._returned.extendleft(reversed(tasks))
+    A spawned process imports the script that it was spawned from. One that extracts without asking
+    whether it is the program itself would do so again here; the pool says so in the first process.
+    """
+    # What multiprocessing itself goes by, when it refuses to spawn from there.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(_IMPORTED_EXIT_CODE)
 
 
 def run_pool(
@@ -70,14 +68,16 @@ def run_pool(
             through since the start.
 
     Raises:
-        WorkerError: when a block has killed two workers.
+        WorkerError: when workers die whatever they are given.
+        ConfigError: when the program is a script that extracts while it is being imported.
         Sam3CacheError: what a worker found wrong, as it was raised there.
         OSError: likewise, such as a full disk.
     """
+    leave_if_imported()
     context = multiprocessing.get_context("spawn")
-    queue = _Queue(tasks)
+    agenda = Agenda(tasks, len(setups))
     elsewhere: set[int] = set()
-    deaths: dict[int, int] = {}
+    num_false_starts = 0
     states: dict[int, WorkerStatus] = {}
     num_before: dict[int, int] = {}
     members: dict[int, _Member] = {}
@@ -92,27 +92,38 @@ def run_pool(
 
     def feed(number: int) -> None:
         member = members[number]
+        # Near the end fewer: blocks would wait here while other workers are idle.
+        num_held = NUM_BLOCKS_HELD
+        if len(setups) > 1:
+            num_held = max(1, min(NUM_BLOCKS_HELD, len(agenda) // len(setups)))
         try:
-            # Near the end, one each: a second block would wait here while others are idle.
-            num_held = NUM_BLOCKS_HELD if len(queue) > len(setups) else 1
-            while queue and len(member.tasks) < num_held:
+            while len(member.tasks) < num_held and not any(map(agenda.is_suspect, member.tasks)):
+                task = agenda.take(is_idle=not member.tasks)
+                if task is None:
+                    break
                 # Noted before it is sent: of a worker that has just died it counts as lost.
-                member.tasks.append(queue.take())
-                member.pipe.send(member.tasks[-1])
-            if not queue and not member.tasks and not member.told_to_end:
+                member.tasks.append(task)
+                member.pipe.send(task)
+            if not member.tasks and not member.told_to_end:
                 member.told_to_end = True
                 member.pipe.send(None)
         except (BrokenPipeError, ConnectionResetError):
             return  # It has died; its end of the pipe tells so in the loop below.
 
     def take(number: int, message: object) -> None:
+        nonlocal num_false_starts
         if isinstance(message, BaseException):
             raise message
         member = members[number]
+        if isinstance(message, WorkerReady):
+            member.is_ready = True
+            num_false_starts = 0
+            return
         if isinstance(message, BlockReport):
-            task = member.tasks.popleft()
-            assert task.block == message.block, (task.block, message.block)
-            if message.outcome != "written":
+            task = next(task for task in member.tasks if task.block == message.block)
+            member.tasks.remove(task)
+            agenda.note_done(task, is_proof=message.outcome in ("written", "tried"))
+            if message.outcome in ("held", "found"):
                 elsewhere.add(message.block)
             states[number] = message.status
             feed(number)
@@ -121,50 +132,72 @@ def run_pool(
         report(states, sum(num_before.values()) + sum(s.num_images for s in states.values()))
 
     def replace_dead(number: int) -> None:
+        nonlocal num_false_starts
         member = members.pop(number)
         member.process.join()
         member.pipe.close()
         if member.told_to_end:
             return  # Nothing was left for it to do: however it ended, nothing is lost.
-        culprit = member.tasks[0]
-        deaths[culprit.block] = deaths.get(culprit.block, 0) + 1
         if number in states:
             num_before[number] = num_before.get(number, 0) + states.pop(number).num_images
-        if deaths[culprit.block] >= MAX_DEATHS_OF_A_BLOCK:
-            raise WorkerError(_death_message(member, culprit))
-        queue.give_back(member.tasks)
+        if member.is_ready:
+            agenda.note_death(member.tasks, how_it_ended(member.process.exitcode))
+        else:
+            num_false_starts += 1
+            if member.process.exitcode == _IMPORTED_EXIT_CODE:
+                raise ConfigError(_IMPORTED)
+            if num_false_starts >= _MAX_FALSE_STARTS:
+                raise WorkerError(_false_start_message(member, num_false_starts))
+            agenda.give_back(member.tasks)
         start(number, member.setup)
 
     try:
         for number, setup in enumerate(setups[: max(1, len(tasks))]):
             start(number, setup)
         while members:
-            ready = wait([member.pipe for member in members.values()])
+            ready = wait([member.pipe for member in members.values()], _POLL_S)
             for number in [n for n, member in members.items() if member.pipe in ready]:
-                try:
+                message: object = None
+                with suppress(EOFError, ConnectionResetError):
                     message = members[number].pipe.recv()
-                except (EOFError, ConnectionResetError):
+                if message is None:
                     replace_dead(number)
                 else:
                     take(number, message)
     finally:
-        # A worker ends when its pipe does, behind the batch or block that it is at: so it takes its
-        # temporary files along, and nothing is said below the line that says what went wrong.
-        for member in members.values():
-            member.pipe.close()
-        deadline_s = time.monotonic() + _END_PATIENCE_S
-        for member in members.values():
-            member.process.join(max(0.0, deadline_s - time.monotonic()))
-            member.process.kill()
-            member.process.join()
+        _end(list(members.values()))
     return frozenset(elsewhere)
 
 
-def _death_message(member: _Member, culprit: BlockTask) -> str:
-    how = f"worker {member.setup.name} ended with exit code {member.process.exitcode}"
-    sources = ", ".join(sorted({sample.source for sample in culprit.samples.values()})[:3])
+def _end(members: Sequence[_Member]) -> None:
+    """Let workers end, which they do when their pipe does, and kill those that take too long.
+
+    They do so behind the batch that they are at, and the block that they write: so their temporary
+    files go with them, and nothing is said below the line that says what went wrong.
+    """
+    for member in members:
+        member.pipe.close()
+    deadline_s = time.monotonic() + _END_PATIENCE_S
+    try:
+        for member in members:
+            member.process.join(max(0.0, deadline_s - time.monotonic()))
+    finally:
+        # Also where a second Ctrl-C has cut the waiting short.
+        for member in members:
+            member.process.kill()
+            member.process.join()
+
+
+_IMPORTED = (
+    "this script extracts while it is being imported, and each worker imports it: put what it does "
+    'into a function, and call that below a line `if __name__ == "__main__":`'
+)
+
+
+def _false_start_message(member: _Member, num_false_starts: int) -> str:
     return (
-        f"{how}, the second to do so on block {culprit.block} ({sources}, …): too little memory, "
-        "or an image that crashes its decoder; see what it printed above, try a smaller "
-        "--batch-size, or take these images out of the manifest; what is finished is kept"
+        f"{num_false_starts} workers in a row have ended before their first picture, the last for "
+        f"{member.setup.name} ({how_it_ended(member.process.exitcode)}): see what they printed "
+        "above; if nothing, there is too little memory for the tower: close other programs, or try "
+        "fewer --devices; what is finished is kept"
     )

@@ -27,13 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache import runtime
-from sam3cache.backbone import NumericPath, Tower, load_tower
+from sam3cache.backbone import NumericPath, Tower, find_numeric_path, load_tower
 from sam3cache.errors import ConfigError, ImageError
 from sam3cache.extract.config import IMAGE_LEVEL, ExtractConfig
 from sam3cache.extract.levels import is_of_tower, plan_levels
 from sam3cache.features import (
     FeatureStore,
     Fingerprint,
+    Place,
     StoredSample,
     decode,
     encode,
@@ -42,7 +43,11 @@ from sam3cache.features import (
 from sam3cache.images import letterbox_image, pixel_hash, read_image, read_manifest
 from sam3cache.records import Sample
 
-TOLERANCE: Mapping[str, float] = {"fp32": 2.0**-11, "bf16": 2.0**-5}
+TOLERANCE: Mapping[str, float] = {
+    "fp32": 2.0**-11,
+    "bf16": 2.0**-5,
+    "bf16+compile": 2.0**-5,
+}
 """By numeric path, the relative L2 error that is taken as rounding."""
 
 Report = Callable[[int, int], None]
@@ -63,7 +68,7 @@ class RecomputeConfig:
         device: where to run the tower.
     """
 
-    store: Path
+    store: Place
     manifest: Path
     num_samples: int
     columns: Path | None = None
@@ -223,7 +228,7 @@ def _backbone(config: RecomputeConfig, store: FeatureStore) -> str:
 
 
 def _numeric_path(store: FeatureStore, level: str) -> NumericPath:
-    return "bf16" if store.fingerprint(level).fields.get("numeric_path") == "bf16" else "fp32"
+    return find_numeric_path(store.fingerprint(level).fields.get("numeric_path", "fp32"))
 
 
 def _compare_sample(

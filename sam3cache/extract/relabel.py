@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from sam3cache.features import (
     LabelSetSpec,
     StoredSample,
     block_of,
+    classes_of_samples,
     count_classes,
     make_overlay,
     open_store,
@@ -45,8 +46,9 @@ from sam3cache.features import (
 )
 from sam3cache.features.files import sha256_of_json
 from sam3cache.features.summary import groups_in_several_splits
+from sam3cache.groups import part_of_groups, values_to_share
 from sam3cache.images import FOREGROUND, ClassTable, Manifest, read_labels, read_manifest
-from sam3cache.records import Sample, SetAside
+from sam3cache.records import SPLITS, Sample, SetAside
 from sam3cache.runtime import write_atomic
 
 Report = Callable[[int, int], None]
@@ -57,6 +59,9 @@ MaskFiles = tuple[Sample | None, ...]
 
 FileState = tuple[int, int]
 """Size in bytes and time of change in ns."""
+
+CLASS = "class"
+"""Stands for the classes that a sample's mask shows, where splits are to share them evenly."""
 
 ANNOTATIONS = ("split", "group", "primary_angle", "secondary_angle")
 """What a manifest may say of a sample, beside columns of its own."""
@@ -447,6 +452,138 @@ def set_annotations(config: AnnotationsConfig) -> AnnotationsResult:
     )
 
 
+@dataclass(frozen=True)
+class SplitConfig:
+    """How to divide a store's samples anew.
+
+    Attributes:
+        store: the store's folder.
+        val: share of the samples for the validation split.
+        test: share for the test split; what is left is for training.
+        by: what the splits shall have in even shares: annotations, "view" for the view region,
+            "class" for the classes that masks show.
+        label_set: whose masks "class" is about.
+        seed: of the division.
+        overlay: folder to keep the annotations in, beside the store; None: the store itself.
+    """
+
+    store: Path
+    val: float = 0.15
+    test: float = 0.15
+    by: tuple[str, ...] = ()
+    label_set: str = LABEL_SET
+    seed: int = 0
+    overlay: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching a file.
+
+        Raises:
+            ConfigError: when a value cannot be used.
+        """
+        if not (self.val >= 0 and self.test >= 0 and 0 < self.val + self.test < 1):
+            raise ConfigError(
+                f"shares of {self.val:g} for val and {self.test:g} for test; expected shares of at "
+                "least 0 that leave something for training, such as 0.15 and 0.15"
+            )
+        if len(set(self.by)) != len(self.by):
+            raise ConfigError(f"--by {','.join(self.by)} names one twice; name each once")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitResult:
+    """What has become of a store's splits.
+
+    Attributes:
+        store: the store, or the overlay, that holds the annotations.
+        shares: by split, the share that was asked for.
+        num_samples: by split.
+        num_groups: by split.
+        num_by_value: by what was to be shared evenly and its value ("view", "LAO cranial"),
+            samples by split.
+        num_changed: samples that are in another split than before.
+        num_moved: of them, those that were in the training split and are no longer.
+    """
+
+    store: Path
+    shares: Mapping[str, float]
+    num_samples: Mapping[str, int]
+    num_groups: Mapping[str, int]
+    num_by_value: Mapping[tuple[str, str], Mapping[str, int]]
+    num_changed: int
+    num_moved: int
+
+
+def split_annotations(config: SplitConfig) -> SplitResult:
+    """Divide a store's samples into splits anew, by whole groups.
+
+    The same store, shares and seed give the same splits.
+
+    Args:
+        config: how.
+
+    Raises:
+        ConfigError: when there are too few groups, or an annotation is not there.
+        MissingSampleError: when there is no such label set.
+        StoreError: when the store cannot be used, or not be written.
+    """
+    shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
+    wanted = [split for split in SPLITS if shares[split] > 0]
+    with _writable(config.overlay or config.store):
+        _open(config.store, config.overlay)
+        store = _view(config.store, config.overlay)
+        num_groups = len({sample.group for sample in store.samples})
+        if num_groups < len(wanted):
+            raise ConfigError(
+                f"{config.store} has {num_groups} groups for {len(wanted)} splits, and no group "
+                "may be in two; check the groups (patients), or ask for fewer splits"
+            )
+        values = _values_to_share(store, config)
+        members = [(s.group, own) for s, own in zip(store.samples, values, strict=True)]
+        parts = part_of_groups(members, [shares[split] for split in wanted], config.seed)
+        split_of = {group: wanted[part] for group, part in parts.items()}
+        for split in wanted:
+            if split not in split_of.values():
+                raise ConfigError(
+                    f"a share of {shares[split]:g} for {split} is less than a group: "
+                    f"{len(store.samples)} samples are in {num_groups} groups; ask for more"
+                )
+        before = store.annotations
+        # What has been set aside goes with its group: mended, it must not lie across.
+        after = {
+            row: replace(note, split=split_of.get(note.group, note.split))
+            for row, note in before.items()
+        }
+        root = _write(config, store, after)
+    rows = [sample.row for sample in store.samples]
+    num_by_value: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for group, own in members:
+        for value in own:
+            num_by_value[value][split_of[group]] += 1
+    return SplitResult(
+        store=root,
+        shares=shares,
+        num_samples=Counter(after[row].split for row in rows),
+        num_groups=Counter(split_of.values()),
+        num_by_value={value: num_by_value[value] for value in sorted(num_by_value)},
+        num_changed=sum(before[row].split != after[row].split for row in rows),
+        num_moved=sum(before[row].split == "train" != after[row].split for row in rows),
+    )
+
+
+def _values_to_share(store: FeatureStore, config: SplitConfig) -> list[tuple[tuple[str, str], ...]]:
+    """Return, by sample, the values that splits shall have in even shares."""
+    named = [name for name in config.by if name != CLASS]
+    values = values_to_share(store.samples, named)
+    if CLASS not in config.by:
+        return values
+    names = classes_of_samples(store, config.label_set)
+    return [
+        (*own, *((CLASS, name) for name in names[sample.row]))
+        for sample, own in zip(store.samples, values, strict=True)
+    ]
+
+
 def remove_annotation(store: Path, column: str, overlay: Path | None = None) -> int:
     """Remove one of a store's other columns; return how many samples had a value in it.
 
@@ -483,7 +620,7 @@ def _view(path: Path, overlay: Path | None) -> FeatureStore:
 
 
 def _write(
-    config: AnnotationsConfig, store: FeatureStore, notes: Mapping[int, AnnotationRow]
+    config: AnnotationsConfig | SplitConfig, store: FeatureStore, notes: Mapping[int, AnnotationRow]
 ) -> Path:
     root = config.overlay or config.store
     held = store if store.overlay is None else store.overlay

@@ -19,6 +19,7 @@ from types import MappingProxyType
 import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
+from sam3cache.extract.config import FATAL_REASON
 from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, LazySequence, SampleRow
 from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
 from sam3cache.records import Sample, SetAside
@@ -885,8 +886,10 @@ def _find_row(
             continue
         unchanged = (row.size_bytes, row.mtime_ns) == (item.info.size_bytes, item.info.mtime_ns)
         if row.status == "aside":
-            # Set aside when it was decoded: only a decode can tell whether it has been mended.
-            if hashes.of(item.sample) is None:
+            # Set aside when it was decoded: only a decode can tell whether it has been mended, but
+            # of one that would end this process, too.
+            is_fatal = unchanged and FATAL_REASON in row.reason
+            if is_fatal or hashes.of(item.sample) is None:
                 return position, replace(row, id=item.sample.id)
             continue
         if row.status == "removed" and not row.pixel_sha256:

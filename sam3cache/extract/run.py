@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from sam3cache.errors import UnsealedStoreError
+from sam3cache.extract.batching import find_batch_size, with_batch_size
 from sam3cache.extract.config import (
     LABEL_SET,
     ExtractConfig,
     ExtractProgress,
     ExtractResult,
+    TimeShares,
     WorkerStatus,
 )
 from sam3cache.extract.forecast import Forecast, forecast_job
-from sam3cache.extract.job import Job, Report, plan_job, read_request, require_folder
-from sam3cache.extract.pool import run_pool
+from sam3cache.extract.job import Job, Report, Tasks, plan_job, read_request, require_folder
+from sam3cache.extract.pool import leave_if_imported, run_pool
+from sam3cache.extract.sharing import WholeCount, next_blocks
 from sam3cache.extract.state import StoreState
+from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
     LABEL_CHANGE,
     BlockClaims,
     finish_seal,
     interrupted_change,
+    is_sealed,
+    note_setting,
     seal_store,
     store_lock,
 )
+from sam3cache.features.receipts import SEAL_COPY, SEAL_FILE
 from sam3cache.records import SetAside
 
+_ReportWorkers = Callable[[Mapping[int, WorkerStatus], int], None]
+_RunTasks = Callable[[Sequence[WorkerSetup], Sequence[BlockTask], _ReportWorkers], frozenset[int]]
+
+_LOCK_PATIENCE_S = 60.0
 _MAX_PAUSES = 5
-_PAUSE_S = 2.0
 
 
 def extract(
     config: ExtractConfig,
     report: Report = lambda progress: None,
     announce: Callable[[Forecast], None] = lambda forecast: None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> ExtractResult:
     """Run SAM 3's vision tower once over every image of a manifest and store its features.
 
@@ -47,6 +58,7 @@ def extract(
         config: what to do.
         report: called often, from this thread, with how far it is.
         announce: called once, with what is going to be written.
+        warn: called with a sentence on what should be known before long work, or has changed it.
 
     Raises:
         ManifestError: when the manifest is unusable, or none of its images can be read.
@@ -54,11 +66,12 @@ def extract(
         WeightsError: when the weights are absent or not the backbone's.
         FingerprintError: when the store's features were made differently.
         NumericError: when the tower yields NaN, or overflows float16.
-        WorkerError: when a block kills two workers.
+        WorkerError: when workers die whatever they are given.
         StoreError: when the folder is no store, is busy, cannot hold these images, or a change of
             its labels was interrupted.
         NoSpaceError: when what is to be written does not fit on the disk.
     """
+    leave_if_imported()
     start_s = time.monotonic()
     root = config.output
     require_folder(root)
@@ -70,24 +83,38 @@ def extract(
     forecast = forecast_job(job)
     announce(forecast)
     forecast.require_space()
+    for message in (*request.manifest.notes, *_what_to_know(job)):
+        warn(message)
+    batch_size = find_batch_size(job)
     num_computed = 0
+    rank = config.rank
+    # All of a launch plan the same at once, one after the other under the lock.
+    patience_s = _LOCK_PATIENCE_S * rank.num_processes
+    run_tasks, whole = _engine(config), None
     with ExitStack() as at_work:
-        with store_lock(root):
+        with store_lock(root, timeout_s=patience_s):
             if not state.is_current:
                 job = plan_job(request, StoreState.read(root, LABEL_SET))
+            if batch_size is not None:
+                job = with_batch_size(job, batch_size)
             job = job.describe()
+            watch = _Watch(warn, job.settings["batch_size"])
             claims = BlockClaims(root)
             if job.tasks:
                 # What a block needs is settled: nobody may change the tables meanwhile.
                 at_work.enter_context(claims.at_work())
+                if rank.number == 0 and (rank.num_processes > 1 or config.engine == "ray"):
+                    whole = WholeCount(root, job.tasks)
         manifest = request.manifest
         del request, state
         num_pauses = 0
         while job.tasks and num_pauses < _MAX_PAUSES:
-            tasks = job.tasks.only({block for block in job.tasks.blocks if claims.is_free(block)})
+            free = claims.free(job.tasks.blocks)
+            tasks = job.tasks.only(set(next_blocks(free, rank, claims_work=claims.work)))
             ours = tasks
             if tasks:
-                elsewhere = run_pool(job.setups(), tasks, _reporter(report, tasks.num_rows()))
+                tell = watch.over(_reporter(report, tasks, whole))
+                elsewhere = run_tasks(job.setups(), tasks, tell)
                 ours = tasks.only(set(tasks.blocks) - elsewhere)
                 num_computed += ours.num_to_compute()
             if ours:
@@ -95,11 +122,18 @@ def extract(
             else:
                 # Another launch holds all that is left.
                 num_pauses += 1
-                time.sleep(_PAUSE_S)
+                time.sleep(claims.pause_s)
             # Locked: whoever seals the store meanwhile folds the receipts that are read here.
-            with store_lock(root):
+            with store_lock(root, timeout_s=patience_s):
+                if watch.batch_size < job.settings["batch_size"] and not is_sealed(root):
+                    note_setting(root, "batch_size", watch.batch_size)
+                    settings = {**job.settings, "batch_size": watch.batch_size}
+                    job = replace(job, settings=settings)
                 job = job.at(StoreState.read(root, LABEL_SET))
-    sealed = not job.tasks and _seal(job)
+            if whole is not None:
+                num_done = max(0, whole.num_rows - job.tasks.num_rows())
+                report(ExtractProgress("extracting", num_done, whole.num_rows, {}))
+    sealed = not job.tasks and _seal(job, patience_s)
     found = _count(job)
     return ExtractResult(
         store=root,
@@ -119,13 +153,95 @@ def extract(
         leaks=tuple(manifest.leaks),
         split_rule=manifest.split_rule,
         elapsed_s=time.monotonic() - start_s,
+        batch_size=job.settings["batch_size"],
+        time_shares=watch.time_shares(),
     )
 
 
-def _reporter(report: Report, num_total: int) -> Callable[[Mapping[int, WorkerStatus], int], None]:
-    return lambda workers, num_done: report(
-        ExtractProgress("extracting", num_done, num_total, dict(workers))
-    )
+def _engine(config: ExtractConfig) -> _RunTasks:
+    if config.engine == "ray":
+        from sam3cache.extract.ray_engine import run_ray
+
+        return run_ray
+    return run_pool
+
+
+def _reporter(report: Report, tasks: Tasks, whole: WholeCount | None) -> _ReportWorkers:
+    """Report on tasks that are done here, or on all that the processes of a launch do together."""
+    num_rows = tasks.num_rows() if whole is None else whole.num_rows
+
+    def tell(workers: Mapping[int, WorkerStatus], num_done: int) -> None:
+        # What a worker had done when it died is done again.
+        num_done = min(num_done, num_rows) if whole is None else whole.num_done()
+        report(ExtractProgress("extracting", num_done, num_rows, dict(workers)))
+
+    return tell
+
+
+@dataclass
+class _Watch:
+    """Keeps what is to be said of the workers when they have ended, or at once.
+
+    Attributes:
+        warn: called once, when memory turns out too small for the batch size.
+        batch_size: the smallest that a worker has come down to.
+    """
+
+    warn: Callable[[str], None]
+    batch_size: int
+    _num_rounds: int = 0
+    _states: dict[tuple[int, int], WorkerStatus] = field(default_factory=dict)
+
+    def over(self, report: _ReportWorkers) -> _ReportWorkers:
+        """Return what keeps the workers' states, and passes them on."""
+        self._num_rounds += 1
+        number_of_round = self._num_rounds
+
+        def keep(workers: Mapping[int, WorkerStatus], num_done: int) -> None:
+            for number, worker in workers.items():
+                self._states[number_of_round, number] = worker
+                if worker.batch_size < self.batch_size:
+                    self.warn(
+                        f"{worker.name} has not enough memory for batches of {self.batch_size}: "
+                        f"going on with {worker.batch_size}"
+                    )
+                    self.batch_size = worker.batch_size
+            report(workers, num_done)
+
+        return keep
+
+    def time_shares(self) -> TimeShares | None:
+        """Return what all workers together spent their time on."""
+        return TimeShares.of(self._states.values()) if self._states else None
+
+
+def _what_to_know(job: Job) -> Iterator[str]:
+    """Say what a user should know before long work: why it is done, and what it is good for."""
+    if not job.tasks.num_to_compute():
+        return
+    state, wanted = job.state, job.plan.wanted
+    # A table says "ok" from the seal on, and a seal that was broken in order leaves its receipts.
+    num_stored = 0 if state.receipts else sum(row.status == "ok" for row in state.rows)
+    if num_stored:
+        yield (
+            f"{state.root} was complete once, but {SEAL_FILE} and {SEAL_COPY} are gone, without "
+            f"which nothing vouches for its features: all {num_stored} images are computed anew; "
+            "to keep what is there, stop and restore one of the two files"
+        )
+    lacking = []
+    if wanted.largest_mask_px[0] <= 0 and not job.label_sets:
+        lacking.append("a mask, without which no head can be trained")
+    if not any(
+        wanted.is_usable(index)
+        and None not in (sample.primary_angle_deg, sample.secondary_angle_deg)
+        for index, sample in enumerate(wanted.samples)
+    ):
+        lacking.append("both view angles, which heads then take as unknown")
+    if lacking:
+        yield (
+            f"no sample of {job.config.manifest} has {', and none '.join(lacking)}; a manifest "
+            "that names them later costs no new features (docs/data.md)"
+        )
 
 
 @dataclass(slots=True)
@@ -160,10 +276,10 @@ def _count(job: Job) -> _Count:
     return count
 
 
-def _seal(job: Job) -> bool:
+def _seal(job: Job, patience_s: float) -> bool:
     """Seal the store unless others have given it more work; return whether it is sealed."""
     root = job.state.root
-    with store_lock(root):
+    with store_lock(root, timeout_s=patience_s):
         state = job.state if job.state.is_current else StoreState.read(root, LABEL_SET)
         if state.sealed:
             finish_seal(root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sam3cache.errors import StoreError
@@ -14,6 +13,7 @@ from sam3cache.features import (
     AnnotationRow,
     FeatureStore,
     LabelRow,
+    Place,
     ReceiptsOnDemand,
     RowsWithFacts,
     SampleRow,
@@ -24,6 +24,7 @@ from sam3cache.features import (
     scan_annotations,
     scan_receipts,
     scan_samples,
+    stamp,
 )
 
 _MAX_READS = 3
@@ -50,7 +51,7 @@ class StoreState:
         stamp: changes whenever a file changes that this was read from.
     """
 
-    root: Path
+    root: Place
     description: dict[str, Any] | None
     opened: FeatureStore | None
     receipts: ReceiptsOnDemand
@@ -59,7 +60,7 @@ class StoreState:
     stamp: frozenset[tuple[object, ...]]
 
     @classmethod
-    def read(cls, root: Path, label_set: str) -> StoreState:
+    def read(cls, root: Place, label_set: str) -> StoreState:
         """Read a store, or the absence of one.
 
         Raises:
@@ -69,17 +70,17 @@ class StoreState:
         """
         for _ in range(_MAX_READS):
             # The stamp first: what changes while we read shows at the next look.
-            stamp = _stamp(root)
+            before = _stamp(root)
             try:
-                return cls._read(root, label_set, stamp)
+                return cls._read(root, label_set, before)
             except StoreError:
                 # Another launch may have sealed the store, or begun on it, between two reads.
-                if stamp == _stamp(root):
+                if before == _stamp(root):
                     raise
         return cls._read(root, label_set, _stamp(root))
 
     @classmethod
-    def _read(cls, root: Path, label_set: str, stamp: frozenset[tuple[object, ...]]) -> StoreState:
+    def _read(cls, root: Place, label_set: str, stamp: frozenset[tuple[object, ...]]) -> StoreState:
         if not (root / "zarr.json").exists():
             return cls(root, None, None, ReceiptsOnDemand.none(), (), label_set, stamp)
         description = read_description(root)
@@ -132,15 +133,6 @@ class StoreState:
         )
 
 
-def _stamp(root: Path) -> frozenset[tuple[object, ...]]:
-    paths = [root / name for name in _STATED_IN]
+def _stamp(root: Place) -> frozenset[tuple[object, ...]]:
     # A receipt is replaced as a whole: names and times tell.
-    paths += (root / "receipts").glob("*/*.json")
-    found: set[tuple[object, ...]] = set()
-    for path in paths:
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            continue
-        found.add((path.relative_to(root), stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return frozenset(found)
+    return stamp(root, _STATED_IN, "receipts/*/*.json")

@@ -1,7 +1,11 @@
 """One extraction worker: a process with a device, that turns blocks into committed features.
 
-It is sent blocks over a pipe, and holds at most two: while one is in the tower, the next is being
-decoded. It ends when it is told to, or when its parent is gone.
+It is sent blocks over a pipe, and holds at most three. While one is in the tower, the pictures of
+the next are decoded by threads of their own, and the one before it is encoded, checksummed and
+written by another. It ends when it is told to, or when its parent is gone.
+
+What it holds is bounded: the pictures of three blocks, the features of two, and of the one that is
+being written a shard and its encoded copy.
 
 Shape legend: B batch, C channels, H height, W width.
 """
@@ -13,20 +17,19 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import parent_process
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache import runtime
-from sam3cache.errors import ConfigError, FingerprintError, ImageError, Sam3CacheError
+from sam3cache.errors import FingerprintError, ImageError, Sam3CacheError
 from sam3cache.extract.config import IMAGE_LEVEL, WorkerStatus
 from sam3cache.features import (
     BlockClaims,
@@ -34,6 +37,7 @@ from sam3cache.features import (
     LabelRow,
     LabelSetSpec,
     LevelSpec,
+    Place,
     SampleRow,
     missing_items,
     read_receipts_of_block,
@@ -47,10 +51,20 @@ from sam3cache.records import Sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sam3cache.backbone import Tower
+    from sam3cache.backbone import NumericPath
+    from sam3cache.extract.device import TowerRunner
 
-NUM_BLOCKS_HELD = 2
+NUM_BLOCKS_HELD = 3
+"""Blocks that a worker has at once: one being decoded, one in the tower, one being written."""
+
+_NUM_BLOCKS_UNWRITTEN = 2
 _NUM_DECODE_THREADS = 4
+# How soon a failure to write is noticed by a worker that waits for its next block.
+_POLL_S = 0.1
+
+# Ctrl-C, Windows' Ctrl-Break, and what a batch system sends before it kills: they reach all
+# processes at once, and the parent decides what they mean.
+_SIGNALS_FOR_THE_PARENT = ("SIGINT", "SIGBREAK", "SIGTERM", "SIGUSR1")
 
 
 @dataclass(frozen=True)
@@ -65,21 +79,21 @@ class WorkerSetup:
         backbone: as in the configuration.
         weights: as in the configuration.
         weights_sha256: what the weights must turn out to be.
-        numeric_path: "fp32" or "bf16".
+        numeric_path: "fp32", "bf16" or "bf16+compile".
         batch_size: images a forward pass.
         resize_mode: "letterbox" or "squash".
         levels: every level of the store, with its fingerprint.
         label_set: the label set to write, or None.
     """
 
-    root: Path
+    root: Place
     name: str
     device: str
     num_threads: int
     backbone: str
     weights: str | None
     weights_sha256: str
-    numeric_path: Literal["fp32", "bf16"]
+    numeric_path: NumericPath
     batch_size: int
     resize_mode: Literal["letterbox", "squash"]
     levels: Mapping[str, tuple[LevelSpec, Fingerprint]]
@@ -93,9 +107,11 @@ class BlockTask:
     Attributes:
         block: its number.
         items: names, as in receipts, of what is to be written.
-        rows: its pending and finished rows, in order.
+        rows: its pending and finished rows, in order; of a trial, some of them.
         samples: by row.
         masks: by row, the file that each mask comes from.
+        aside: by row, why it is set aside without a look at its picture.
+        is_trial: whether all is to be done but writing, to learn whether a row kills its worker.
     """
 
     block: int
@@ -103,6 +119,13 @@ class BlockTask:
     rows: tuple[SampleRow, ...]
     samples: Mapping[int, Sample]
     masks: Mapping[int, LabelRow]
+    aside: Mapping[int, str] = field(default_factory=dict)
+    is_trial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """Sent once a worker has its tower, before it looks at the first picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +134,12 @@ class BlockReport:
 
     Attributes:
         block: its number.
-        outcome: "written"; "held" by another process; or "found" finished by one.
+        outcome: "written"; "held" by another process; "found" finished by one; or "tried".
         status: of the worker.
     """
 
     block: int
-    outcome: Literal["written", "held", "found"]
+    outcome: Literal["written", "held", "found", "tried"]
     status: WorkerStatus
 
 
@@ -127,6 +150,23 @@ class _Decoded:
     row: SampleRow
     pixels_CHW: NDArray[np.uint8] | None
     mask_KHW: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A block that is ready to be written, once its features have arrived.
+
+    Attributes:
+        task: what is to be written.
+        decoded: its samples.
+        values: by level and row, what is to be stored.
+        await_values: waits until they are there.
+    """
+
+    task: BlockTask
+    decoded: Sequence[_Decoded]
+    values: Mapping[str, Mapping[int, NDArray[Any]]]
+    await_values: Callable[[], None]
 
 
 def _require_same_pixels(row: SampleRow, digest: str) -> None:
@@ -141,12 +181,10 @@ def _require_same_pixels(row: SampleRow, digest: str) -> None:
 def run_worker(setup: WorkerSetup, pipe: Connection) -> None:
     """Serve blocks until None comes; the entry point of the spawned process.
 
-    Sends a :class:`WorkerStatus` after every batch, a :class:`BlockReport` for every block, and an
-    exception when the run must stop.
+    Sends a :class:`WorkerReady` before its first picture, a :class:`WorkerStatus` after every
+    batch, a :class:`BlockReport` for every block, and an exception when the run must stop.
     """
-    # Ctrl-C reaches the whole group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
+    begin_process()
     _spare_semaphore()
     try:
         _Worker(setup, pipe).serve()
@@ -155,6 +193,21 @@ def run_worker(setup: WorkerSetup, pipe: Connection) -> None:
     except (Sam3CacheError, OSError) as error:
         with suppress(BrokenPipeError, ConnectionResetError):
             pipe.send(error)
+
+
+def begin_process() -> None:
+    """Leave signals to the parent, and end when it does; for a process that has been spawned."""
+    for name in _SIGNALS_FOR_THE_PARENT:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None, "workers are spawned"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _spare_semaphore() -> None:
@@ -168,15 +221,37 @@ def _spare_semaphore() -> None:
     blosc._MUTEX, blosc._MUTEX_IS_INIT = threading.Lock(), True
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None, "workers are spawned"
+def load_runner(setup: WorkerSetup) -> TowerRunner:
+    """Return the tower that a setup asks for, on its device, in what puts batches through it.
 
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
+    Raises:
+        ConfigError: when it cannot be built.
+        WeightsError: when the weights are absent or not the backbone's.
+        FingerprintError: when they are others than they were.
+    """
+    import torch
 
-    threading.Thread(target=watch, daemon=True).start()
+    from sam3cache.backbone import load_tower
+    from sam3cache.extract.device import make_runner
+
+    specs = [spec for spec, _ in setup.levels.values() if spec.base != IMAGE_LEVEL]
+    # Whoever keeps a level in bf16 needs more than float16's range; the others do not.
+    wide = {spec.base for spec in specs if spec.precision == "bf16"}
+    bases = sorted({spec.base for spec in specs})
+    tower = load_tower(
+        setup.backbone,
+        weights=setup.weights,
+        levels=bases,
+        device=setup.device,
+        numeric_path=setup.numeric_path,
+    )
+    if tower.weights_sha256 != setup.weights_sha256:
+        raise FingerprintError(
+            f"the weights changed while extraction was starting: {setup.weights_sha256} → "
+            f"{tower.weights_sha256}; run the command again"
+        )
+    dtypes = {base: torch.float32 if base in wide else torch.float16 for base in bases}
+    return make_runner(tower, setup.name, dtypes, setup.batch_size, setup.device)
 
 
 def _is_as_planned(task: BlockTask) -> bool:
@@ -191,14 +266,31 @@ def _is_as_planned(task: BlockTask) -> bool:
     return True
 
 
+@dataclass(slots=True)
+class _Wait:
+    """Time spent waiting for one thing."""
+
+    total_s: float = 0.0
+
+
 class _Worker:
     def __init__(self, setup: WorkerSetup, pipe: Connection) -> None:
         self._setup = setup
         self._pipe = pipe
+        self._sending = threading.Lock()
         self._claims = BlockClaims(setup.root)
-        self._tower: Tower | None = None
-        self._num_images = 0
-        self._tower_s = 0.0
+        self._of_tower = [
+            (name, spec) for name, (spec, _) in setup.levels.items() if name != IMAGE_LEVEL
+        ]
+        self._held: deque[tuple[BlockTask, list[Future[_Decoded]]]] = deque()
+        self._writes: deque[Future[None]] = deque()
+        self._decoders = ThreadPoolExecutor(_NUM_DECODE_THREADS, "decode")
+        self._writer = ThreadPoolExecutor(1, "write")
+        self._runner: TowerRunner | None = None
+        # Features of a block lie in one while those of the block before are written from the other.
+        self._buffers: deque[dict[str, Tensor]] = deque()
+        self._num_pictures = self._num_written = 0
+        self._for_images, self._for_writes = _Wait(), _Wait()
         self._start_s = time.monotonic()
 
     def serve(self) -> None:
@@ -207,32 +299,67 @@ class _Worker:
         runtime.set_num_threads(self._setup.num_threads)
         # Decoding threads set aside warnings, and put them back, while the tower is loaded.
         ignore_warnings_of_sam3()
-        held: deque[tuple[BlockTask, list[Future[_Decoded]]]] = deque()
-        more = True
-        with ThreadPoolExecutor(_NUM_DECODE_THREADS) as pool:
-            while more or held:
-                while more and len(held) < NUM_BLOCKS_HELD and (not held or self._pipe.poll()):
-                    task: BlockTask | None = self._pipe.recv()
-                    if task is None:
-                        more = False
-                    else:
-                        held.append((task, self._decode_ahead(pool, task)))
-                if held:
-                    task, futures = held.popleft()
-                    outcome = self._do_block(task, futures)
-                    self._pipe.send(BlockReport(task.block, outcome, self._status()))
+        more, is_ready = True, False
+        try:
+            while more or self._held:
+                more = more and self._take_tasks(is_ready)
+                is_ready = True
+                if self._held:
+                    self._do_block(*self._held.popleft())
+            self._await_writes(0)
+        finally:
+            self._decoders.shutdown(cancel_futures=True)
+            # A block that is computed is written, whatever has happened to the others.
+            self._writer.shutdown()
 
-    def _decode_ahead(self, pool: ThreadPoolExecutor, task: BlockTask) -> list[Future[_Decoded]]:
+    def _take_tasks(self, is_ready: bool) -> bool:
+        """Take the tasks that have come, waiting for one only if there is none in hand.
+
+        Returns:
+            Whether more may come.
+        """
+        while len(self._held) < NUM_BLOCKS_HELD:
+            while not self._pipe.poll(0 if self._held else _POLL_S):
+                if self._held:
+                    return True
+                self._await_writes(NUM_BLOCKS_HELD)
+            task: BlockTask | None = self._pipe.recv()
+            if task is None:
+                return False
+            if not is_ready:
+                # Whatever ends it until here is no picture's fault.
+                if self._wants_tower(task):
+                    self._tower()
+                self._send(WorkerReady())
+                is_ready = True
+                self._start_s = time.monotonic()
+            self._held.append((task, self._decode_ahead(task)))
+        return True
+
+    def _wants_tower(self, task: BlockTask) -> bool:
+        is_wanted = any(spec.item in task.items for _, spec in self._of_tower)
+        return is_wanted and len(task.aside) < len(task.rows)
+
+    def _tower(self) -> TowerRunner:
+        if self._runner is None:
+            self._runner = load_runner(self._setup)
+            self._buffers.extend(self._runner.make_buffers() for _ in range(_NUM_BLOCKS_UNWRITTEN))
+        return self._runner
+
+    def _decode_ahead(self, task: BlockTask) -> list[Future[_Decoded]]:
         with_mask = any(item.startswith("labels.") for item in task.items)
         with_pixels = any(not item.startswith("labels.") for item in task.items)
         return [
-            pool.submit(self._decode, row, task.samples[row.row], with_pixels, with_mask)
+            self._decoders.submit(self._decode, task, row, with_pixels, with_mask)
             for row in task.rows
         ]
 
     def _decode(
-        self, row: SampleRow, sample: Sample, with_pixels: bool, with_mask: bool
+        self, task: BlockTask, row: SampleRow, with_pixels: bool, with_mask: bool
     ) -> _Decoded:
+        if row.row in task.aside:
+            return _Decoded(replace(row, status="aside", reason=task.aside[row.row]), None, None)
+        sample = task.samples[row.row]
         try:
             pixels_CHW = None
             if with_pixels:
@@ -253,29 +380,39 @@ class _Worker:
         except ImageError as error:
             return _Decoded(replace(row, status="aside", reason=str(error)), None, None)
 
-    def _do_block(
-        self, task: BlockTask, futures: list[Future[_Decoded]]
-    ) -> Literal["written", "held", "found"]:
-        root = self._setup.root
-        with self._claims.claim(task.block) as ours:
-            if not ours:
-                return "held"
+    def _do_block(self, task: BlockTask, futures: Sequence[Future[_Decoded]]) -> None:
+        # One of the two buffers is free then.
+        self._await_writes(_NUM_BLOCKS_UNWRITTEN - 1)
+        with ExitStack() as claim:
+            if task.is_trial:
+                self._compute(task, self._await_images(futures)).await_values()
+                self._report(task, "tried")
+                return
+            if not claim.enter_context(self._claims.claim(task.block)):
+                self._leave(task, futures, "held")
+                return
             missing = self._missing(task)
             if not missing:
-                return "found"
+                self._leave(task, futures, "found")
+                return
             if _is_as_planned(task):
                 # Another worker may have died on the block with some of it done.
                 task = replace(task, items=task.items & missing)
-            decoded = [future.result() for future in futures]
-            good = [item for item in decoded if item.row.status == "ok"]
-            self._write_levels(task, good)
-            label_set = self._setup.label_set
-            if label_set is not None and label_set.item in task.items:
-                masks = {item.row.row: item.mask_KHW for item in good}
-                write_label_block(root, label_set, task.block, masks, task.masks)
-            # Last: the facts say "ok" of rows whose features are already there.
-            write_sample_facts(root, task.block, [item.row for item in decoded])
-        return "written"
+            computed = self._compute(task, self._await_images(futures))
+            if not self._held and self._runner is not None:
+                # Nothing is kept waiting by it, and what is reported next counts them all.
+                self._runner.drain()
+            self._writes.append(self._writer.submit(self._write, computed, claim.pop_all()))
+
+    def _leave(
+        self,
+        task: BlockTask,
+        futures: Sequence[Future[_Decoded]],
+        outcome: Literal["held", "found"],
+    ) -> None:
+        for future in futures:
+            future.cancel()
+        self._report(task, outcome)
 
     def _missing(self, task: BlockTask) -> frozenset[str]:
         """Return what the block still lacks: others may have been at it meanwhile."""
@@ -290,85 +427,100 @@ class _Worker:
         )
         return missing.get(task.block, frozenset())
 
-    def _write_levels(self, task: BlockTask, good: Sequence[_Decoded]) -> None:
-        wanted = {
-            name: (spec, fingerprint)
-            for name, (spec, fingerprint) in self._setup.levels.items()
-            if spec.item in task.items
-        }
-        values: dict[str, dict[int, NDArray[Any]]] = {name: {} for name in wanted}
-        of_tower = [name for name in wanted if name != IMAGE_LEVEL]
-        if IMAGE_LEVEL in wanted:
-            shape = wanted[IMAGE_LEVEL][0].shape
+    def _await_images(self, futures: Sequence[Future[_Decoded]]) -> list[_Decoded]:
+        with self._waiting(self._for_images, all(future.done() for future in futures)):
+            return [future.result() for future in futures]
+
+    def _await_writes(self, num_left: int) -> None:
+        """Wait until at most so many blocks are still to be written.
+
+        Raises:
+            Sam3CacheError: what was wrong with one that was written meanwhile.
+            OSError: likewise, such as a full disk.
+        """
+        num_waited = len(self._writes) - num_left
+        ready = all(future.done() for future in list(self._writes)[: max(0, num_waited)])
+        with self._waiting(self._for_writes, ready):
+            while self._writes and (len(self._writes) > num_left or self._writes[0].done()):
+                self._writes.popleft().result()
+
+    @contextmanager
+    def _waiting(self, wait: _Wait, is_ready: bool) -> Iterator[None]:
+        """Count the time of the ``with``, as far as nothing is left for the tower to do."""
+        if not is_ready and self._runner is not None:
+            self._runner.drain()
+        begun_s = time.monotonic()
+        yield
+        wait.total_s += time.monotonic() - begun_s
+
+    def _compute(self, task: BlockTask, decoded: Sequence[_Decoded]) -> _Computed:
+        good = [item for item in decoded if item.row.status == "ok"]
+        values: dict[str, dict[int, NDArray[Any]]] = {}
+        for name, (spec, _) in self._setup.levels.items():
+            if spec.item in task.items:
+                values[name] = {}
+        if IMAGE_LEVEL in values:
+            shape = self._setup.levels[IMAGE_LEVEL][0].shape
             for item in good:
                 assert item.pixels_CHW is not None
                 values[IMAGE_LEVEL][item.row.row] = np.broadcast_to(item.pixels_CHW, shape)
-        for start in range(0, len(good) if of_tower else 0, self._setup.batch_size):
-            batch = good[start : start + self._setup.batch_size]
-            features = self._features(batch)
-            for name in of_tower:
-                features_BCHW = features[wanted[name][0].base].numpy()
-                for item, features_CHW in zip(batch, features_BCHW, strict=True):
-                    values[name][item.row.row] = features_CHW
-            self._num_images += len(batch)
-            self._pipe.send(self._status())
-        if not of_tower:
-            self._num_images += len(good)
-        for name, (spec, fingerprint) in wanted.items():
-            write_level_block(self._setup.root, spec, fingerprint.digest, task.block, values[name])
+        if not good or not self._wants_tower(task):
+            self._num_pictures += len(good)
+            return _Computed(task, decoded, values, lambda: None)
+        runner = self._tower()
+        self._buffers.rotate()
+        wanted = [(name, spec.base) for name, spec in self._of_tower if name in values]
+        buffers = {base: self._buffers[0][base] for _, base in wanted}
+        start = 0
+        while start < len(good):
+            batch = good[start : start + runner.batch_size]
+            pictures = [item.pixels_CHW for item in batch if item.pixels_CHW is not None]
+            out = {base: buffer[start : start + len(batch)] for base, buffer in buffers.items()}
+            if runner.put_through(pictures, out):
+                start += len(batch)
+                self._send(self._status())
+        for name, base in wanted:
+            features_BCHW = buffers[base].numpy()
+            values[name] = {item.row.row: features_BCHW[i] for i, item in enumerate(good)}
+        return _Computed(task, decoded, values, runner.arrival())
 
-    def _features(self, batch: Sequence[_Decoded]) -> dict[str, Tensor]:
-        """Return, on the CPU and by what a level is of, float16 or float32 (B, C, H, W)."""
-        import torch
+    def _write(self, computed: _Computed, claim: ExitStack) -> None:
+        """Write a block, let go of it, and report it; in the writer's thread."""
+        setup, task = self._setup, computed.task
+        with claim:
+            computed.await_values()
+            for name, (spec, fingerprint) in setup.levels.items():
+                if spec.item in task.items:
+                    values = computed.values[name]
+                    write_level_block(setup.root, spec, fingerprint.digest, task.block, values)
+            good = [item for item in computed.decoded if item.row.status == "ok"]
+            if setup.label_set is not None and setup.label_set.item in task.items:
+                masks = {item.row.row: item.mask_KHW for item in good}
+                write_label_block(setup.root, setup.label_set, task.block, masks, task.masks)
+            # Last: the facts say "ok" of rows whose features are already there.
+            write_sample_facts(setup.root, task.block, [item.row for item in computed.decoded])
+        self._num_written += len(good)
+        self._report(task, "written")
 
-        if self._tower is None:
-            self._tower = self._load_tower()
-            self._start_s = time.monotonic()
-        arrays = [item.pixels_CHW for item in batch if item.pixels_CHW is not None]
-        num_channels = max(array.shape[0] for array in arrays)
-        image_BCHW = np.stack([np.broadcast_to(a, (num_channels, *a.shape[1:])) for a in arrays])
-        start_s = time.monotonic()
-        try:
-            features = self._tower(torch.from_numpy(image_BCHW))
-            # Whoever keeps a level in bf16 needs more than float16's range; the others do not.
-            wide = {s.base for s, _ in self._setup.levels.values() if s.precision == "bf16"}
-            held = {
-                base: feature_BCHW.to(torch.float32 if base in wide else torch.float16).cpu()
-                for base, feature_BCHW in features.items()
-            }
-        except torch.OutOfMemoryError:
-            size = self._setup.batch_size
-            advice = f"pass --batch-size {size // 2}" if size > 1 else "use a larger device, or cpu"
-            raise ConfigError(
-                f"{self._setup.name} has not enough memory for batches of {size}: {advice}"
-            ) from None
-        self._tower_s += time.monotonic() - start_s
-        return held
+    def _report(
+        self, task: BlockTask, outcome: Literal["written", "held", "found", "tried"]
+    ) -> None:
+        self._send(BlockReport(task.block, outcome, self._status()))
 
-    def _load_tower(self) -> Tower:
-        from sam3cache.backbone import load_tower
-
-        setup = self._setup
-        tower = load_tower(
-            setup.backbone,
-            weights=setup.weights,
-            levels=sorted({s.base for s, _ in setup.levels.values()} - {IMAGE_LEVEL}),
-            device=setup.device,
-            numeric_path=setup.numeric_path,
-        )
-        if tower.weights_sha256 != setup.weights_sha256:
-            raise FingerprintError(
-                f"the weights changed while extraction was starting: {setup.weights_sha256} → "
-                f"{tower.weights_sha256}; run the command again"
-            )
-        return tower
+    def _send(self, message: WorkerReady | WorkerStatus | BlockReport) -> None:
+        with self._sending:
+            self._pipe.send(message)
 
     def _status(self) -> WorkerStatus:
-        elapsed_s = max(time.monotonic() - self._start_s, 1e-9)
+        runner = self._runner
         return WorkerStatus(
-            self._setup.name,
-            self._num_images,
-            runtime.used_memory_bytes(self._setup.device),
-            min(1.0, self._tower_s / elapsed_s),
-            self._tower_s,
+            name=self._setup.name,
+            num_images=self._num_pictures + (0 if runner is None else runner.num_images),
+            num_written=self._num_written,
+            memory_bytes=runtime.used_memory_bytes(self._setup.device),
+            batch_size=self._setup.batch_size if runner is None else runner.batch_size,
+            elapsed_s=time.monotonic() - self._start_s,
+            images_s=self._for_images.total_s,
+            tower_s=0.0 if runner is None else runner.tower_s,
+            writing_s=self._for_writes.total_s,
         )

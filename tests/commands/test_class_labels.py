@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.commands import main
 from sam3cache.features import open_store
@@ -26,7 +27,8 @@ def place(tmp_path_factory):
             "phantom phantoms --num 3 --views-per-patient 1 --size 96",
             "extract phantoms --backbone sam3-mini --devices cpu",
         ):
-            result = CliRunner().invoke(main, line.split())
+            with one_process():
+                result = CliRunner().invoke(main, line.split())
             assert result.exit_code == 0, result.output
     finally:
         os.chdir(before)

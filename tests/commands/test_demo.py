@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from worker_thread import one_process
 
 from sam3cache.commands import demo as demo_module
 from sam3cache.commands.demo import DICE_MISSED_EXIT_CODE, WHAT_IT_IS
@@ -34,7 +35,8 @@ def test_a_demo_that_does_not_find_the_vessels_says_so_and_leaves_all_it_made(
     small = demo_module._Size(num_images=6, epochs=1, batch_size=6, duration="no time")
     monkeypatch.setattr(demo_module, "_QUICK", small)
     out = tmp_path / "demo"
-    result = invoke("demo", out, "--quick", "--device", "cpu", "--json")
+    with one_process():
+        result = invoke("demo", out, "--quick", "--device", "cpu", "--json")
     assert result.exit_code == DICE_MISSED_EXIT_CODE, result.output
     lines = result.stderr.splitlines()
     assert lines[0] == f"{WHAT_IT_IS} About no time on two cores."

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from picture_folder import write_images
+from worker_thread import one_process
 
 from sam3cache.commands.extract import make_config
 
@@ -21,7 +22,8 @@ def test_variants_are_planned_stored_and_counted_apart(
     assert planned.exit_code == 0, planned.output
     assert f"{store}: 6 samples and 8 variants; 6 new." in planned.stdout
     assert "Of this for variants (hflip, rot10): 8 rows, about " in planned.stdout
-    done = invoke("extract", *where, *views)
+    with one_process():
+        done = invoke("extract", *where, *views)
     assert done.exit_code == 0, done.output
     assert "14 images to compute (8 of them variants)" in done.stderr
     assert f"{store}: 6 samples and 8 variants, sealed; 14 computed" in done.stdout

@@ -9,6 +9,7 @@ import pytest
 from picture_folder import write_images
 from PIL import Image
 from store_builder import build_store
+from worker_thread import one_process
 
 from sam3cache.commands.store.verify import EXIT_CODES, verify
 from sam3cache.extract import ExtractConfig, extract
@@ -33,11 +34,11 @@ def store(sound, tmp_path):
 def pictures_and_store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extracted")
     write_images(folder / "pictures", 3)
-    extract(
-        ExtractConfig(
-            folder / "pictures", folder / "x.zarr", levels=("image_1008",), backbone="sam3-mini"
-        )
+    config = ExtractConfig(
+        folder / "pictures", folder / "x.zarr", levels=("image_1008",), backbone="sam3-mini"
     )
+    with one_process():
+        extract(config)
     return folder
 
 

@@ -253,6 +253,7 @@ def test_a_manifest_of_which_nothing_can_be_read_stops_before_it_starts(copy):
     assert (copy.parent / "x.zarr/complete.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_launches_on_one_store_share_the_work_and_agree_on_who_seals_it(tmp_path):
     folder = write_images(tmp_path / "pictures", num_images=40)
     command = [

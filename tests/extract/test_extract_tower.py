@@ -15,6 +15,7 @@ import torch
 from picture_folder import write_images
 from PIL import Image
 from towers import build_stock_backbone, normalize
+from worker_thread import one_process
 
 from sam3cache.backbone import BACKBONES
 from sam3cache.backbone.hub import find_weights
@@ -45,8 +46,11 @@ def files_of(store: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def undisturbed(pictures, tmp_path_factory):
     store = tmp_path_factory.mktemp("undisturbed") / "x.zarr"
-    run = subprocess.run(command(pictures, store), timeout=120, capture_output=True, text=True)
-    assert run.returncode == ASIDE_EXIT_CODE, run.stderr
+    config = ExtractConfig(
+        pictures, store, levels=("fpn_72",), backbone="sam3-mini", devices=DEVICES
+    )
+    with one_process():
+        assert extract(config).sealed
     return store
 
 
@@ -80,7 +84,7 @@ def test_stored_features_are_those_of_sam3s_own_forward_image(pictures, undistur
     assert all("freqs_cis" in name or name.startswith("convs.3.") for name in missing)
     store = open_store(undisturbed)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # As many as each of the two workers had.
+    torch.set_num_threads(1)  # As many as each of two workers has.
     try:
         for sample in (store.samples[0], store.samples[4], store.samples[-1]):
             picture = Image.open(pictures / sample.source)
@@ -100,6 +104,7 @@ def test_stored_features_are_those_of_sam3s_own_forward_image(pictures, undistur
         torch.set_num_threads(num_threads)
 
 
+@pytest.mark.long
 def test_killed_and_run_again_it_is_as_if_undisturbed(pictures, undisturbed, tmp_path):
     store = tmp_path / "x.zarr"
     first = subprocess.Popen(
@@ -154,12 +159,9 @@ def test_a_level_added_later_leaves_the_others_as_they_are(pictures, undisturbed
     before = files_of(store)
     times = {name: (store / name).stat().st_mtime_ns for name in before if "/c/" in name}
     receipts = dict(open_store(store).receipts)
-    result = extract(
-        ExtractConfig(
-            pictures, store, levels=("image_1008",), backbone="sam3-mini", devices=DEVICES
-        )
-    )
-    assert result.sealed
+    config = ExtractConfig(pictures, store, levels=("image_1008",), backbone="sam3-mini")
+    with one_process():
+        assert extract(config).sealed
     after = files_of(store)
     assert {name: after[name] for name in before} == before
     # Only the new level was written: shards of the old one, and of masks, were not even touched.
@@ -180,14 +182,14 @@ def test_a_level_added_later_leaves_the_others_as_they_are(pictures, undisturbed
     assert not picture[:, 756:].any(), "the padding below a 4:3 picture"
 
 
-def test_features_of_two_kinds_are_never_mixed(pictures, undisturbed, tmp_path, run_cli):
+def test_features_of_two_kinds_are_never_mixed(pictures, undisturbed, tmp_path, invoke):
     store = tmp_path / "x.zarr"
     shutil.copytree(undisturbed, store)
-    run = run_cli(
+    run = invoke(
         *("extract", pictures, "-o", store, "--backbone", "sam3-mini", "--levels", "fpn_72"),
         *("--devices", "cpu", "--resize", "squash", "--numeric-path", "bf16"),
     )
-    assert run.returncode == 1
+    assert run.exit_code == 1
     assert run.stderr.count("\n") == 1 + run.stderr.count("Checking")
     assert "numeric_path: fp32 → bf16; preprocessing.resize_mode: letterbox → squash" in run.stderr
     assert "repeat the command with --numeric-path fp32 --resize letterbox, or" in run.stderr

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from picture_folder import write_images
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.errors import ConfigError, ManifestError, MissingSampleError
 from sam3cache.extract import ExtractConfig, extract
@@ -39,6 +41,12 @@ def config(folder: Path, variants: tuple[str, ...] | None = None) -> ExtractConf
         backbone="sam3-mini",
         variants=variants,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_are_threads() -> Iterator[None]:
+    with one_process():
+        yield
 
 
 @pytest.fixture(scope="module")

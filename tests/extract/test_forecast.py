@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from picture_folder import write_images
 from PIL import Image
+from worker_thread import one_process
 
 from sam3cache.errors import ManifestError, NoSpaceError
 from sam3cache.extract import ExtractConfig, extract
@@ -65,7 +66,8 @@ def test_what_is_planned_is_what_is_written_and_planning_leaves_nothing(tmp_path
     assert planned.time.images_per_s > 0
 
     announced = []
-    extract(config, announce=announced.append)
+    with one_process():
+        extract(config, announce=announced.append)
     store = config.output
     written = {
         "image_1008": files_below(store / "levels/image_1008/c"),
@@ -87,7 +89,8 @@ def test_what_is_planned_is_what_is_written_and_planning_leaves_nothing(tmp_path
 
 def test_only_what_is_missing_is_planned(tmp_path):
     folder = write_images(tmp_path / "pictures", num_images=20)
-    extract(config_of(folder))
+    with one_process():
+        extract(config_of(folder))
     np.save(folder / "images/new.npy", np.zeros((40, 50), np.uint8))
     with (folder / "manifest.csv").open("a", encoding="utf-8") as file:
         file.write("new,images/new.npy,,0,0,train,p9\n")

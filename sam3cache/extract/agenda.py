@@ -1,0 +1,186 @@
+"""What is left to be done, and what to do about blocks on which workers die.
+
+A block that was in a worker's hands when it died is done again by a worker that has nothing else.
+One on which that worker dies as well is taken apart: halves of its rows are tried, without anything
+being written, and halves of those that kill again, down to single rows. Those that kill are set
+aside, and the block is done without them.
+
+A machine that kills whatever it is given tells itself by that nothing succeeds in between.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from sam3cache.errors import WorkerError
+from sam3cache.extract.config import FATAL_REASON
+from sam3cache.extract.worker import BlockTask
+
+MAX_DEATHS_OF_A_BLOCK = 2
+MAX_DEATHS_IN_A_ROW = 6
+"""With one fatal row in a block, every second death at the most comes without a success between."""
+
+
+@dataclass
+class _Search:
+    """The search for the rows of a block that kill workers.
+
+    Attributes:
+        task: the whole block.
+        num_open: parts of it that are still to be tried.
+        fatal: by row, why it is to be set aside.
+    """
+
+    task: BlockTask
+    num_open: int
+    fatal: dict[int, str] = field(default_factory=dict)
+
+
+class Agenda:
+    """Hands out tasks: those that may have killed a worker first, each to a worker of its own.
+
+    Args:
+        tasks: in their order, each asked for when its turn comes.
+        num_workers: that take them. Each of them may die once or twice before any succeeds.
+    """
+
+    def __init__(self, tasks: Sequence[BlockTask], num_workers: int) -> None:
+        self._tasks, self._next = tasks, 0
+        self._returned: deque[BlockTask] = deque()
+        self._suspects: deque[BlockTask] = deque()
+        self._num_deaths: dict[int, int] = {}
+        self._searches: dict[int, _Search] = {}
+        self._max_in_a_row = max(MAX_DEATHS_IN_A_ROW, MAX_DEATHS_OF_A_BLOCK * num_workers)
+        self._num_in_a_row = 0
+        self._has_succeeded = False
+
+    def __len__(self) -> int:
+        return len(self._suspects) + len(self._returned) + len(self._tasks) - self._next
+
+    def is_suspect(self, task: BlockTask) -> bool:
+        """Return whether a task may have killed a worker, so that it has to be alone in one."""
+        return task.is_trial or task.block in self._num_deaths
+
+    def take(self, *, is_idle: bool) -> BlockTask | None:
+        """Return the next task for a worker, or None when there is none that it may have.
+
+        Args:
+            is_idle: whether the worker has nothing in hand.
+        """
+        if self._suspects and is_idle:
+            return self._suspects.popleft()
+        if self._returned:
+            return self._returned.popleft()
+        if self._next == len(self._tasks):
+            return None
+        self._next += 1
+        return self._tasks[self._next - 1]
+
+    def note_done(self, task: BlockTask, *, is_proof: bool) -> None:
+        """Note that a worker has done with a task and lives on.
+
+        Args:
+            task: that it was.
+            is_proof: whether it has looked at the pictures, rather than found nothing to do.
+        """
+        if is_proof and len(task.aside) < len(task.rows):
+            self._num_in_a_row = 0
+            self._has_succeeded = True
+        if task.is_trial:
+            self._close_part(task.block)
+        else:
+            self._num_deaths.pop(task.block, None)
+            self._searches.pop(task.block, None)
+
+    def give_back(self, tasks: Sequence[BlockTask]) -> None:
+        """Take back tasks that a worker never began."""
+        self._returned.extendleft(task for task in reversed(tasks) if not self.is_suspect(task))
+        self._suspects.extendleft(task for task in reversed(tasks) if self.is_suspect(task))
+
+    def note_death(self, tasks: Sequence[BlockTask], how: str) -> None:
+        """Note that a worker has died.
+
+        Args:
+            tasks: that it had in hand.
+            how: it died, such as "exit code 1".
+
+        Raises:
+            WorkerError: when it seems not to be for a picture.
+        """
+        self._num_in_a_row += 1
+        if self._num_in_a_row >= self._max_in_a_row:
+            raise _hopeless(
+                f"{self._num_in_a_row} workers have ended one after the other, whatever pictures "
+                f"they were given, the last on block {tasks[0].block}",
+                how,
+            )
+        # What was begun first goes first.
+        for task in reversed(tasks):
+            if task.is_trial:
+                self._take_apart(task, how)
+                continue
+            num_deaths = self._num_deaths.get(task.block, 0) + 1
+            self._num_deaths[task.block] = num_deaths
+            if num_deaths < MAX_DEATHS_OF_A_BLOCK:
+                self._suspects.appendleft(task)
+            elif num_deaths == MAX_DEATHS_OF_A_BLOCK:
+                self._searches[task.block] = _Search(task, num_open=1)
+                self._take_apart(task, how)
+            else:
+                raise _hopeless(
+                    f"block {task.block} ({_sources(task)}) has ended {num_deaths} workers, though "
+                    "its pictures do not one by one",
+                    how,
+                )
+
+    def _take_apart(self, task: BlockTask, how: str) -> None:
+        """Have the halves of what killed a worker tried; a single row is set aside."""
+        search = self._searches[task.block]
+        rows = task.rows
+        if len(rows) > 1:
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                # The other half of one that kills comes before its quarters: if it does not kill,
+                # that tells a picture from a machine that kills all.
+                self._suspects.append(replace(task, rows=half, is_trial=True))
+                search.num_open += 1
+        else:
+            source = task.samples[rows[0].row].source
+            search.fatal[rows[0].row] = (
+                f"{source} {FATAL_REASON} ({how}): it crashes its decoder, or takes more memory "
+                "than there is; save it anew, or take it out of the manifest"
+            )
+        self._close_part(task.block, how)
+
+    def _close_part(self, block: int, how: str = "") -> None:
+        search = self._searches[block]
+        search.num_open -= 1
+        if search.num_open:
+            return
+        if search.fatal and not self._has_succeeded:
+            raise _hopeless(f"each picture of block {block} has ended a worker", how)
+        self._suspects.appendleft(replace(search.task, aside=search.fatal))
+
+
+def how_it_ended(exit_code: int | None) -> str:
+    """Say how a process ended: by which signal, where there are signals, or with which code."""
+    if exit_code is not None and exit_code < 0:
+        try:
+            return f"killed by {signal.Signals(-exit_code).name}"
+        except ValueError:
+            return f"killed by signal {-exit_code}"
+    return f"exit code {exit_code}"
+
+
+def _sources(task: BlockTask) -> str:
+    sources = sorted({task.samples[row.row].source for row in task.rows})
+    return ", ".join(sources[:3]) + (", …" if len(sources) > 3 else "")
+
+
+def _hopeless(what: str, how: str) -> WorkerError:
+    return WorkerError(
+        f"{what} ({how}): too little memory, as a rule; see what they printed above, and try a "
+        "smaller --batch-size or fewer --devices; what is finished is kept"
+    )
