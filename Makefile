@@ -7,16 +7,19 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files in the order of tests/conftest.py, which begins with the longest.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo check lint test format clean
+.PHONY: help demo check lint test test-long format clean
 
 help:
-	@echo "make demo     the whole road on artificial angiograms, in three minutes; ARGS=--quick in one"
-	@echo "make check    what CI runs: format, lint, types, tests"
-	@echo "make lint     format, lint and types alone"
-	@echo "make test     the tests alone; ARGS='-k letterbox -x' goes to pytest"
-	@echo "make format   mend format and lint in place"
-	@echo "make clean    remove the virtual environment, demos, caches and builds"
+	@echo "make demo       the whole road on artificial angiograms, in three minutes; ARGS=--quick in one"
+	@echo "make check      what CI runs first: format, lint, types, tests"
+	@echo "make lint       format, lint and types alone"
+	@echo "make test       the tests alone; ARGS='-k letterbox -x' goes to pytest"
+	@echo "make test-long  what CI runs then: the tests that take minutes"
+	@echo "make format     mend format and lint in place"
+	@echo "make clean      remove the virtual environment, demos, caches and builds"
 
 demo: $(STAMP)
 	$(BIN)/sam3cache demo $(ARGS)
@@ -29,7 +32,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -352,17 +352,13 @@ def windows_alone(tower: Tower) -> Iterator[None]:
     Rotary encodings only tell differences of positions, which are the same in every window.
     """
     attentions = [block.attn for block in tower.trunk.blocks if block.window_size == 0]
-    whole = [(attention.cos_LD, attention.sin_LD) for attention in attentions]
-
-    def first_window(rotation_LD: Tensor) -> Tensor:
-        grid = rotation_LD.unflatten(0, (TOKENS, TOKENS))
-        return grid[:WINDOW, :WINDOW].flatten(0, 1)
-
-    for attention, (cos_LD, sin_LD) in zip(attentions, whole, strict=True):
-        attention.cos_LD, attention.sin_LD = first_window(cos_LD), first_window(sin_LD)
+    whole = [attention.rotation_LP2 for attention in attentions]
+    for attention, rotation_LP2 in zip(attentions, whole, strict=True):
+        grid = rotation_LP2.unflatten(0, (TOKENS, TOKENS))
+        attention.rotation_LP2 = grid[:WINDOW, :WINDOW].flatten(0, 1)
     yield
-    for attention, (cos_LD, sin_LD) in zip(attentions, whole, strict=True):
-        attention.cos_LD, attention.sin_LD = cos_LD, sin_LD
+    for attention, rotation_LP2 in zip(attentions, whole, strict=True):
+        attention.rotation_LP2 = rotation_LP2
 
 
 def packed(tower: Tower) -> dict[str, Tensor]:

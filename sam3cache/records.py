@@ -6,6 +6,8 @@ T side of the square target grid.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,26 @@ IGNORE_LABEL = 255
 
 SPLITS = ("train", "val", "test")
 
+CONTRAST = "contrast"
+"""In place of a frame's index: the frame with the most contrast agent."""
+
+MEMBER_MARK = "::"
+_MEMBER = re.compile(r"(.+?\.(?:h5|hdf5|npz|json))::(.+)", re.IGNORECASE | re.DOTALL)
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """Return the file of a name and what is meant inside it, empty for all of it.
+
+    ``angio.h5::images`` is a dataset, ``train.json::12`` what a COCO file marks in the image of id
+    12, ``cine.dcm::contrast`` a frame.
+    """
+    if MEMBER_MARK not in name:
+        return name, ""
+    if match := _MEMBER.fullmatch(name):
+        return match[1], match[2]
+    file = name.removesuffix(MEMBER_MARK + CONTRAST)
+    return file, "" if file == name else CONTRAST
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -26,8 +48,9 @@ class Sample:
 
     Attributes:
         id: unique within the manifest.
-        source: path of the image relative to ``root``, with forward slashes; or a name in place of
-            a path that must not enter a store.
+        source: path of the image relative to ``root``, with forward slashes, and behind ``::`` what
+            is meant inside that file (:func:`split_member`); or a name in place of what must not
+            enter a store.
         root: folder that ``source`` and ``mask`` are relative to.
         frame: index into a cine, or None for a still.
         mask: path of the mask relative to ``root``, or None when there is none.
@@ -65,13 +88,25 @@ class Sample:
 
     @property
     def image_path(self) -> Path:
-        """Absolute or working-directory-relative path of the image."""
-        return self.image_location or self.root / self.source
+        """Absolute or working-directory-relative path of the image's file."""
+        return _file_of(self.image_location or self.root / self.source)
+
+    @property
+    def image_member(self) -> str:
+        """What is meant inside the image's file; empty for all of it."""
+        return _member_of(self.image_location, self.source)
 
     @property
     def mask_path(self) -> Path | None:
-        """Path of the mask, or None when there is none."""
-        return self.mask_location or (None if self.mask is None else self.root / self.mask)
+        """Path of the mask's file, or None when there is none."""
+        if self.mask is None:
+            return None
+        return _file_of(self.mask_location or self.root / self.mask)
+
+    @property
+    def mask_member(self) -> str:
+        """What is meant inside the mask's file; empty for all of it."""
+        return _member_of(self.mask_location, self.mask or "")
 
     def each_mask(self) -> tuple[Sample | None, ...]:
         """Return the sample with each of ``masks`` as its mask; with its own where there are none.
@@ -83,6 +118,16 @@ class Sample:
             None if file is None else replace(self, mask=file[0], mask_location=file[1], masks=())
             for file in files
         )
+
+
+def _file_of(path: Path) -> Path:
+    text = os.fspath(path)
+    return path if MEMBER_MARK not in text else Path(split_member(text)[0])
+
+
+def _member_of(location: Path | None, name: str) -> str:
+    # A member is no path of this system: Windows would turn its slashes.
+    return split_member(name if location is None else location.as_posix())[1]
 
 
 @dataclass(frozen=True, slots=True)

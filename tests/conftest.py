@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-# Before torch is imported, and inherited by the processes that tests start: the suite takes the
-# same road on a laptop and on a server with 100 cores, and two halves of it do not fight for cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Before torch is imported, and inherited by the processes that tests start. Two halves of the suite
+# with two threads each wait for each other on two cores, and burn both while they wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+SKIPPED_UNLESS_SELECTED = {
+    "full_size": "full-size tower: minutes and 5 GB; select with -m full_size",
+    "long": "real processes killed many times, whole demos: minutes in all; select with -m long",
+}
 
 LONGEST = (
-    "test_extract_tower.py",
-    "test_project_wheel.py",
-    "test_extract_rows.py",
     "test_loop.py",
+    "test_together.py",
+    "test_readme.py",
+    "test_extract_tower.py",
+    "test_extract_faults.py",
+    "test_benchmarks.py",
+    "test_inference.py",
 )
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,13 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip what this machine or this selection is not for, and say why; begin with what is long."""
     # Where files are shared out among processes, none shall start its longest at the end.
     items.sort(key=lambda item: item.path.name not in LONGEST)
-    if "full_size" not in config.option.markexpr:
-        skip = pytest.mark.skip(
-            reason="full-size tower: minutes and 5 GB; select with -m full_size"
-        )
-        for item in items:
-            if "full_size" in item.keywords:
-                item.add_marker(skip)
+    for marker, reason in SKIPPED_UNLESS_SELECTED.items():
+        if marker not in config.option.markexpr:
+            skip = pytest.mark.skip(reason=reason)
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(skip)
     needs_gpu = [item for item in items if "gpu" in item.keywords]
     if needs_gpu:
         import torch

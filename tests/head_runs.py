@@ -12,6 +12,7 @@ from sam3cache.tasks import Task, num_outputs
 
 SMALL: dict[str, dict[str, Any]] = {
     "film-detail": {"embedding_dim": 16, "width": 8, "context_width": 8},
+    "film-pyramid": {"embedding_dim": 16, "width": 8, "context_width": 8},
     "film-conv": {"embedding_dim": 64, "widths": [16, 16]},
 }
 """Options with which heads are small; a head that is not here is built as it is."""

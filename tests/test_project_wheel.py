@@ -114,6 +114,7 @@ def test_the_installed_wheel_runs_outside_the_checkout(installed: Path, run: Run
     assert "Usage: sam3cache phantom" in run("-m", "sam3cache", "phantom", "--help")
 
 
+@pytest.mark.long
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder_without_a_network(
     run: Run, tmp_path: Path
 ) -> None:

@@ -4,9 +4,15 @@
 it. The ``sam3`` package is imported when a tower is built, not before.
 """
 
-from sam3cache.backbone.spec import BACKBONES, LEVELS, TowerSpec
-from sam3cache.backbone.tower import (
+from sam3cache.backbone.spec import (
+    BACKBONES,
+    LEVELS,
+    NUMERIC_PATHS,
     NumericPath,
+    TowerSpec,
+    find_numeric_path,
+)
+from sam3cache.backbone.tower import (
     Tower,
     ignore_warnings_of_sam3,
     load_tower,
@@ -16,9 +22,11 @@ from sam3cache.backbone.tower import (
 __all__ = [
     "BACKBONES",
     "LEVELS",
+    "NUMERIC_PATHS",
     "NumericPath",
     "Tower",
     "TowerSpec",
+    "find_numeric_path",
     "ignore_warnings_of_sam3",
     "load_tower",
     "weights_sha256",

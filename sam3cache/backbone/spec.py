@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from sam3cache.errors import ConfigError
+
+NumericPath = Literal["fp32", "bf16", "bf16+compile"]
+"""How a tower computes; what it computes differs by rounding, so fingerprints tell paths apart."""
+
+NUMERIC_PATHS: tuple[NumericPath, ...] = ("fp32", "bf16", "bf16+compile")
 
 POSITIONS = "trunk.pos_embed"
 """The learned positions, here without the class token's own: the tower never reads that one."""
@@ -152,6 +158,18 @@ def check_levels(levels: tuple[str, ...]) -> None:
             f"levels {', '.join(levels) or '(none)'}: expected one or more of "
             f"{', '.join(LEVELS)}, each once"
         )
+
+
+def find_numeric_path(name: object) -> NumericPath:
+    """Return a numeric path by its name.
+
+    Raises:
+        ConfigError: there is no such path.
+    """
+    for path in NUMERIC_PATHS:
+        if path == name:
+            return path
+    raise ConfigError(f"numeric path {name!r}: expected one of {', '.join(NUMERIC_PATHS)}")
 
 
 BACKBONES: Mapping[str, TowerSpec] = MappingProxyType(

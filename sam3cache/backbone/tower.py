@@ -8,22 +8,27 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam3cache.backbone.hub import find_weights
-from sam3cache.backbone.spec import LEVELS, POSITIONS, TowerSpec, check_levels, find_spec
+from sam3cache.backbone.spec import (
+    LEVELS,
+    POSITIONS,
+    NumericPath,
+    TowerSpec,
+    check_levels,
+    find_numeric_path,
+    find_spec,
+)
 from sam3cache.backbone.weights import read_and_hash
 from sam3cache.errors import ConfigError, InputSizeError
-
-NumericPath = Literal["fp32", "bf16"]
-_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Tower(nn.Module):
@@ -38,8 +43,9 @@ class Tower(nn.Module):
         spec: what the tower is made of.
         levels: the levels it computes; weights of others are not kept.
         weights_sha256: hash of the weights as loaded; see ``weights.read_and_hash``.
-        numeric_path: as loaded, "fp32" (TF32 and autocast off) or "bf16" (weights, activations
-            and output in bfloat16).
+        numeric_path: as loaded, "fp32" (TF32 and autocast off), "bf16" (weights, activations and
+            output in bfloat16) or "bf16+compile" (the same through ``torch.compile``, which rounds
+            to bfloat16 less often on the way).
     """
 
     def __init__(
@@ -83,12 +89,14 @@ class Tower(nn.Module):
         Raises:
             InputSizeError: the batch is not of that type or shape. Other sizes would be cropped,
                 or meet the rotary encoding of another grid, without complaint.
+            ConfigError: the path is a compiled one, and torch cannot compile here.
         """
         self._check_input(image_BCHW)
         weight = next(self.trunk.parameters())
         pixels_BCHW = image_BCHW.to(weight.device).float().div_(255).sub_(0.5).div_(0.5)
         pixels_BCHW = pixels_BCHW.to(weight.dtype).expand(-1, 3, -1, -1)
-        with tf32(False), torch.autocast(weight.device.type, enabled=False):
+        compiling = _say_what_keeps_from_compiling() if self.trunk.compiles else nullcontext()
+        with tf32(False), torch.autocast(weight.device.type, enabled=False), compiling:
             trunk_BCHW = self.trunk(pixels_BCHW)[-1]
             features = {level: neck(trunk_BCHW) for level, neck in self.necks.items()}
         features["trunk_72"] = trunk_BCHW
@@ -147,7 +155,8 @@ def load_tower(
             (fetched from the hub; part of this package for ``sam3-mini``).
         levels: what to compute, of ``LEVELS``.
         device: where.
-        numeric_path: "fp32", or "bf16" for half the memory and several times the speed.
+        numeric_path: "fp32", "bf16" for half the memory and several times the speed, or
+            "bf16+compile" for yet more of it on a GPU, after a first batch that takes minutes.
 
     Raises:
         ConfigError: backbone, level or numeric path is unknown, or ``sam3`` cannot be imported.
@@ -155,10 +164,10 @@ def load_tower(
     """
     spec = find_spec(backbone)
     check_levels(tuple(levels))
-    if numeric_path not in _DTYPES:
-        raise ConfigError(f"numeric path {numeric_path!r}: expected one of {', '.join(_DTYPES)}")
+    path = find_numeric_path(numeric_path)
+    dtype = torch.float32 if path == "fp32" else torch.bfloat16
     source = find_weights(spec, weights)
-    trunk, convs = _import_sam3_modules().build_modules(spec)
+    trunk, convs = _import_sam3_modules().build_modules(spec, compiles=path == "bf16+compile")
     necks = {
         level: convs[index] for level in levels if (index := LEVELS[level].neck_index) is not None
     }
@@ -171,9 +180,7 @@ def load_tower(
         for prefix, state in states.items():
             if name.startswith(prefix):
                 # A copy: the file may be changed or taken away while the tower lives.
-                state[name.removeprefix(prefix)] = tensor.to(
-                    device, _DTYPES[numeric_path], copy=True
-                )
+                state[name.removeprefix(prefix)] = tensor.to(device, dtype, copy=True)
     # The stock trunk holds a class token's position as well, which it never reads.
     positions = POSITIONS.removeprefix("trunk.")
     states["trunk."][positions] = F.pad(states["trunk."][positions], (0, 0, 1, 0))
@@ -185,12 +192,31 @@ def load_tower(
         necks,
         levels=levels,
         weights_sha256=_hash_text(hasher, weights),
-        numeric_path=numeric_path,
+        numeric_path=path,
     ).to(device)
 
 
 def _hash_text(hasher: hashlib._Hash, weights: str | Path | None) -> str:
     return ("random:" if weights == "random" else "") + hasher.hexdigest()
+
+
+@contextmanager
+def _say_what_keeps_from_compiling() -> Iterator[None]:
+    """Turn a failure of ``torch.compile`` into one line.
+
+    Raises:
+        ConfigError: torch cannot compile here: mostly a C++ compiler or Triton that is absent.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"torch.compile fails here ({reason}): numeric path bf16+compile needs Triton on a GPU "
+            "and a C++ compiler; install them, or use bf16"
+        ) from error
 
 
 @contextmanager

@@ -13,13 +13,22 @@ from sam3cache.images.manifest import (
     read_manifest,
     sample_manifest,
 )
+from sam3cache.images.opened import close_kept_files
 from sam3cache.images.preprocessing import (
     PREPROCESSING_VERSION,
     letterbox_image,
     pixel_hash,
     preprocessing_fields,
 )
-from sam3cache.images.reading import ImageInfo, probe, read_image, read_labels, read_mask
+from sam3cache.images.pseudonyms import key_path
+from sam3cache.images.reading import (
+    ImageInfo,
+    probe,
+    read_image,
+    read_image_and_type,
+    read_labels,
+    read_mask,
+)
 
 __all__ = [
     "FOREGROUND",
@@ -28,14 +37,17 @@ __all__ = [
     "ImageInfo",
     "Manifest",
     "ManifestSample",
+    "close_kept_files",
     "count_rows",
     "find_csv",
+    "key_path",
     "letterbox_image",
     "parse_classes",
     "pixel_hash",
     "preprocessing_fields",
     "probe",
     "read_image",
+    "read_image_and_type",
     "read_labels",
     "read_manifest",
     "read_mask",

@@ -4,6 +4,7 @@
 --classes lad=1,lcx=2,rca=16                class numbers in one file
 --classes lad=6,lad=7,rca=1,background=*    several numbers of one class, and all others none
 --classes classes.json                      the same as a table: {"6": "lad", "7": "lad"}
+--classes annotations/train.json            the categories of a COCO file
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import ConfigError
+from sam3cache.images.coco import category_names
 from sam3cache.records import IGNORE_LABEL
 from sam3cache.tasks import Task
 
@@ -125,6 +127,13 @@ def _read_table(path: Path) -> list[tuple[str, Any]]:
         raise ConfigError(f"classes {path}: not {path.suffix[1:].upper()} ({reason})") from None
     if not isinstance(table, dict):
         raise ConfigError(f'classes {path}: expected numbers with their names, {{"1": "lad", …}}')
+    if "categories" in table:
+        try:
+            return [
+                (str(number), name) for number, name in category_names(table["categories"]).items()
+            ]
+        except ValueError as error:
+            raise ConfigError(f"classes {path}: {error}; export the COCO file again") from None
     pairs: list[tuple[str, Any]] = []
     for key, value in table.items():
         numbers = value if isinstance(value, list) else [value]

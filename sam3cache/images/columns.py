@@ -5,6 +5,7 @@
     split = { column = "set", values = { tuning = "val" } }  # a column, some values renamed
     mask  = { constant = "" }                              # not given, whatever the CSV has
     hash_paths = true                                      # keep hashes in place of paths
+    reader = "dicom"                                       # how a folder or file is to be read
 
     [primary_angle]                                        # a value inside a JSON file
     json = "contours_path"                                 # the column that names the file
@@ -15,17 +16,23 @@ A field that is not named there is the column of its own name, if there is one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.files import SUFFIXES
+from sam3cache.images.dicom import SUFFIXES as DICOM_SUFFIXES
+from sam3cache.images.dicom import DicomFacts, is_dicom, may_be_dicom, read_facts
+from sam3cache.images.paths import is_absolute, resolve_path
+from sam3cache.images.picture import CONTAINER_SUFFIXES, SUFFIXES
+from sam3cache.images.pseudonyms import Key, load_key, pseudonym
+from sam3cache.records import split_member
 
 FIELDS = ("image", "mask", "frame", "primary_angle", "secondary_angle", "split", "group", "id")
 
@@ -41,11 +48,6 @@ _IDENTITY = re.compile(
 def names_a_person(column: str) -> bool:
     """Tell whether a column's name says that it identifies a patient."""
     return _IDENTITY.fullmatch(column) is not None
-
-
-def pseudonym(text: str, length: int = 12) -> str:
-    """Return a short hash of a text: the same for the same text, and not readable back."""
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +76,25 @@ class ColumnMap:
     Attributes:
         fields: where each field comes from.
         extra: the columns that are kept beside them.
-        hash_paths: whether paths become pseudonyms, since they name persons.
+        listed: those of them that the user has asked for by name.
+        hash_paths: whether paths become pseudonyms, since they name persons; None: those of DICOM
+            files and what belongs to them.
     """
 
     fields: Mapping[str, FieldSource]
     extra: tuple[str, ...]
-    hash_paths: bool
+    listed: frozenset[str]
+    hash_paths: bool | None
 
 
 def map_columns(
-    header: Sequence[str], columns: Path | None, manifest: str, *, by_id: bool = False
+    header: Sequence[str],
+    columns: Path | None,
+    manifest: str,
+    *,
+    by_id: bool = False,
+    defaults: Mapping[str, str] = MappingProxyType({}),
+    unkept: Collection[str] = (),
 ) -> ColumnMap:
     """Map a CSV's columns to our fields.
 
@@ -92,6 +103,8 @@ def map_columns(
         columns: a ``columns.toml``, or None to use the columns named like our fields.
         manifest: what to call the CSV in messages.
         by_id: whether an id does in place of an image.
+        defaults: by field, its column where ``columns.toml`` does not say another.
+        unkept: columns that are not kept unless ``extra`` lists them.
 
     Raises:
         ManifestError: a ``columns.toml`` that cannot be read or says something unknown, or a
@@ -104,17 +117,23 @@ def map_columns(
         isinstance(extra, list) and all(isinstance(column, str) for column in extra)
     ):
         raise ManifestError(f"{where}: extra = {extra!r}; expected a list of column names")
-    hash_paths = entries.pop("hash_paths", False)
-    if not isinstance(hash_paths, bool):
+    entries.pop("reader", None)
+    hash_paths = entries.pop("hash_paths", None)
+    if not isinstance(hash_paths, bool | None):
         raise ManifestError(f"{where}: hash_paths = {hash_paths!r}; expected true or false")
     unknown = sorted(set(entries) - set(FIELDS))
     if unknown:
         raise ManifestError(
-            f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, extra "
-            "and hash_paths"
+            f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, "
+            "extra, hash_paths and reader"
         )
     fields = {name: FieldSource(name, hash=False) for name in FIELDS if name in header}
+    fields |= {name: FieldSource(column) for name, column in defaults.items()}
     fields |= {name: _field_source(name, entry, where) for name, entry in entries.items()}
+    for name, source in fields.items():
+        if source.column is not None and source.column not in header:
+            # In any group of a container.
+            fields[name] = replace(source, column=source.column.removeprefix("*/"))
     if "image" not in fields and not (by_id and "id" in fields):
         wanted = "'image' or 'id'" if by_id else "'image'"
         raise ManifestError(
@@ -127,12 +146,25 @@ def map_columns(
             raise ManifestError(
                 f"{where}: column {column!r} is not in {manifest}, which has {', '.join(header)}"
             )
+    listed = frozenset(extra or ())
     if extra is None and hash_paths:
         extra = []  # any of them may hold a path, or part of one
     elif extra is None:
-        consumed = {*FIELDS, *used}
+        consumed = {*FIELDS, *used, *unkept}
         extra = [c for c in header if c and c not in consumed and not names_a_person(c)]
-    return ColumnMap(fields, tuple(extra), hash_paths)
+    return ColumnMap(fields, tuple(extra), listed, hash_paths)
+
+
+def read_setting(columns: Path | None, name: str) -> str | None:
+    """Return a text that a ``columns.toml`` gives by name alone, None where it gives none.
+
+    Raises:
+        ManifestError: a ``columns.toml`` that cannot be read.
+    """
+    if columns is None or not columns.exists():
+        return None  # Whoever needs it says that it is not there.
+    entry = _read_toml(columns).get(name)
+    return entry if isinstance(entry, str) else None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -193,56 +225,183 @@ def _is_scalar(value: Any) -> bool:
 
 
 class RowReader:
-    """Takes our fields out of a CSV's rows.
+    """Takes our fields out of a manifest's rows.
 
-    Each JSON file is read once, and only the values that the fields ask for are kept of it.
+    Each JSON file is read once, and only the values that the fields ask for are kept of it. What a
+    row does not say, the header of a DICOM file may.
+
+    Attributes:
+        column_map: where fields come from.
+        root: folder that paths are relative to.
+        num_dicoms: rows so far whose image is a DICOM file.
+        has_spacing: whether any of them tells the size of its pixels.
     """
 
     def __init__(self, column_map: ColumnMap, root: Path) -> None:
-        self._fields = column_map.fields
-        self._hash_paths = column_map.hash_paths
-        self._root = root
-        self._keys = {source.key for source in self._fields.values() if source.key}
-        self._found: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
+        self.column_map = column_map
+        self.num_dicoms = 0
+        self.has_spacing = False
+        self.root = root
+        self._keys = {source.key for source in column_map.fields.values() if source.key}
+        self._found: dict[tuple[str, tuple[str, ...], bool], tuple[str, str]] = {}
+        self._facts: tuple[str, DicomFacts | None] = ("", None)
 
-    def value(self, row: Mapping[str, str], name: str) -> str:
-        """Return a field of a row as text; empty when it is not given.
+    @cached_property
+    def key(self) -> Key:
+        """The user's key; it is made when it is asked for first."""
+        return load_key()
+
+    @property
+    def uses_key(self) -> bool:
+        """Whether anything has been hashed with the key."""
+        return "key" in self.__dict__
+
+    def facts(self, path: Path, name: str) -> DicomFacts:
+        """Return what a DICOM file says; that of the row before is remembered.
 
         Raises:
-            ImageError: a JSON file that is missing or broken, or that lacks the key.
+            ImageError: a file whose header cannot be read, or that is no picture.
         """
-        source = self._fields.get(name)
-        if source is None:
-            return ""
-        text = source.constant if source.column is None else row[source.column]
-        if source.key and text:
-            text = self._json_value(text, source.key)
-        text = source.values.get(text, text)
-        return pseudonym(text) if source.hash and text else text
+        text = str(path)
+        if self._facts[0] != text:
+            self._facts = text, read_facts(path, name)
+        facts = self._facts[1]
+        if facts is None:
+            raise ImageError(f"{name}: DICOM without a picture; leave it out")
+        self.has_spacing |= bool(facts.spacing_mm)
+        return facts
 
-    def resolve(self, path_text: str) -> tuple[str, Path | None]:
-        """Return the name that may be kept of a path, and where it is when that does not say it."""
-        name, location = resolve_path(path_text, self._root)
-        if not self._hash_paths:
-            return name, location
-        # What is hashed does not change when the manifest's folder moves.
-        unique = name if location is None else PureWindowsPath(location).as_posix()
-        suffix = PurePosixPath(name).suffix
-        known = suffix if suffix.lower() in {*SUFFIXES, ".json"} else ""
-        return pseudonym(unique, 16) + known, location or self._root / name
+    def json_value(self, row: Row, path_text: str, key: tuple[str, ...]) -> str:
+        """Return the text at a key of a JSON file.
 
-    def _json_value(self, path_text: str, key: tuple[str, ...]) -> str:
-        if (path_text, key) not in self._found:
-            name, location = self.resolve(path_text)
-            document, problem = _read_json(location or self._root / name)
+        Raises:
+            ImageError: a file that is missing or broken, or that lacks the key.
+        """
+        if (path_text, key, row.hides) not in self._found:
+            name, location = row.resolve(path_text)
+            document, problem = _read_json(location or self.root / name)
             for wanted in self._keys:
-                self._found[path_text, wanted] = (
+                self._found[path_text, wanted, row.hides] = (
                     ("", f"{name}: {problem}") if problem else _look_up(document, wanted, name)
                 )
-        value, problem = self._found[path_text, key]
+        value, problem = self._found[path_text, key, row.hides]
         if problem:
             raise ImageError(problem)
         return value
+
+    def hashed_name(self, name: str, location: Path | None, is_dicom: bool) -> str:
+        """Return what is kept in place of a path."""
+        # What is hashed does not change when the manifest's folder moves.
+        unique = name if location is None else PureWindowsPath(location).as_posix()
+        if is_dicom:
+            return self.key.pseudonym(unique, 16)
+        return pseudonym(unique, 16)
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of a manifest.
+
+    Attributes:
+        reader: whose row it is.
+        cells: by column.
+        image: the image as the row names it; empty without one.
+        dicom: where it is when it is a DICOM file.
+    """
+
+    reader: RowReader
+    cells: Mapping[str, str]
+    image: str = ""
+    dicom: Path | None = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether hashes are kept in place of paths."""
+        hash_paths = self.reader.column_map.hash_paths
+        return self.dicom is not None if hash_paths is None else hash_paths
+
+    @property
+    def source(self) -> str:
+        """The name that may be kept of the image."""
+        return self.resolve(self.image)[0] if self.image else ""
+
+    def find_image(self) -> None:
+        """Take the image's name, and look whether it is a DICOM file.
+
+        Raises:
+            ImageError: a JSON file with its path that is missing or broken.
+        """
+        self.image = self.value("image")
+        file = split_member(self.image)[0]
+        if not file or not may_be_dicom(file.replace("\\", "/").rpartition("/")[2]):
+            return
+        name, location = resolve_path(file, self.reader.root)
+        path = location or self.reader.root / name
+        # Of one that is not there, its name tells.
+        if is_dicom(path) or path.suffix.lower() in DICOM_SUFFIXES:
+            self.dicom = path
+            self.reader.num_dicoms += 1
+
+    def facts(self) -> DicomFacts | None:
+        """Return what the header says of a DICOM file, None of another.
+
+        Raises:
+            ImageError: as :meth:`RowReader.facts` does.
+        """
+        return None if self.dicom is None else self.reader.facts(self.dicom, self.source)
+
+    def value(self, name: str) -> str:
+        """Return a field as text; empty when it is not given.
+
+        Raises:
+            ImageError: a JSON file that is missing or broken, or that lacks the key; a damaged
+                DICOM header.
+        """
+        source = self.reader.column_map.fields.get(name)
+        if source is None:
+            return self._of_dicom(name)
+        text = source.constant if source.column is None else self.cells[source.column]
+        if source.key and text:
+            text = self.reader.json_value(self, text, source.key)
+        text = source.values.get(text, text)
+        if not (source.hash and text):
+            return text
+        return pseudonym(text) if self.dicom is None else self.reader.key.pseudonym(text, 12)
+
+    def _of_dicom(self, name: str) -> str:
+        facts = self.facts()
+        if facts is None or name not in ("primary_angle", "secondary_angle", "group"):
+            return ""
+        if name == "group":
+            return self.reader.key.pseudonym(facts.patient, 12) if facts.patient else ""
+        return facts.primary_angle if name == "primary_angle" else facts.secondary_angle
+
+    def extra(self) -> tuple[str, ...]:
+        """Return the other columns that are kept, in the order of the map."""
+        column_map = self.reader.column_map
+        if self.dicom is None or not self.hides:
+            return tuple(self._portable(self.cells[column]) for column in column_map.extra)
+        return tuple(
+            # Any other may hold a path, or part of one.
+            self._portable(self.cells[column]) if column in column_map.listed else ""
+            for column in column_map.extra
+        )
+
+    def _portable(self, text: str) -> str:
+        """Keep a cell as it is, but for a path of this machine."""
+        return self.resolve(text)[0] if is_absolute(text) else text
+
+    def resolve(self, path_text: str) -> tuple[str, Path | None]:
+        """Return the name that may be kept of a path, and where it is when that does not say it."""
+        root = self.reader.root
+        name, location = resolve_path(path_text, root)
+        if not self.hides:
+            return name, location
+        is_image = self.dicom is not None and path_text == self.image
+        suffix = PurePosixPath(split_member(name)[0]).suffix
+        known = suffix if suffix.lower() in {*SUFFIXES, *CONTAINER_SUFFIXES} else ""
+        hashed = self.reader.hashed_name(name, location, self.dicom is not None)
+        return hashed + (".dcm" if is_image else known), location or root / name
 
 
 def _read_json(path: Path) -> tuple[Any, str]:
@@ -267,28 +426,3 @@ def _look_up(document: Any, key: tuple[str, ...], name: str) -> tuple[str, str]:
         kind = "a list" if isinstance(value, list) else "an object"
         return "", f"{name}: {'.'.join(key)!r} is {kind}; expected the key of one value"
     return "" if value is None else str(value), ""
-
-
-def resolve_path(text: str, root: Path) -> tuple[str, Path | None]:
-    """Return a portable name for a path of a manifest, and where it is when outside its folder.
-
-    Relative paths are relative to the manifest; backslashes are folder separators on every system.
-    An absolute path inside the manifest's folder becomes relative. Any other keeps only its file's
-    name and a hash of the whole, because the name goes into the store and the path must not.
-    """
-    if not is_absolute(text):
-        return text.replace("\\", "/"), None
-    location = Path(text)
-    for base in (root, root.resolve()):
-        if location.is_relative_to(base):
-            return location.relative_to(base).as_posix(), None
-    path = PureWindowsPath(text)
-    return f"{path.stem}-{pseudonym(path.as_posix(), 8)}{path.suffix}", location
-
-
-def is_absolute(text: str) -> bool:
-    r"""Tell whether a path starts at a root of any system: /a, C:\\a, C:a or \\\\server\\a."""
-    # Nearly all paths show at their first two characters that they are not; a path object is slow.
-    if text[:1] not in ("/", "\\") and text[1:2] != ":":
-        return False
-    return PureWindowsPath(text).anchor != ""

@@ -9,14 +9,10 @@ Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
 from __future__ import annotations
 
 import logging
-import struct
-import threading
-import tokenize
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,63 +23,30 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sam3cache.errors import ImageError
+from sam3cache.images.coco import open_coco_mask
+from sam3cache.images.contrast import contrast_frame
+from sam3cache.images.dicom import HEAD_BYTES, is_head, open_dicom
+from sam3cache.images.hdf5 import HDF5_MAGIC, open_hdf5
+from sam3cache.images.npz import ZIP_MAGIC, open_npz
+from sam3cache.images.picture import (
+    DECODER_ERRORS,
+    MAX_PIXELS,
+    SUFFIXES,
+    Picture,
+    array_picture,
+    quietly,
+)
+from sam3cache.records import CONTRAST, MEMBER_MARK
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"})
-"""What counts as a picture in a folder; a file named in a CSV may be called anything."""
+__all__ = ["MAX_PIXELS", "SUFFIXES", "Picture", "open_picture", "quietly"]
 
-MAX_PIXELS = 178_956_970
-"""Pixels of one frame beyond which a file is taken for a decompression bomb; Pillow's own limit."""
+FORMATS = "PNG, JPEG, TIFF, BMP, .npy, .npz, HDF5 or DICOM"
 
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP")
 
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# What the decoders raise on damaged bytes; found by damaging files (tests/images/test_files.py).
-_DECODER_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    tokenize.TokenError,
-    zlib.error,
-)
-
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # damage is ours to report, once
-
-_warnings_lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An open file: what its header says, and how to read a frame of it.
-
-    Attributes:
-        height_px: height of a frame, upright.
-        width_px: width of a frame, upright.
-        num_channels: 1 or 3.
-        num_frames: T of a cine, or None for a still.
-        is_lossy: whether the pixels went through JPEG.
-        read: the frame of an index (0 for a still) as (H, W, C), in the type that the file stores.
-    """
-
-    height_px: int
-    width_px: int
-    num_channels: int
-    num_frames: int | None
-    is_lossy: bool
-    read: Callable[[int], NDArray[Any]]
-
-    def frames(self) -> Iterator[NDArray[Any]]:
-        """Read every frame in turn."""
-        for index in range(self.num_frames or 1):
-            yield self.read(index)
 
 
 @contextmanager
@@ -91,27 +54,38 @@ def open_picture(
     path: Path,
     name: str,
     *,
+    member: str = "",
     frame: int | None = None,
     is_mask: bool = False,
     as_numbers: bool = False,
+    as_planes: bool = False,
 ) -> Iterator[Picture]:
     """Open a picture; whatever its decoder raises until it is closed becomes an ImageError.
 
     Args:
         path: where the file is.
         name: what to call it in messages, which must not show where it is.
+        member: what is meant inside the file: a dataset of an HDF5 file, an array of an ``.npz``,
+            an image's id in a COCO file; ``contrast`` is the frame with the most contrast agent,
+            as a still. Empty: all that there is, if that is one thing.
         frame: index into a cine. It decides what a three-dimensional .npy is: with a frame
             (T, H, W), without one (H, W, 1) or (H, W, 3).
         is_mask: a three-dimensional .npy of a mask is (H, W, 1), (H, W, 3) or (1, H, W) whenever
             its shape allows it, since it may be a still although its image is a cine.
         as_numbers: whether pixels are numbers rather than brightness: of a palette its indices, of
             fewer than 8 bits what they say.
+        as_planes: whether a COCO file's mask is wanted as a plane a category.
 
     Raises:
         ImageError: no such file, an unknown format, a damaged file, or no pixels in it.
     """
+    wants_contrast = member == CONTRAST or member.endswith(MEMBER_MARK + CONTRAST)
+    if wants_contrast:
+        member = member.removesuffix(CONTRAST).removesuffix(MEMBER_MARK)
+        frame = 0  # As of a cine.
+    how = _How(member, frame, is_mask, as_numbers, as_planes)
     try:
-        with _opened(path, name, frame, is_mask, as_numbers) as picture:
+        with _opened(path, name, how) as picture:
             if picture.height_px == 0 or picture.width_px == 0 or picture.num_frames == 0:
                 raise ImageError(
                     f"{name}: no pixels ({picture.num_frames or 1} frame(s) of "
@@ -122,7 +96,7 @@ def open_picture(
                     f"{name}: {picture.height_px} x {picture.width_px} pixels, more than "
                     f"{MAX_PIXELS:,}; shrink it first"
                 )
-            yield picture
+            yield _of_contrast(picture, path, name, how) if wants_contrast else picture
     except ImageError:
         raise
     except FileNotFoundError:
@@ -132,10 +106,8 @@ def open_picture(
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         is_bomb = isinstance(error, Image.DecompressionBombError)
         detail = f"more than {MAX_PIXELS:,} pixels" if is_bomb else "not an image"
-        raise ImageError(
-            f"{name}: {detail}; expected PNG, JPEG, TIFF, BMP or .npy of a plausible size"
-        ) from None
-    except _DECODER_ERRORS as error:
+        raise ImageError(f"{name}: {detail}; expected {FORMATS} of a plausible size") from None
+    except DECODER_ERRORS as error:
         text = (isinstance(error, OSError) and error.strerror) or str(error).replace(
             str(path), name
         )
@@ -145,54 +117,75 @@ def open_picture(
         ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a file is to be understood; as for :func:`open_picture`."""
+
+    member: str
+    frame: int | None
+    is_mask: bool
+    as_numbers: bool
+    as_planes: bool
+
+
 @contextmanager
-def _opened(
-    path: Path, name: str, frame: int | None, is_mask: bool, as_numbers: bool
-) -> Iterator[Picture]:
+def _opened(path: Path, name: str, how: _How) -> Iterator[Picture]:
     if path.is_dir():
         raise ImageError(f"{name}: is a folder; name a file")
     with path.open("rb") as file:
-        head = file.read(26)
+        head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"{name}: empty file; restore it")
-    if head.startswith(b"\x93NUMPY"):
-        yield _open_npy(path, name, frame, is_mask)
+    # First, as the preamble of DICOM may be the beginning of a TIFF.
+    if is_head(head) and not how.member:
+        yield open_dicom(path, name)
+    elif head.startswith(HDF5_MAGIC):
+        yield open_hdf5(path, name, how.member, frame=how.frame, is_mask=how.is_mask)
+    elif head.startswith(ZIP_MAGIC):
+        yield open_npz(path, name, how.member, frame=how.frame, is_mask=how.is_mask)
+    elif how.is_mask and how.member and path.suffix.lower() == ".json":
+        yield open_coco_mask(
+            path, name, how.member, as_numbers=how.as_numbers, as_planes=how.as_planes
+        )
+    elif how.member:
+        raise ImageError(f"{name}: has no parts with names; leave {MEMBER_MARK}{how.member} out")
+    elif head.startswith(b"\x93NUMPY"):
+        yield _open_npy(path, name, how.frame, how.is_mask)
     elif head.startswith(_TIFF_MAGICS):
         with tifffile.TiffFile(path) as tiff:
-            yield _open_tiff(tiff, name, path.stat().st_size, as_numbers)
+            yield _open_tiff(tiff, name, path.stat().st_size, how.as_numbers)
     else:
         with quietly():
             image = Image.open(path, formats=PILLOW_FORMATS)
         with image:
-            yield _open_pillow(image, path, head, as_numbers)
+            yield _open_pillow(image, path, head, how.as_numbers)
+
+
+def _of_contrast(picture: Picture, path: Path, name: str, how: _How) -> Picture:
+    """Return the frame with the most contrast agent, as a still; it is not looked for yet."""
+    stat = path.stat()
+
+    def read(index: int) -> NDArray[Any]:
+        assert index == 0, index
+        return picture.read(_contrast_frame(path, name, how, stat.st_size, stat.st_mtime_ns))
+
+    if picture.num_frames is None:
+        return picture
+    return replace(picture, num_frames=None, read=read, is_one_of_cine=True)
+
+
+@lru_cache(maxsize=1024)
+def _contrast_frame(path: Path, name: str, how: _How, size_bytes: int, mtime_ns: int) -> int:
+    """Return the index of a cine's frame; found once, as it takes all of them."""
+    del size_bytes, mtime_ns  # Part of the cache's key: a changed file has another.
+    with _opened(path, name, how) as picture:
+        return contrast_frame(picture.frames())
 
 
 def _open_npy(path: Path, name: str, frame: int | None, is_mask: bool) -> Picture:
     with quietly():
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    shape = array.shape
-    if array.dtype.kind not in "buif":
-        raise ImageError(f"{name}: pixels of type {array.dtype}; expected bool, integers or floats")
-    may_be_still = is_mask or frame is None
-    num_frames: int | None = None
-    if len(shape) == 2:
-        array_THWC = array[None, :, :, None]
-    elif len(shape) == 3 and shape[-1] in (1, 3) and may_be_still:
-        array_THWC = array[None]
-    elif len(shape) == 3 and shape[0] == 1 and is_mask:
-        array_THWC = array[..., None]
-    elif len(shape) == 3:
-        array_THWC, num_frames = array[..., None], shape[0]
-    elif len(shape) == 4 and shape[-1] in (1, 3):
-        array_THWC, num_frames = array, shape[0]
-    else:
-        raise ImageError(f"{name}: array of shape {shape}; expected H x W (x 3) or T x H x W (x 3)")
-    height_px, width_px, num_channels = array_THWC.shape[1:]
-
-    def read(index: int) -> NDArray[Any]:
-        return np.array(array_THWC[index])  # out of the map: only this frame is read
-
-    return Picture(height_px, width_px, num_channels, num_frames, is_lossy=False, read=read)
+    return array_picture(array, name, frame=frame, is_mask=is_mask)
 
 
 def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int, as_numbers: bool) -> Picture:
@@ -309,14 +302,3 @@ def _upright(pixels_HWC: NDArray[Any], orientation: int) -> NDArray[Any]:
     if orientation in (3, 4, 7, 8):
         pixels_HWC = pixels_HWC[::-1]
     return np.ascontiguousarray(pixels_HWC)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep the decoders' warnings (odd EXIF, large pictures, old headers) out of the output.
-
-    Filters are global to the process, so threads take turns: keep what stands inside short.
-    """
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

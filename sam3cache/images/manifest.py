@@ -1,40 +1,36 @@
-"""What the user has: a CSV or a folder, resolved into samples."""
+"""What the user has, resolved into samples: a table or container of any kind, or a folder.
+
+A reader makes a table of text cells of what it reads (``images/readers.py``), and all tables are
+understood alike: as that of a CSV.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.columns import (
-    ColumnMap,
-    RowReader,
-    is_absolute,
-    map_columns,
-)
+from sam3cache.images.columns import Row, RowReader, map_columns, read_setting
 from sam3cache.images.files import SUFFIXES
-from sam3cache.records import SPLITS, Sample, SetAside
+from sam3cache.images.readers import FOLDER, READERS, find_reader
+from sam3cache.images.tables import SPLIT_SYNONYMS, Table, read_csv_rows, saying_path
+from sam3cache.records import CONTRAST, MEMBER_MARK, SPLITS, Sample, SetAside, split_member
 
 MAX_ANGLE_DEG = {"primary": 180, "secondary": 90}
 """DICOM PS3.3, C.8.7.5.1.2: Positioner Primary and Secondary Angle."""
 
-SPLIT_SYNONYMS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("val", "validation", "validate", "valid", "dev", "development"), "val"),
-    **dict.fromkeys(("test", "testing", "tst", "holdout"), "test"),
-}
-
 _COUNTED_BYTES = 1 << 24
+
+_SPACING = ("spacing_mm", "spacing_from")
+"""Columns that headers of DICOM files give, the first as docs/evaluation.md expects it."""
 
 _SPLIT_SHARES = ((0.70, "train"), (0.85, "val"), (1.0, "test"))
 
@@ -51,6 +47,11 @@ class Manifest:
         leaks: groups that the manifest itself puts into more than one split.
         fields: fields that it gives; "split" only if it has any.
         extra: other columns that it gives.
+        notes: what is to be told of it, a sentence each.
+        key_mark: of the key that names of persons are hashed with, what tells it from another; ""
+            where none was needed.
+        lines: of ``samples`` and then of ``set_aside``, where they stand; none of a folder.
+        unit: what these numbers count, as "line".
     """
 
     root: Path
@@ -60,6 +61,10 @@ class Manifest:
     leaks: tuple[str, ...] = ()
     fields: tuple[str, ...] = ("image", "mask")
     extra: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    key_mark: str = ""
+    lines: Sequence[int] = ()
+    unit: str = ""
 
 
 def read_manifest(
@@ -70,14 +75,17 @@ def read_manifest(
     by_id: bool = False,
     mask_columns: Sequence[str] = (),
 ) -> Manifest:
-    """Read a CSV, or a folder with ``images/`` and ``masks/`` matched by their stems.
+    """Read a table, a container of pictures, or a folder.
 
-    No picture is opened; ``probe`` does that.
+    No picture is decoded, and no header of one is read but those of DICOM files; ``probe`` does
+    that.
 
     Args:
-        path: a CSV (comma, semicolon or tab) with a header; a folder with a ``manifest.csv``, which
-            then speaks for it; or a folder of pictures.
-        columns: a ``columns.toml`` that says which column is what.
+        path: a CSV (comma, semicolon or tab) with a header, or a Parquet file of such columns; an
+            HDF5 file or ``.npz``; a COCO file; a DICOM file; or a folder with a ``manifest.csv`` or
+            ``manifest.parquet``, which then speaks for it, with ``images/`` and ``masks/`` matched
+            by their stems, with COCO files in ``annotations/``, or of DICOM files.
+        columns: a ``columns.toml`` that says which column is what, and which ``reader`` to take.
         seed: of the split by groups, where the manifest has none.
         by_id: whether a row may have an id in place of an image, for samples that a store has
             already; its ``source`` is then empty.
@@ -87,15 +95,15 @@ def read_manifest(
     Raises:
         ManifestError: the manifest as a whole cannot be used; nothing is set aside for that.
     """
-    if path.is_dir() and (path / "manifest.csv").is_file():
-        path = path / "manifest.csv"
-    if path.is_dir():
-        if columns is not None:
+    path, reader = find_reader(path, columns)
+    if reader == FOLDER:
+        if columns is not None and read_setting(columns, "reader") != FOLDER:
             raise ManifestError(
                 f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
             )
         return _read_folder(path, seed, mask_columns)
-    return _read_csv(path, columns, seed, by_id, mask_columns)
+    with saying_path(path), READERS[reader](path, columns) as table:
+        return _read_table(table, columns, seed, by_id, mask_columns)
 
 
 def _read_folder(folder: Path, seed: int, mask_folders: Sequence[str] = ()) -> Manifest:
@@ -161,35 +169,23 @@ def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[
     return dict(found)
 
 
-def _read_csv(
-    path: Path,
+def _read_table(
+    table: Table,
     columns: Path | None,
     seed: int,
-    by_id: bool,
+    by_id: bool = False,
     mask_columns: Sequence[str] = (),
 ) -> Manifest:
-    # The reader of CSV splits lines itself, as a quoted cell may hold some.
-    with _saying_path(path), path.open(encoding="utf-8-sig", newline="") as file:
-        return _read_lines(file, path, columns, seed, by_id, mask_columns)
-
-
-def _read_lines(
-    lines: Iterable[str],
-    path: Path,
-    columns: Path | None,
-    seed: int,
-    by_id: bool,
-    mask_columns: Sequence[str] = (),
-) -> Manifest:
-    """Resolve a CSV's lines, one after the other: the whole text may be large."""
-    header, rows = _read_rows(lines, path)
-    column_map = map_columns(header, columns, path.name, by_id=by_id)
+    """Resolve a table's rows, one after the other: there may be many."""
+    header, root, where = table.header, table.root, table.path
+    column_map = map_columns(
+        header, columns, table.name, by_id=by_id, defaults=table.defaults, unkept=table.unkept
+    )
     for name in mask_columns:
         if name not in header:
             raise ManifestError(
-                f"{path}: no column {name!r} with masks; it has {', '.join(header)}"
+                f"{where}: no column {name!r} with masks; it has {', '.join(header)}"
             )
-    root = path.parent.absolute()
     reader = RowReader(column_map, root)
 
     samples: list[Sample] = []
@@ -197,51 +193,66 @@ def _read_lines(
     # What stands in many rows is kept once.
     shared: dict[Any, Any] = {}
     line_of: dict[str, int] = {}
-    for line, cells in rows:
-        row = dict(zip(header, cells, strict=True))
-        source = given_id = ""
+    lines, lines_aside = array("I"), array("I")
+    for line, cells in table.rows:
+        given_id, row = "", Row(reader, dict(zip(header, cells, strict=True)))
         try:
-            given_id = reader.value(row, "id")
-            image = reader.value(row, "image")
-            if image:
-                source, _ = reader.resolve(image)
-            elif not (by_id and given_id):
+            given_id = row.value("id")
+            row.find_image()
+            if not row.image and not (by_id and given_id):
                 what = "image and no id" if by_id else "image"
                 raise ImageError(f"no {what}; fill the cell or remove the row")
-            fields = _fields(reader, row, column_map, shared)
+            fields = _fields(row, shared)
             if mask_columns:
-                files = [row[column] for column in mask_columns]
-                fields["masks"] = tuple(reader.resolve(f) if f else None for f in files)
-            split = reader.value(row, "split")
+                files = [row.cells[column] for column in mask_columns]
+                fields["masks"] = tuple(row.resolve(f) if f else None for f in files)
+            split = row.value("split")
         except ImageError as error:
-            row_id = given_id or f"line {line}"
-            reason = f"line {line}: {error}" if column_map.hash_paths else str(error)
-            set_aside.append(SetAside(row_id, source, reason))
-            _claim(line_of, [row_id], line, path.name)
+            row_id = given_id or f"{table.unit} {line}"
+            reason = f"{table.unit} {line}: {error}" if row.hides else str(error)
+            set_aside.append(SetAside(row_id, row.source, reason))
+            lines_aside.append(line)
+            _claim(line_of, [row_id], line, table)
             continue
         ids = [given_id] if given_id else _derived_ids(fields)
-        row_id = _claim(line_of, ids, line, path.name)
-        named_line = line if column_map.hash_paths else None
+        row_id = _claim(line_of, ids, line, table)
+        lines.append(line)
+        named_line = line if row.hides else None
         split = shared.setdefault(split, split)
         samples.append(Sample(row_id, root=root, split=split, line=named_line, **fields))
     splits = [sample.split for sample in samples]
     if not samples and not set_aside:
-        raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
+        raise ManifestError(f"{where}: no rows; expected a header and a row a sample")
     if not samples:
         raise ManifestError(
-            f"{path}: none of its {len(set_aside)} rows can be used; the first: "
+            f"{where}: none of its {len(set_aside)} rows can be used; the first: "
             f"{set_aside[0].reason}"
         )
     source_of_split = column_map.fields.get("split")
-    where = ""
+    rule = ""
     if source_of_split is not None:
         column = source_of_split.column
-        where = f"constant {splits[0]!r}" if column is None else f"column {column!r}"
-    manifest = _with_splits(root, samples, splits, set_aside, where, seed)
+        rule = f"constant {splits[0]!r}" if column is None else f"column {column!r}"
+    manifest = _with_splits(root, samples, splits, set_aside, rule, seed)
     given = {n for n, entry in column_map.fields.items() if entry.column or entry.constant}
     if not any(splits):
         given.discard("split")
-    return replace(manifest, fields=tuple(sorted(given)), extra=column_map.extra)
+    extra, notes, key_mark = column_map.extra, list(table.notes), ""
+    if reader.num_dicoms:
+        given |= {"primary_angle", "secondary_angle", "group"}
+        extra += tuple(name for name in _SPACING if reader.has_spacing and name not in extra)
+        if reader.uses_key:
+            key_mark = reader.key.mark
+            notes += [reader.key.note] if reader.key.is_new else []
+    return replace(
+        manifest,
+        fields=tuple(sorted(given)),
+        extra=extra,
+        notes=tuple(notes),
+        key_mark=key_mark,
+        lines=lines + lines_aside,
+        unit=table.unit,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,10 +269,9 @@ class ManifestSample:
 
 
 def find_csv(path: Path) -> Path | None:
-    """Return the CSV that speaks for a path; None for a folder of pictures."""
-    if path.is_dir():
-        return path / "manifest.csv" if (path / "manifest.csv").is_file() else None
-    return path
+    """Return the CSV that speaks for a path; None where something else does."""
+    path, reader = find_reader(path, None)
+    return path if reader == "csv" else None
 
 
 def count_rows(path: Path) -> int:
@@ -271,7 +281,7 @@ def count_rows(path: Path) -> int:
         ManifestError: when the file cannot be read.
     """
     num_lines, in_quotes, last = 0, 0, b"\n"
-    with _saying_path(path), path.open("rb") as file:
+    with saying_path(path), path.open("rb") as file:
         while chunk := file.read(_COUNTED_BYTES):
             last = chunk[-1:]
             if in_quotes or b'"' in chunk:
@@ -301,8 +311,8 @@ def sample_manifest(
     """
     num_rows = count_rows(path)
     if num_rows <= num_samples:
-        return ManifestSample(num_rows, _read_csv(path, columns, seed, by_id=False))
-    with _saying_path(path), path.open("rb") as file:
+        return ManifestSample(num_rows, read_manifest(path, columns, seed=seed))
+    with saying_path(path), path.open("rb") as file:
         header = file.readline()
         begin, end = file.tell(), path.stat().st_size
         lines = {}
@@ -312,91 +322,35 @@ def sample_manifest(
                 file.readline()  # the rest of a row
             lines[file.tell()] = file.readline()
         text = b"".join([header, *(line for _, line in sorted(lines.items()))]).decode("utf-8-sig")
-    manifest = _read_lines(io.StringIO(text, newline=""), path, columns, seed, by_id=False)
-    return ManifestSample(num_rows, manifest)
+    table = read_csv_rows(io.StringIO(text, newline=""), path)
+    return ManifestSample(num_rows, _read_table(table, columns, seed))
 
 
-@contextmanager
-def _saying_path(path: Path) -> Iterator[None]:
-    """Turn what a system says of a file into what is wrong with a manifest."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file or folder; check the path") from None
-    except OSError as error:
-        raise ManifestError(f"{path}: {error.strerror}; check the path") from None
-    except UnicodeDecodeError:
-        raise ManifestError(
-            f"{path}: not UTF-8 text{_where_not_utf8(path)}; expected a CSV; save it as 'CSV UTF-8'"
-        ) from None
-
-
-def _where_not_utf8(path: Path) -> str:
-    """Say which byte is no UTF-8: read by parts, a decoder tells its place in the part."""
-    try:
-        path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f" (byte {error.start})"
-    return ""
-
-
-def _read_rows(
-    lines: Iterable[str], path: Path
-) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header, and (line, cells) of the rows that are not blank."""
-    lines = iter(lines)
-    first_line = next(lines, "")
-    delimiter = max(",;\t", key=first_line.count)
-    reader = csv.reader(chain([first_line], lines), delimiter=delimiter)
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        try:
-            for cells in reader:
-                cells = [cell.strip() for cell in cells]
-                if not any(cells):
-                    continue
-                if any(cells[len(header) :]):
-                    raise ManifestError(
-                        f"{path}: line {reader.line_num} has {len(cells)} cells under "
-                        f"{len(header)} columns; quote cells that contain {delimiter!r}"
-                    )
-                cells += [""] * (len(header) - len(cells))
-                yield reader.line_num, cells[: len(header)]
-        except csv.Error as error:
-            raise ManifestError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
-
-    try:
-        header = [name.strip() for name in next(reader, [])]
-    except csv.Error as error:
-        raise ManifestError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
-    if not any(header):
-        raise ManifestError(f"{path}: no rows; expected a header and a row a sample")
-    twice = sorted({name for name in header if name and header.count(name) > 1})
-    if twice:
-        raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one")
-    return header, rows()
-
-
-def _fields(
-    reader: RowReader, row: dict[str, str], column_map: ColumnMap, shared: dict[Any, Any]
-) -> dict[str, Any]:
+def _fields(row: Row, shared: dict[Any, Any]) -> dict[str, Any]:
     """Resolve one row, all but its id, line and split; without an image its source is empty."""
-    image = reader.value(row, "image")
-    source, image_location = reader.resolve(image) if image else ("", None)
-    mask_text = reader.value(row, "mask")
-    mask, mask_location = reader.resolve(mask_text) if mask_text else (None, None)
-    group = reader.value(row, "group") or source
-    others = tuple(_portable(row[column], reader) for column in column_map.extra)
-    if others not in shared:
-        shared[others] = dict(zip(column_map.extra, others, strict=True))
+    source, image_location = row.resolve(row.image) if row.image else ("", None)
+    frame = _frame(row.value("frame"))
+    if frame == CONTRAST:
+        # A picture of its own, whichever frame that is: it is looked for when it is read.
+        source, frame = source + MEMBER_MARK + CONTRAST, None
+        if image_location is not None:
+            image_location = Path(f"{image_location}{MEMBER_MARK}{CONTRAST}")
+    mask_text = row.value("mask")
+    mask, mask_location = row.resolve(mask_text) if mask_text else (None, None)
+    names, cells, facts = row.reader.column_map.extra, row.extra(), row.facts()
+    if facts is not None and facts.spacing_mm and _SPACING[0] not in names:
+        names, cells = (*names, *_SPACING), (*cells, facts.spacing_mm, facts.spacing_from)
+    extra = (names, cells)
+    if extra not in shared:
+        shared[extra] = dict(zip(names, cells, strict=True))
     fields = {
         "source": source,
-        "frame": _frame(reader.value(row, "frame")),
+        "frame": frame,
         "mask": mask,
-        "primary_angle_deg": _angle("primary", reader.value(row, "primary_angle")),
-        "secondary_angle_deg": _angle("secondary", reader.value(row, "secondary_angle")),
-        "group": group,
-        "extra": shared[others],
+        "primary_angle_deg": _angle("primary", row.value("primary_angle")),
+        "secondary_angle_deg": _angle("secondary", row.value("secondary_angle")),
+        "group": row.value("group") or source,
+        "extra": shared[extra],
         "image_location": image_location,
         "mask_location": mask_location,
     }
@@ -408,20 +362,19 @@ def _fields(
     return fields
 
 
-def _portable(cell: str, reader: RowReader) -> str:
-    """Keep other columns as they are, but for paths of this machine."""
-    return reader.resolve(cell)[0] if is_absolute(cell) else cell
-
-
-def _frame(text: str) -> int | None:
+def _frame(text: str) -> int | str | None:
     if not text:
         return None
+    if text.lower() == CONTRAST:
+        return CONTRAST
     try:
         number = float(text)  # tables with gaps write 12 as 12.0
     except ValueError:
         number = -1.0
     if number < 0 or not number.is_integer():
-        raise ImageError(f"frame {text!r}: expected a whole number from 0, or nothing for a still")
+        raise ImageError(
+            f"frame {text!r}: expected a whole number from 0, {CONTRAST!r}, or nothing for a still"
+        )
     return int(number)
 
 
@@ -449,14 +402,19 @@ def _angle(which: str, text: str) -> float | None:
 
 def _derived_ids(fields: dict[str, Any]) -> list[str]:
     """Return ids to try for a row without one: image and frame; then the mask's name with them."""
-    plain = PurePosixPath(fields["source"]).with_suffix("").as_posix()
+    file, member = split_member(fields["source"])
+    plain = PurePosixPath(file).with_suffix("").as_posix()
+    if member and member != CONTRAST:
+        plain += f"/{member}"
     if fields["frame"] is not None:
         plain += f"#{fields['frame']}"
+    elif member == CONTRAST:
+        plain += f"#{CONTRAST}"
     mask = fields["mask"]
     return [plain] if mask is None else [plain, f"{plain}@{PurePosixPath(mask).stem}"]
 
 
-def _claim(line_of: dict[str, int], candidates: Sequence[str], line: int, manifest: str) -> str:
+def _claim(line_of: dict[str, int], candidates: Sequence[str], line: int, table: Table) -> str:
     """Return the first id that no earlier row has."""
     for candidate in candidates:
         if candidate not in line_of:
@@ -464,8 +422,8 @@ def _claim(line_of: dict[str, int], candidates: Sequence[str], line: int, manife
             return candidate
     taken = candidates[-1]
     raise ManifestError(
-        f"{manifest}: lines {line_of[taken]} and {line} both have the id {taken!r}; make ids "
-        "unique, or remove the row that is there twice"
+        f"{table.name}: {table.unit}s {line_of[taken]} and {line} both have the id {taken!r}; make "
+        "ids unique, or remove the row that is there twice"
     )
 
 

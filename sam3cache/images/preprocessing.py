@@ -59,6 +59,8 @@ def preprocessing_fields(mode: ResizeMode) -> dict[str, str | int | float]:
         "size_px": INPUT_SIZE_PX,
         "pad_value": PAD_VALUE,
         "interpolation": "bilinear antialiased uint8",
+        # A DICOM file's own window goes first. There were no such files when this was worded, and
+        # another wording would make every store of before another one.
         "intensity_rule": "8 bit as is, else file percentiles 0.5-99.5",
     }
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.errors import ImageError
-from sam3cache.images.classes import ClassTable
-from sam3cache.images.files import Picture, open_picture
-from sam3cache.records import IGNORE_LABEL, Sample
+from sam3cache.images.classes import FOREGROUND, ClassTable
+from sam3cache.images.files import open_picture
+from sam3cache.images.picture import Picture, apply_window
+from sam3cache.records import CONTRAST, IGNORE_LABEL, MEMBER_MARK, Sample
 from sam3cache.variants import Variant
 
 WINDOW_PERMILLE = (5, 995)
@@ -98,25 +99,44 @@ def read_image(sample: Sample) -> NDArray[np.uint8]:
         ImageError: a file that is missing, damaged or of no known format; a frame that the file
             lacks; values that are not finite.
     """
-    pixels_HWC = _read_as_it_is(sample)
-    return Variant.parse(sample.variant).picture(pixels_HWC) if sample.variant else pixels_HWC
+    return read_image_and_type(sample)[0]
 
 
-def _read_as_it_is(sample: Sample) -> NDArray[np.uint8]:
+def read_image_and_type(sample: Sample) -> tuple[NDArray[np.uint8], np.dtype[Any]]:
+    """Decode a sample's image as :func:`read_image` does; return also the type its file stores.
+
+    Raises:
+        ImageError: as there.
+    """
+    pixels_HWC, pixel_type = _read_as_it_is(sample)
+    if sample.variant:
+        pixels_HWC = Variant.parse(sample.variant).picture(pixels_HWC)
+    return pixels_HWC, pixel_type
+
+
+def _read_as_it_is(sample: Sample) -> tuple[NDArray[np.uint8], np.dtype[Any]]:
     with _open_image(sample) as picture:
         pixels_HWC = picture.read(_frame_index(picture, sample.frame, sample.source))
-        if pixels_HWC.dtype == np.uint8:
-            return pixels_HWC
-        if pixels_HWC.dtype == np.bool_:
-            return pixels_HWC.astype(np.uint8) * 255
-        if picture.num_frames is None:
-            window = _window([pixels_HWC], pixels_HWC.dtype, sample.source)
+        pixel_type = pixels_HWC.dtype
+        if pixel_type == np.uint8:
+            return pixels_HWC, pixel_type
+        if pixel_type == np.bool_:
+            return pixels_HWC.astype(np.uint8) * 255, pixel_type
+        if picture.to_8_bits is not None:
+            return picture.to_8_bits(pixels_HWC), pixel_type
+        if not picture.is_of_cine:
+            window = _window([pixels_HWC], pixel_type, sample.source)
         else:
             stat = sample.image_path.stat()
             window = _cine_window(
-                sample.image_path, sample.source, pixels_HWC.dtype, stat.st_size, stat.st_mtime_ns
+                sample.image_path,
+                sample.image_member,
+                sample.source,
+                pixel_type,
+                stat.st_size,
+                stat.st_mtime_ns,
             )
-    return _apply_window(pixels_HWC, *window)
+    return apply_window(pixels_HWC, *window), pixel_type
 
 
 def read_mask(
@@ -174,7 +194,7 @@ def read_labels(
         return None
     if table.numbers is not None:
         return _read_numbers(given[0], table, image_size_px)
-    if len(files) == 1 and len(table.names) > 1:
+    if len(files) == 1 and (len(table.names) > 1 or _has_categories(given[0], table)):
         return _read_planes(given[0], table.names, image_size_px)
     planes = [None if sample is None else read_mask(sample, image_size_px) for sample in files]
     sizes = {f"{plane.shape[1]} x {plane.shape[2]}" for plane in planes if plane is not None}
@@ -200,6 +220,8 @@ def _foreground(values_HWC: NDArray[Any], mask: Picture, sample: Sample) -> NDAr
             "probabilities in [0, 1]; apply the sigmoid or the threshold first"
         )
     foreground_HW: NDArray[np.uint8] = foreground_HWC.any(axis=-1).astype(np.uint8)
+    if mask.ignored is not None:
+        foreground_HW[(values_HWC == mask.ignored).all(axis=-1)] = IGNORE_LABEL
     return foreground_HW
 
 
@@ -241,8 +263,17 @@ def _read_planes(
     with (
         _saying_line(sample),
         # As of a cine: three axes are never a still of three colours.
-        open_picture(sample.mask_path, sample.mask, frame=0) as mask,
+        open_picture(
+            sample.mask_path,
+            sample.mask,
+            member=sample.mask_member,
+            frame=0,
+            is_mask=bool(sample.mask_member),
+            as_planes=True,
+        ) as mask,
     ):
+        if mask.plane_names:
+            return _named_planes(sample, mask, names)
         if mask.num_frames != len(names):
             raise ImageError(
                 f"{sample.mask}: {mask.num_frames or 1} planes of {mask.height_px} x "
@@ -251,6 +282,23 @@ def _read_planes(
             )
         _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
         return np.stack([_foreground(plane, mask, sample) for plane in mask.frames()])
+
+
+def _has_categories(sample: Sample, table: ClassTable) -> bool:
+    """Tell whether a mask is of a COCO file, of which one class may be wanted."""
+    is_coco = sample.mask_path is not None and sample.mask_path.suffix.lower() == ".json"
+    return is_coco and table != FOREGROUND
+
+
+def _named_planes(sample: Sample, mask: Picture, names: Sequence[str]) -> NDArray[np.uint8]:
+    """Return the planes that have these names, uint8 (M, H, W)."""
+    unknown = [name for name in names if name not in mask.plane_names]
+    if unknown:
+        raise ImageError(
+            f"{sample.mask}: no category {unknown[0]!r}; it has {', '.join(mask.plane_names)}"
+        )
+    planes = [mask.read(mask.plane_names.index(name)) for name in names]
+    return np.stack([_foreground(plane, mask, sample) for plane in planes])
 
 
 @contextmanager
@@ -268,7 +316,9 @@ def _saying_line(sample: Sample) -> Iterator[None]:
 def _open_image(sample: Sample) -> Iterator[Picture]:
     with (
         _saying_line(sample),
-        open_picture(sample.image_path, sample.source, frame=sample.frame) as picture,
+        open_picture(
+            sample.image_path, sample.source, member=sample.image_member, frame=sample.frame
+        ) as picture,
     ):
         yield picture
 
@@ -282,6 +332,7 @@ def _open_mask(sample: Sample, *, as_numbers: bool = False) -> Iterator[Picture]
         open_picture(
             sample.mask_path,
             sample.mask,
+            member=sample.mask_member,
             frame=sample.frame,
             is_mask=True,
             as_numbers=as_numbers,
@@ -331,11 +382,12 @@ def _check_aspect(sample: Sample, image: tuple[int, int], mask: tuple[int, int])
 
 @lru_cache(maxsize=64)
 def _cine_window(
-    path: Path, name: str, dtype: np.dtype[Any], size_bytes: int, mtime_ns: int
+    path: Path, member: str, name: str, dtype: np.dtype[Any], size_bytes: int, mtime_ns: int
 ) -> tuple[float, float]:
     """Window of a whole cine; once a file, since its samples usually follow one another."""
     del size_bytes, mtime_ns  # part of the cache's key: a changed file has a new window
-    with open_picture(path, name, frame=0) as picture:
+    cine = member.removesuffix(CONTRAST).removesuffix(MEMBER_MARK)
+    with open_picture(path, name, member=cine, frame=0) as picture:
         return _window(picture.frames(), dtype, name)
 
 
@@ -361,13 +413,3 @@ def _ranks(num_values: int) -> tuple[int, int]:
     """Positions of the window's ends among the sorted values."""
     low, high = (max(0, math.ceil(num_values * p / 1000) - 1) for p in WINDOW_PERMILLE)
     return low, high
-
-
-def _apply_window(pixels: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Map [low, high] to [0, 255] and clip; where both are one value, only more is white."""
-    if high > low:
-        scaled = (pixels.astype(np.float64) - low) / (high - low) * 255.0
-    else:
-        scaled = np.where(pixels > low, 255.0, 0.0)
-    result: NDArray[np.uint8] = np.rint(scaled.clip(0.0, 255.0)).astype(np.uint8)
-    return result

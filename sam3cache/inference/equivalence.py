@@ -46,7 +46,7 @@ from sam3cache.loading import CachedSamples
 from sam3cache.records import Batch, Sample
 from sam3cache.tasks import decide
 
-_OF_PATH: dict[NumericPath, float] = {"fp32": 0.0, "bf16": 2.0**-7}
+_OF_PATH: dict[NumericPath, float] = {"fp32": 0.0, "bf16": 2.0**-7, "bf16+compile": 2.0**-7}
 _OF_PRECISION: dict[Precision, tuple[float, float]] = {
     "float16": (2.0**-11, 2.0**-25),
     "bf16": (2.0**-8, 0.0),

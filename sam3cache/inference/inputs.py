@@ -138,7 +138,7 @@ def _with_frames(samples: Iterable[Sample]) -> Iterator[Sample]:
         # A damaged file will be set aside, with its reason, when it is read.
         with (
             suppress(ImageError),
-            open_picture(sample.image_path, sample.source) as picture,
+            open_picture(sample.image_path, sample.source, member=sample.image_member) as picture,
         ):
             num_frames = picture.num_frames
         if num_frames is None:

@@ -73,6 +73,16 @@ def test_the_full_tower_equals_sam3s_own_backbone_to_the_bit(
         assert torch.equal(features[level], expected), level
 
 
+def test_the_full_tower_in_bf16_keeps_within_rounding(
+    image: Tensor, features: dict[str, Tensor]
+) -> None:
+    tower = load_tower("sam3", weights="random", levels=ALL_LEVELS, numeric_path="bf16")
+    for level, feature in tower(image).items():
+        actual, expected = feature.double().flatten(), features[level].double().flatten()
+        assert (actual - expected).norm() / expected.norm() < 0.02, level
+        assert torch.cosine_similarity(actual, expected, dim=0) > 0.9995, level
+
+
 def test_the_full_tower_agrees_with_transformers(
     tensors: dict[str, Tensor], image: Tensor, features: dict[str, Tensor]
 ) -> None:

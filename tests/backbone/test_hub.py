@@ -123,43 +123,57 @@ def ask(cache: Path, questions: list[tuple[str, str | None]], **environment: str
     return answers
 
 
+PROBLEMS = {
+    ("sam3", None): ("facebook/sam3/sam3.pt", "access is gated"),
+    ("sam3.1", None): ("facebook/sam3.1/sam3.1_multiplex.pt", "access is gated"),
+    ("sam3", "acme/none"): (
+        "acme/none/sam3.pt",
+        "neither a file here nor a repository that this account can see",
+    ),
+    ("unit", "acme/empty"): ("acme/empty/tower.pt", "the repository holds no tower.pt"),
+    ("unit", "acme/cut"): ("acme/cut/tower.pt", "the download failed ("),
+}
+FOUND = [("unit", None), ("unit", "acme/tower")]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def answers(hub: Hub, cache: Path) -> dict[tuple[str, str | None], str]:
+    """What one process with a network is told, by what it asks for."""
+    questions = [*PROBLEMS, *FOUND]
+    return dict(zip(questions, ask(cache, questions, HF_ENDPOINT=hub.url), strict=True))
+
+
+@pytest.mark.parametrize("question", PROBLEMS)
 def test_weights_that_cannot_be_had_are_one_line_on_how_to_get_them(
-    hub: Hub, tmp_path: Path
+    answers: dict[tuple[str, str | None], str], question: tuple[str, str | None]
 ) -> None:
-    questions = [
-        ("sam3", None),
-        ("sam3.1", None),
-        ("sam3", "acme/none"),
-        ("unit", "acme/empty"),
-        ("unit", "acme/cut"),
-    ]
-    answers = ask(tmp_path, questions, HF_ENDPOINT=hub.url)
-    expected = [
-        ("facebook/sam3/sam3.pt", "access is gated"),
-        ("facebook/sam3.1/sam3.1_multiplex.pt", "access is gated"),
-        ("acme/none/sam3.pt", "neither a file here nor a repository that this account can see"),
-        ("acme/empty/tower.pt", "the repository holds no tower.pt"),
-        ("acme/cut/tower.pt", "the download failed ("),
-    ]
-    for answer, (file, problem) in zip(answers, expected, strict=True):
-        assert answer.startswith(f"{file}: {problem}")
-        repo = file.rpartition("/")[0]
-        assert f"accept the licence at https://huggingface.co/{repo}" in answer
-        assert "`hf auth login`" in answer
-        assert "--weights PATH" in answer
+    file, problem = PROBLEMS[question]
+    answer = answers[question]
+    assert answer.startswith(f"{file}: {problem}")
+    repo = file.rpartition("/")[0]
+    assert f"accept the licence at https://huggingface.co/{repo}" in answer
+    assert "`hf auth login`" in answer
+    assert "--weights PATH" in answer
 
 
 def test_weights_are_fetched_once_and_then_found_without_the_network(
-    hub: Hub, tmp_path: Path, checkpoints: dict[str, Path]
+    hub: Hub,
+    answers: dict[tuple[str, str | None], str],
+    cache: Path,
+    checkpoints: dict[str, Path],
 ) -> None:
     expected = weights_sha256(UNIT, checkpoints["tower"])
-    questions = [("unit", None), ("unit", "acme/tower")]
-    assert ask(tmp_path, questions, HF_ENDPOINT=hub.url) == [expected, expected]
+    assert [answers[question] for question in FOUND] == [expected, expected]
     assert sorted(hub.requests.count(f"{method} acme/tower") for method in ("HEAD", "GET")) == [
         1,
         1,
     ]
-    offline, absent = ask(tmp_path, [("unit", None), ("sam3", None)], HF_HUB_OFFLINE="1")
+    offline, absent = ask(cache, [("unit", None), ("sam3", None)], HF_HUB_OFFLINE="1")
     assert offline == expected
     assert absent.startswith(
         "facebook/sam3/sam3.pt: not in the local cache, and the hub cannot be reached; accept"

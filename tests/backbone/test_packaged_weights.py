@@ -91,6 +91,7 @@ def test_a_branch_is_found_in_the_tokens_that_it_crosses() -> None:
     assert cells.nonzero().tolist() == [[2, 5, 10]]
 
 
+@pytest.mark.long
 def test_every_stage_of_the_recipe_takes_a_step() -> None:
     steps = recipe.Recipe(window_steps=1, whole_steps=1, neck_steps=1)
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +104,7 @@ def test_every_stage_of_the_recipe_takes_a_step() -> None:
         "sam3-mini", weights="random", levels=("trunk_72", "fpn_72", "fpn_144", "fpn_288")
     )
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
-    rotation = tower.trunk.blocks[1].attn.cos_LD
+    rotation = tower.trunk.blocks[1].attn.rotation_LP2
     probe = recipe.train_tokens(tower, pictures, steps)
     recipe.train_finer_necks(tower, pictures, steps)
     after = tower.state_dict()
@@ -114,7 +115,7 @@ def test_every_stage_of_the_recipe_takes_a_step() -> None:
         "fpn_144",
         "fpn_288",
     }
-    assert tower.trunk.blocks[1].attn.cos_LD is rotation
+    assert tower.trunk.blocks[1].attn.rotation_LP2 is rotation
     assert not any(p.requires_grad for p in tower.parameters())
     assert len(recipe.held_out_dice(tower, probe, pictures)) == 1
     spec = BACKBONES["sam3-mini"]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from angiography import write_data
+from worker_thread import one_process
 
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.extract.config import IMAGE_LEVEL
@@ -82,7 +83,8 @@ def test_a_store_names_no_patient_and_is_complete_at_once_when_run_again(tmp_pat
     mask = csv.parent / "masks" / "p0318_RCA_0.npy"
     mask.write_bytes(mask.read_bytes()[:-1])
     config = ExtractConfig(csv, tmp_path / "store.zarr", COLUMNS, levels=(IMAGE_LEVEL,))
-    first, again = (extract(config, lambda progress: None) for _ in range(2))
+    with one_process():
+        first, again = (extract(config, lambda progress: None) for _ in range(2))
     assert (first.num_computed, again.num_computed, again.num_removed) == (2, 0, 0)
     lines = [aside.reason.partition(":")[0] for aside in again.set_aside]
     assert sorted(lines) == ["line 4", "line 5", "line 6"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from picture_folder import write_images
+from worker_thread import one_process
 
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import FeatureStore, open_store
@@ -19,7 +20,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store_path(pictures: Path) -> Path:
     path = pictures / "x.zarr"
-    assert extract(ExtractConfig(pictures, path, levels=LEVELS, backbone="sam3-mini")).sealed
+    with one_process():
+        assert extract(ExtractConfig(pictures, path, levels=LEVELS, backbone="sam3-mini")).sealed
     return path
 
 

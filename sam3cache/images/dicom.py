@@ -1,0 +1,575 @@
+"""DICOM: pictures and cines of X-ray angiography, and what their headers say of them.
+
+pydicom reads headers and lays frames out; imagecodecs decodes what is compressed. So no package
+beyond pydicom is needed, and the same file gives the same pixels whatever else is installed.
+
+Shape legend: H height, W width, C channels (1 grey, 3 RGB).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam3cache.errors import ImageError
+from sam3cache.images import dicom_codecs
+from sam3cache.images.opened import kept_open
+from sam3cache.images.picture import DECODER_ERRORS, MAX_PIXELS, Picture, apply_window, quietly
+from sam3cache.images.tables import Table
+from sam3cache.records import CONTRAST
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+    from pydicom.pixels import Decoder
+
+SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
+"""What names of DICOM files end in; else in nothing, or in digits, as those that are UIDs."""
+
+HEAD_BYTES = 132
+"""PS3.10, 7.1: a preamble of 128 bytes, then four letters."""
+
+MAX_INFLATED_BYTES = 1 << 30
+"""Of a deflated file, which has to be inflated as a whole."""
+
+_DEFLATED, _EXPLICIT = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.1"
+_LOSSY_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+
+# All that is read of a header. Of whom it is, only what groups are made of.
+_FACTS = (
+    "SpecificCharacterSet",
+    "PatientID",
+    "IssuerOfPatientID",
+    "StudyInstanceUID",
+    "PositionerPrimaryAngle",
+    "PositionerSecondaryAngle",
+    "PositionerPositionSequence",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "ImagerPixelSpacing",
+    "PixelSpacing",
+    "EstimatedRadiographicMagnificationFactor",
+    "DistanceSourceToDetector",
+    "DistanceSourceToPatient",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+)
+_COLOURS = ("Red", "Green", "Blue")
+_PICTURE = (
+    *_FACTS,
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
+    "VOILUTSequence",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in _COLOURS),
+    *(f"{colour}PaletteColorLookupTableData" for colour in _COLOURS),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+)
+
+_PIXEL_KEYWORDS = {0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData", 0x0010: "PixelData"}
+
+_PIXEL_VRS = (b"OB", b"OW", b"OF", b"OD", b"UN")
+
+# What it complains of may quote whom a picture is of.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module="pydicom")
+
+
+@dataclass(frozen=True)
+class DicomFacts:
+    r"""What a header says beside the pixels, as the cells of a manifest.
+
+    Attributes:
+        num_frames: 1 of a still.
+        primary_angle: degrees, LAO positive; of a cine that of its first frame; "" when unknown.
+        secondary_angle: likewise, cranial positive.
+        spacing_mm: rows and columns in the plane of the patient, as ``0.2\0.2``; "" when unknown.
+        spacing_from: what that comes from, in words.
+        patient: what tells patients apart, "" where the header does not. Never to be kept but as a
+            hash.
+    """
+
+    num_frames: int
+    primary_angle: str
+    secondary_angle: str
+    spacing_mm: str
+    spacing_from: str
+    patient: str
+
+
+def may_be_dicom(name: str) -> bool:
+    """Tell by a file's name whether it is worth looking into."""
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a path object is slow
+    return not suffix or suffix in SUFFIXES or suffix[1:].isdigit()
+
+
+def is_head(head: bytes) -> bool:
+    """Tell whether a DICOM file begins so; one without a preamble is not taken for one."""
+    return head[128:HEAD_BYTES] == b"DICM"
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell by a file's first bytes whether it is DICOM; False when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return is_head(file.read(HEAD_BYTES))
+    except (OSError, ValueError):
+        return False  # As of a name that no system allows.
+
+
+def find_dicoms(folder: Path) -> Iterator[Path]:
+    """Find the DICOM files below a folder, in order; folders that are links are not followed."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(parent, name)
+            is_left_out = name.upper() == "DICOMDIR" or name.startswith(".")
+            if not is_left_out and may_be_dicom(name) and is_dicom(path):
+                yield path
+
+
+@contextmanager
+def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
+    """Find the pictures of a folder of DICOM files, or take one file.
+
+    Of a cine it is the frame with the most contrast agent, unless ``columns.toml`` says another.
+    """
+    del columns
+    is_folder = path.is_dir()
+    root = path.absolute() if is_folder else path.absolute().parent
+    notes: list[str] = []
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        num_dicoms = num_without = 0
+        files = find_dicoms(root) if is_folder else [path.absolute()]
+        for number, file in enumerate(files, 1):
+            num_dicoms, num_frames = number, 1
+            # What is wrong with a file is said where its row is understood.
+            with suppress(ImageError):
+                facts = read_facts(file, "")
+                if facts is None:
+                    num_without += 1
+                    continue
+                num_frames = facts.num_frames
+            frame = CONTRAST if num_frames > 1 else ""
+            yield number, [file.relative_to(root).as_posix(), frame]
+        if is_folder and (num_others := _count_files(root) - num_dicoms):
+            notes.append(f"{num_others} files that are not DICOM were left out")
+        if num_without:
+            notes.append(f"{num_without} DICOM files without a picture were left out")
+
+    yield Table(path, root, ("image", "frame"), rows(), unit="file", notes=notes)
+
+
+def _count_files(folder: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def read_facts(path: Path, name: str) -> DicomFacts | None:
+    """Read what a header says beside the pixels; None of a file that holds no picture.
+
+    Raises:
+        ImageError: a header that cannot be read.
+    """
+    try:
+        file = path.open("rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no path"
+        raise ImageError(f"{name}: {reason}; mend its path or restore the file") from None
+    with file, _saying_name(name), quietly():
+        header, _, _ = _read_header(file, _FACTS)
+        if "Rows" not in header or "Columns" not in header:
+            return None
+        spacing_mm, spacing_from = _spacing(header)
+        return DicomFacts(
+            max(1, int(header.get("NumberOfFrames", 1) or 1)),
+            _angle(header, "PositionerPrimaryAngle"),
+            _angle(header, "PositionerSecondaryAngle"),
+            spacing_mm,
+            spacing_from,
+            _patient(header),
+        )
+
+
+def _patient(header: Dataset) -> str:
+    """Return what tells patients apart: their id and who gave it, else their study."""
+    patient_id = str(header.get("PatientID", "") or "").strip()
+    if not patient_id:
+        return str(header.get("StudyInstanceUID", "") or "").strip()
+    issuer = str(header.get("IssuerOfPatientID", "") or "").strip()
+    return f"{issuer}\n{patient_id}" if issuer else patient_id
+
+
+def _angle(header: Dataset, keyword: str) -> str:
+    """Return an angle of PS3.3, C.8.7.5, or of the first frame of an enhanced XA (C.8.19.6.10)."""
+    per_frame = _first(header, "PerFrameFunctionalGroupsSequence")
+    shared = _first(header, "SharedFunctionalGroupsSequence")
+    for group in (header, *(_first(g, "PositionerPositionSequence") for g in (per_frame, shared))):
+        value = None if group is None else group.get(keyword)
+        if value not in (None, ""):
+            return f"{float(value):g}"
+    return ""
+
+
+def _spacing(header: Dataset) -> tuple[str, str]:
+    """Return the size of a pixel in the patient's plane, and where it comes from."""
+    if calibrated := _pair(header, "PixelSpacing"):
+        return "\\".join(f"{mm:.6g}" for mm in calibrated), "pixel spacing, as calibrated"
+    detector = _pair(header, "ImagerPixelSpacing")
+    magnification, source = _positive(header, "EstimatedRadiographicMagnificationFactor"), "stated"
+    if magnification is None:
+        far, near = (
+            _positive(header, f"DistanceSourceTo{what}") for what in ("Detector", "Patient")
+        )
+        magnification = far / near if far and near else None
+        source = "by the distances from the source"
+    if detector is None or magnification is None:
+        # That of the detector alone is too large by the magnification, which nobody knows.
+        return "", ""
+    text = "\\".join(f"{mm / magnification:.6g}" for mm in detector)
+    return text, f"imager pixel spacing / magnification {source}"
+
+
+def _positive(header: Dataset, keyword: str) -> float | None:
+    value = header.get(keyword)
+    number = math.nan if value in (None, "") else float(value)
+    return number if math.isfinite(number) and number > 0 else None
+
+
+def _pair(header: Dataset, keyword: str) -> list[float] | None:
+    values = header.get(keyword)
+    if values is None or isinstance(values, str) or len(values) != 2:
+        return None
+    pair = [float(value) for value in values]
+    return pair if all(math.isfinite(mm) and mm > 0 for mm in pair) else None
+
+
+def _first(header: Dataset | None, keyword: str) -> Dataset | None:
+    """Return the first item of a sequence."""
+    sequence = None if header is None else header.get(keyword)
+    return sequence[0] if sequence else None
+
+
+def _number(value: Any) -> float:
+    """Return a value, or the first of several."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = value[0] if value else math.nan
+    return math.nan if value in (None, "") else float(value)
+
+
+def _read_header(file: BinaryIO, keywords: tuple[str, ...]) -> tuple[Dataset, str, BinaryIO]:
+    """Return a header, the transfer syntax, and the file as it stands before the pixels.
+
+    Of a deflated file that is one in memory.
+    """
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.filereader import read_dataset
+    from pydicom.tag import Tag
+    from pydicom.uid import UID, AllTransferSyntaxes
+
+    if not is_head(file.read(HEAD_BYTES)):
+        raise _Unusable("not a DICOM file; restore it")
+    meta = read_dataset(
+        file, False, True, stop_when=lambda tag, vr, length: tag.group != 2, at_top_level=False
+    )
+    syntax = UID(str(meta.get("TransferSyntaxUID", "")))
+    if syntax not in AllTransferSyntaxes:
+        raise _Unusable("DICOM of an unknown transfer syntax; export it again")
+    if syntax == _DEFLATED:
+        with file:
+            file = _inflate(file)
+        syntax = UID(_EXPLICIT)
+    tags = [Tag(tag_for_keyword(keyword) or 0) for keyword in keywords]
+    header = read_dataset(
+        file,
+        syntax.is_implicit_VR,
+        syntax.is_little_endian,
+        stop_when=lambda tag, vr, length: tag.group == 0x7FE0 and tag.element in _PIXEL_KEYWORDS,
+        specific_tags=tags,
+    )
+    return header, str(syntax), file
+
+
+def _inflate(file: BinaryIO) -> BinaryIO:
+    """Inflate the rest of a file (PS3.5, A.5), but not without end."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflater.decompress(file.read(), MAX_INFLATED_BYTES)
+    if inflater.unconsumed_tail:
+        raise _Unusable(
+            f"deflated DICOM of more than {MAX_INFLATED_BYTES:,} bytes; export it without that"
+        )
+    return io.BytesIO(data)
+
+
+def open_dicom(path: Path, name: str) -> Picture:
+    """Open a DICOM file as a picture, or as a cine of its frames.
+
+    Raises:
+        ImageError: when it is damaged, or of a kind that cannot be read.
+    """
+    with _saying_name(name):
+        return kept_open(path, _DicomFile).picture(name)
+
+
+@contextmanager
+def _saying_name(name: str) -> Iterator[None]:
+    """Say what is wrong, but not in the words of the decoders: they may quote whom it is of."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    try:
+        yield
+    except (ImageError, FileNotFoundError, PermissionError):
+        raise
+    except _Unusable as error:
+        raise ImageError(f"{name}: {error}") from None
+    except (
+        *DECODER_ERRORS,
+        AssertionError,
+        BytesLengthException,
+        InvalidDicomError,
+        Warning,
+    ) as error:
+        raise ImageError(
+            f"{name}: damaged or truncated DICOM ({type(error).__name__}); restore the file"
+        ) from None
+
+
+class _Unusable(Exception):  # noqa: N818 - never leaves this module
+    """What is wrong with a file, without its name."""
+
+
+class _DicomFile:
+    """An open file: its header is read, its pixels are not."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("rb")
+        try:
+            with quietly():
+                self._header, self._syntax, self._file = _read_header(self._file, _PICTURE)
+                self._options = self._read_options()
+                self._looks = _Looks(self._header)
+            self._decoder = self._find_decoder()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def picture(self, name: str) -> Picture:
+        """Return the picture, which reads from the file as long as it is open."""
+        height_px, width_px = self._options["rows"], self._options["columns"]
+        num_frames = self._options["number_of_frames"]
+        num_channels = self._looks.num_channels(self._options["samples_per_pixel"])
+
+        def read(index: int) -> NDArray[Any]:
+            with _saying_name(name):
+                pixels = self._looks.apply(self._decode(index))
+                return pixels.reshape(height_px, width_px, num_channels)
+
+        return Picture(
+            height_px,
+            width_px,
+            num_channels,
+            num_frames if num_frames > 1 else None,
+            is_lossy=self._syntax in _LOSSY_JPEG,
+            read=read,
+            to_8_bits=self._looks.window,
+        )
+
+    def _read_options(self) -> dict[str, Any]:
+        """Return what pydicom's decoders must know; the file then stands at the pixels' value."""
+        from pydicom.pixels import as_pixel_options
+        from pydicom.uid import UID
+
+        if "Rows" not in self._header or "Columns" not in self._header:
+            raise _Unusable("DICOM without a picture; leave it out")
+        options: dict[str, Any] = as_pixel_options(self._header)
+        options["number_of_frames"] = max(1, int(options["number_of_frames"]))
+        if options["rows"] * options["columns"] > MAX_PIXELS:
+            raise _Unusable(
+                f"{options['rows']} x {options['columns']} pixels, more than {MAX_PIXELS:,}; "
+                "shrink it first"
+            )
+        syntax = UID(self._syntax)
+        order = "<" if syntax.is_little_endian else ">"
+        begin = self._file.read(8)
+        if len(begin) < 8:
+            raise _Unusable("DICOM without pixels; leave it out")
+        group, element = struct.unpack(f"{order}HH", begin[:4])
+        if group != 0x7FE0 or element not in _PIXEL_KEYWORDS:
+            raise _Unusable("DICOM without pixels; leave it out")
+        options["pixel_keyword"] = _PIXEL_KEYWORDS[element]
+        options["pixel_vr"] = "OW"
+        # Some write the whole header as explicit as the syntax demands, but for this.
+        if begin[4:6] in _PIXEL_VRS:
+            options["pixel_vr"] = begin[4:6].decode("ascii")
+            self._file.read(4)
+        options["transfer_syntax_uid"] = syntax
+        self._begin = self._file.tell()
+        return options
+
+    def _find_decoder(self) -> Decoder:
+        from pydicom.pixels import get_decoder
+        from pydicom.uid import UID
+
+        if not UID(self._syntax).is_encapsulated:
+            return get_decoder(self._syntax)
+        if self._syntax not in dicom_codecs.SYNTAXES:
+            known = UID(self._syntax).name
+            raise _Unusable(
+                f"DICOM in the transfer syntax {known}, which is not read; export it as JPEG 2000, "
+                "JPEG-LS, RLE or without compression"
+            )
+        return dicom_codecs.decoder_of(self._syntax)
+
+    def _decode(self, index: int) -> NDArray[Any]:
+        """Return a frame, (H, W) or (H, W, 3), in RGB where it is in colours."""
+        self._file.seek(self._begin)
+        is_compressed = self._decoder.is_encapsulated
+        pixels: NDArray[Any]
+        pixels, _ = self._decoder.as_array(
+            self._file,
+            index=index,
+            raw=False,
+            decoding_plugin=dicom_codecs.PLUGIN if is_compressed else "",
+            **self._options,
+        )
+        return pixels
+
+
+class _Looks:
+    """How stored values are to be shown: palettes, modality and windows."""
+
+    def __init__(self, header: Dataset) -> None:
+        self._header = header
+        photometric = str(header.get("PhotometricInterpretation", "MONOCHROME2"))
+        self._is_palette = photometric == "PALETTE COLOR"
+        self._is_bit = int(header.get("BitsAllocated", 8)) == 1
+        self._has_modality_table = bool(header.get("ModalityLUTSequence"))
+        self._slope = float(header.get("RescaleSlope", 1) or 1)
+        self._intercept = float(header.get("RescaleIntercept", 0) or 0)
+        if not (math.isfinite(self._slope) and math.isfinite(self._intercept)):
+            raise _Unusable("DICOM whose rescale slope or intercept is not finite; correct it")
+        bits, is_signed = int(header.get("BitsStored", 8)), header.get("PixelRepresentation") == 1
+        # The sum of a value and its opposite, when black and white change places.
+        self._top = -1 if is_signed else 2**bits - 1
+        self._is_negative = photometric == "MONOCHROME1"
+        self._is_inverted = self._is_negative != (self._slope < 0)
+        self._is_8_bit = bits == 8 and not is_signed
+        self.window = self._find_window() if photometric.startswith("MONOCHROME") else None
+
+    def num_channels(self, num_samples: int) -> int:
+        return 3 if num_samples > 1 or self._is_palette else 1
+
+    def apply(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Turn stored values into brightness, in the type that is stored."""
+        if self._is_palette:
+            from pydicom.pixels import apply_color_lut
+
+            colours: NDArray[Any] = apply_color_lut(pixels, self._header)
+            return colours if colours.dtype == np.uint8 else (colours >> 8).astype(np.uint8)
+        if self._is_bit:
+            return pixels.astype(bool)
+        if self._has_modality_table:
+            from pydicom.pixels import apply_modality_lut
+
+            pixels = apply_modality_lut(pixels, self._header)
+        pixels = self._opposite(pixels)
+        return pixels.astype(np.uint8) if self._is_8_bit and pixels.dtype.kind in "iu" else pixels
+
+    def _opposite(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Let black and white change places where they have to; twice, and nothing has changed."""
+        if not self._is_inverted:
+            return pixels
+        if pixels.dtype.kind not in "iu":
+            return -pixels
+        return (self._top - pixels.astype(np.int64)).astype(pixels.dtype)
+
+    def _modality(self, pixels: NDArray[Any]) -> NDArray[np.float64]:
+        """Return what shown values are in the units that windows are in (PS3.3, C.11.1)."""
+        return self._opposite(pixels) * self._slope + self._intercept
+
+    def _find_window(self) -> Callable[[NDArray[Any]], NDArray[np.uint8]] | None:
+        """Return the file's own way from brightness to 8 bits (PS3.3, C.11.2), if it has one."""
+        shared = _first(self._header, "SharedFunctionalGroupsSequence")
+        frame = _first(self._header, "PerFrameFunctionalGroupsSequence")
+        groups = [_first(group, "FrameVOILUTSequence") for group in (frame, shared)]
+        header = next(
+            (g for g in (*groups, self._header) if g is not None and _has_window(g)), None
+        )
+        if self._has_modality_table or header is None:
+            return None
+        if item := _first(header, "VOILUTSequence"):
+            return self._by_table(item)
+        centre, width = _number(header.WindowCenter), _number(header.WindowWidth)
+        if not (math.isfinite(centre) and math.isfinite(width) and width >= 1):
+            return None
+        kind = str(header.get("VOILUTFunction", "") or "LINEAR")
+        low = centre - width / 2
+        high = low + width
+        if kind == "LINEAR":
+            low, high = centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+
+        def by_window(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+            values = self._modality(pixels)
+            if kind == "SIGMOID":
+                values = 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-500, 500)))
+                shown = apply_window(values, 0, 1)
+            else:
+                shown = apply_window(values, low, high)
+            return 255 - shown if self._is_negative else shown
+
+        return by_window
+
+    def _by_table(self, item: Dataset) -> Callable[[NDArray[Any]], NDArray[np.uint8]] | None:
+        """Return the lookup of a VOI table; None of one that cannot be."""
+        _, first, num_bits = (int(number) for number in item.LUTDescriptor)
+        data = item.LUTData
+        table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.array(data)
+        if not 1 <= num_bits <= 16 or not table.size:
+            return None
+
+        def by_table(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+            places = np.rint(self._modality(pixels)).astype(np.int64) - first
+            shown = apply_window(table[places.clip(0, table.size - 1)], 0, 2.0**num_bits - 1)
+            return 255 - shown if self._is_negative else shown
+
+        return by_table
+
+
+def _has_window(header: Dataset) -> bool:
+    return bool(header.get("VOILUTSequence")) or not (
+        math.isnan(_number(header.get("WindowCenter")))
+        or math.isnan(_number(header.get("WindowWidth")))
+    )

@@ -1,0 +1,238 @@
+"""Containers of named arrays as tables: what HDF5 files and ``.npz`` archives have in common.
+
+images (N, H, W)    masks (N, H, W)    angles (N, 2)    split (N,)      a row a picture
+p1/image (H, W)     p1/mask (H, W)     p1/angles (2,)                   a row a group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from sam3cache.errors import ImageError, ManifestError
+from sam3cache.images.columns import read_setting
+from sam3cache.images.hdf5 import Hdf5File
+from sam3cache.images.npz import NpzFile
+from sam3cache.images.picture import DECODER_ERRORS
+from sam3cache.images.tables import Table, cell
+from sam3cache.records import MEMBER_MARK
+
+IMAGE_NAMES = ("images", "image")
+
+# By field, the names that its array may have where a columns.toml says nothing.
+_NAMES = {
+    "image": IMAGE_NAMES,
+    "mask": ("masks", "mask"),
+    "frame": ("frame",),
+    "primary_angle": ("primary_angle", "primary_angles"),
+    "secondary_angle": ("secondary_angle", "secondary_angles"),
+    "split": ("split", "splits"),
+    "group": ("group", "groups"),
+    "id": ("id", "ids"),
+}
+_ANGLES = ("angles", "view_angles")
+_BOTH_ANGLES = ("primary", "secondary")
+_PAIRS = tuple(f"{name}.{which}" for name in _ANGLES for which in _BOTH_ANGLES)
+_ROW = "(row)"
+_COLUMN_ROWS = 4096
+
+
+class Arrays(Protocol):
+    """An open container."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of all arrays by their names."""
+
+    def values(self, name: str, begin: int, end: int) -> Any:
+        """Return some rows of an array; of one without axes, its value."""
+
+    def attributes(self, name: str) -> Mapping[str, Any]:
+        """Return the values beside a group of arrays."""
+
+
+@contextmanager
+def hdf5_table(path: Path, columns: Path | None) -> Iterator[Table]:
+    """Open an HDF5 file as a table.
+
+    Raises:
+        ManifestError: when it is damaged, or has no images.
+    """
+    with _saying_container(path), closing(Hdf5File(path)) as file:
+        yield stack_table(path, file, read_setting(columns, "image"))
+
+
+@contextmanager
+def npz_table(path: Path, columns: Path | None) -> Iterator[Table]:
+    """Open an ``.npz`` archive as a table.
+
+    Raises:
+        ManifestError: when it is damaged, or has no images.
+    """
+    with _saying_container(path), closing(NpzFile(path)) as archive:
+        yield stack_table(path, archive, read_setting(columns, "image"))
+
+
+@contextmanager
+def _saying_container(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ManifestError, ImageError, FileNotFoundError, PermissionError):
+        raise
+    except DECODER_ERRORS as error:
+        reason = " ".join(str(error).split())[:80]
+        raise ManifestError(f"{path}: damaged ({reason}); restore it") from None
+
+
+def stack_table(path: Path, arrays: Arrays, image: str | None) -> Table:
+    """Return a container's table.
+
+    Args:
+        path: the container.
+        arrays: what it holds.
+        image: name or pattern of the images, as ``*/image``; None: ``images`` or ``image``.
+
+    Raises:
+        ManifestError: when there are no such images.
+    """
+    shapes = arrays.shapes()
+    pattern = None if image is None else image.removeprefix("*/").strip("/")
+    for name in IMAGE_NAMES if pattern is None else (pattern,):
+        if len(shapes.get(name, ())) >= 2:
+            return _stacked(path, arrays, shapes, name)
+    for name in IMAGE_NAMES if pattern is None else (pattern,):
+        groups = [one.removesuffix(f"/{name}") for one in shapes if one.endswith(f"/{name}")]
+        if groups:
+            return _grouped(path, arrays, shapes, name, groups)
+    some = ", ".join(list(shapes)[:8]) or "nothing"
+    wanted = "'images' or 'image'" if image is None else repr(image)
+    raise ManifestError(
+        f"{path}: no {wanted}; it has {some}; say which they are by "
+        'image = "NAME" in a columns.toml'
+    )
+
+
+def _stacked(
+    path: Path, arrays: Arrays, shapes: Mapping[str, tuple[int, ...]], image: str
+) -> Table:
+    """A row a picture of a stack."""
+    shape = shapes[image]
+    is_still = len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3))
+    num_rows = 1 if is_still else shape[0]
+    pictures, columns, pairs = [], [], []
+    for name, other in shapes.items():
+        if (len(other) >= 3 and other[0] == num_rows) or (is_still and len(other) >= 2):
+            pictures.append(name)
+        elif other == (num_rows,):
+            columns.append(name)
+        elif other == (num_rows, 2) and name in _ANGLES:
+            pairs.append(name)
+    header = [*pictures, *columns, *(f"{name}.{which}" for name in pairs for which in _BOTH_ANGLES)]
+    defaults = _defaults(header)
+    has_frame = "frame" in defaults
+    header += [_ROW] if has_frame else ["frame", _ROW]
+    notes = []
+    if "group" not in defaults:
+        defaults["group"] = _ROW
+        notes.append(
+            f"{path.name} has no groups: each picture is a group of its own, so that pictures of "
+            "one patient may fall into two splits"
+        )
+    members = [f"{path.name}{MEMBER_MARK}{name}" for name in pictures]
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        for begin in range(0, num_rows, _COLUMN_ROWS):
+            end = min(num_rows, begin + _COLUMN_ROWS)
+            texts = [[cell(v) for v in arrays.values(name, begin, end)] for name in columns]
+            for name in pairs:
+                values = arrays.values(name, begin, end)
+                texts += [[cell(v) for v in values[:, which]] for which in range(2)]
+            for offset in range(end - begin):
+                index = begin + offset
+                frame = [] if has_frame else ["" if is_still else str(index)]
+                cells = [*members, *(text[offset] for text in texts)]
+                yield index, [*cells, *frame, f"{members[0]}#{index}"]
+
+    return Table(
+        path,
+        path.parent.absolute(),
+        header,
+        rows(),
+        defaults=defaults,
+        unkept=(*pictures, *_PAIRS, "frame", _ROW),
+        notes=notes,
+    )
+
+
+def _grouped(
+    path: Path,
+    arrays: Arrays,
+    shapes: Mapping[str, tuple[int, ...]],
+    image: str,
+    groups: Sequence[str],
+) -> Table:
+    """A row a group with an image in it."""
+    of_group: dict[str, list[str]] = {group: [] for group in groups}
+    for name in shapes:
+        for depth in range(name.count("/"), 0, -1):
+            group = name.rsplit("/", depth)[0]
+            if group in of_group:
+                of_group[group].append(name[len(group) + 1 :])
+                break
+    pictures: dict[str, None] = {}
+    columns: dict[str, None] = {}
+    for group, names in of_group.items():
+        for name in names:
+            shape = shapes[f"{group}/{name}"]
+            if len(shape) >= 2:
+                pictures[name] = None
+            elif shape == (2,) and name in _ANGLES:
+                columns |= {f"{name}.{which}": None for which in _BOTH_ANGLES}
+            elif shape in ((), (1,)):
+                columns[name] = None
+        columns |= dict.fromkeys(arrays.attributes(group))
+    header = [*pictures, *(name for name in columns if name not in pictures), _ROW]
+    defaults = {"group": _ROW} | _defaults(header[:-1])
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        for number, group in enumerate(groups):
+            own = set(of_group[group])
+            cells = {name: cell(value) for name, value in arrays.attributes(group).items()}
+            for name in own:
+                full = f"{group}/{name}"
+                if name in pictures:
+                    cells[name] = f"{path.name}{MEMBER_MARK}{full}"
+                elif shapes[full] == (2,) and name in _ANGLES:
+                    values = arrays.values(full, 0, 2)
+                    cells |= {
+                        f"{name}.{which}": cell(value)
+                        for which, value in zip(_BOTH_ANGLES, values, strict=True)
+                    }
+                elif name in columns:
+                    values = arrays.values(full, 0, 1)
+                    cells[name] = cell(values[0] if shapes[full] == (1,) else values)
+            cells[_ROW] = f"{path.name}{MEMBER_MARK}{group}"
+            yield number, [cells.get(name, "") for name in header]
+
+    return Table(
+        path,
+        path.parent.absolute(),
+        header,
+        rows(),
+        unit="group",
+        defaults=defaults,
+        unkept=(*pictures, *_PAIRS, _ROW),
+    )
+
+
+def _defaults(header: Sequence[str]) -> dict[str, str]:
+    """Return the column of each field that has one."""
+    found = {}
+    for field, names in _NAMES.items():
+        pairs = [f"{name}.{field.removesuffix('_angle')}" for name in _ANGLES]
+        for name in (*names, *(pairs if field.endswith("_angle") else ())):
+            if name in header:
+                found[field] = name
+                break
+    return found

@@ -1,0 +1,266 @@
+"""COCO files: as manifests, and as masks of foreground, class numbers and planes."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from sam3cache.errors import ConfigError, ImageError, ManifestError
+from sam3cache.images import parse_classes, probe, read_labels, read_manifest, read_mask
+
+HEIGHT, WIDTH = 40, 50
+BLOB = np.zeros((HEIGHT, WIDTH), np.uint8)
+BLOB[25:35, 10:40] = 1
+LETTERS = coco_mask.encode(np.asfortranarray(BLOB))["counts"].decode("ascii")
+COUNTS = [int(n) for n in np.diff(np.flatnonzero(np.diff(BLOB.T.ravel(), prepend=2, append=2)))]
+
+DOCUMENT = {
+    "images": [
+        {"id": 1, "file_name": "1.png", "height": HEIGHT, "width": WIDTH},
+        {"id": 2, "file_name": "2.png", "height": HEIGHT, "width": WIDTH},
+    ],
+    "categories": [{"id": 6, "name": "lad"}, {"id": 13, "name": "lcx"}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 6, "segmentation": [[5, 5, 25, 5, 25, 15, 5, 15]]},
+        {
+            "id": 2,
+            "image_id": 1,
+            "category_id": 13,
+            "segmentation": {"size": [HEIGHT, WIDTH], "counts": LETTERS},
+        },
+    ],
+}
+
+
+def write(folder, document=DOCUMENT, name="train"):
+    """Lay a file out as ARCADE does, and return it."""
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
+    for image in document["images"]:
+        Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(
+            folder / "images" / image["file_name"]
+        )
+    path = folder / "annotations" / f"{name}.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+def changed(**annotation):
+    """The document with its first annotation changed."""
+    document = copy.deepcopy(DOCUMENT)
+    document["annotations"][0] |= annotation
+    return document
+
+
+def polygon():
+    picture = Image.new("L", (WIDTH, HEIGHT))
+    ImageDraw.Draw(picture).polygon([(5, 5), (24, 5), (24, 14), (5, 14)], fill=1)
+    return np.asarray(picture)
+
+
+def test_a_file_gives_its_images_with_their_masks(tmp_path):
+    manifest = read_manifest(write(tmp_path))
+    first, second = manifest.samples
+    assert (first.source, first.mask) == ("images/1.png", "annotations/train.json::1")
+    assert first.mask_path == tmp_path / "annotations" / "train.json"
+    assert probe(first).mask_width_px == WIDTH
+    assert np.array_equal(read_mask(first)[0], polygon() | BLOB)
+    assert not read_mask(second).any()
+
+
+def test_folders_of_splits_are_read_together(tmp_path):
+    write(tmp_path / "train")
+    write(tmp_path / "val", name="val")
+    manifest = read_manifest(tmp_path)
+    assert [s.split for s in manifest.samples] == ["train", "train", "val", "val"]
+    assert manifest.samples[2].id == "val/images/1"
+
+
+def test_other_json_files_beside_pictures_are_left_alone(tmp_path):
+    write(tmp_path).write_text('{"shapes": []}', encoding="utf-8")
+    assert [s.mask for s in read_manifest(tmp_path).samples] == [None, None]
+    write(tmp_path)
+    (tmp_path / "masks").mkdir()
+    assert [s.mask for s in read_manifest(tmp_path).samples] == [None, None]
+
+
+@pytest.mark.parametrize("where", ["images", ".", "../images"])
+def test_images_are_found_where_such_files_have_them(tmp_path, where):
+    path = write(tmp_path / "annotations")
+    moved = tmp_path / "annotations" / "a.json"
+    path.replace(moved)
+    if where == "../images":
+        (tmp_path / "annotations" / "images").replace(tmp_path / "images")
+    elif where == ".":
+        for picture in (tmp_path / "annotations" / "images").iterdir():
+            picture.replace(tmp_path / "annotations" / picture.name)
+    assert probe(read_manifest(moved).samples[0]).width_px == WIDTH
+
+
+@pytest.mark.parametrize("counts", [LETTERS, COUNTS])
+def test_run_lengths_in_letters_and_in_numbers_are_those_of_pycocotools(tmp_path, counts):
+    document = changed(segmentation={"size": [HEIGHT, WIDTH], "counts": counts})
+    document["annotations"] = document["annotations"][:1]
+    (first, _) = read_manifest(write(tmp_path, document)).samples
+    assert np.array_equal(read_mask(first)[0], BLOB)
+
+
+def test_letters_of_random_masks_are_decoded_as_pycocotools_does(tmp_path):
+    rng = np.random.default_rng(0)
+    for density in (0.01, 0.3, 0.99):
+        mask = (rng.random((HEIGHT, WIDTH)) < density).astype(np.uint8)
+        counts = coco_mask.encode(np.asfortranarray(mask))["counts"].decode("ascii")
+        document = changed(segmentation={"size": [HEIGHT, WIDTH], "counts": counts})
+        document["annotations"] = document["annotations"][:1]
+        sample = read_manifest(write(tmp_path / str(density), document)).samples[0]
+        assert np.array_equal(read_mask(sample)[0], mask)
+
+
+def test_categories_are_a_table_of_classes(tmp_path):
+    path = write(tmp_path)
+    table = parse_classes(str(path))
+    assert table.names == ("lad", "lcx")
+    labels = read_labels(read_manifest(path).samples[0].each_mask(), table, (HEIGHT, WIDTH))
+    assert labels.shape == (1, HEIGHT, WIDTH)
+    assert np.array_equal(labels[0] == 1, polygon() == 1)
+    assert np.array_equal(labels[0] == 2, BLOB == 1)
+
+
+def test_numbers_of_ones_own_name_categories_by_their_ids(tmp_path):
+    sample = read_manifest(write(tmp_path)).samples[0]
+    labels = read_labels(sample.each_mask(), parse_classes("lcx=13,background=6"), (HEIGHT, WIDTH))
+    assert np.array_equal(labels[0], BLOB)
+
+
+def test_planes_are_taken_by_the_names_of_the_categories(tmp_path):
+    sample = read_manifest(write(tmp_path)).samples[0]
+    labels = read_labels(sample.each_mask(), parse_classes("lcx,lad"), (HEIGHT, WIDTH))
+    assert np.array_equal(labels, [BLOB, polygon()])
+    with pytest.raises(ImageError, match="no category 'rca'; it has lad, lcx"):
+        read_labels(sample.each_mask(), parse_classes("lad,rca"), (HEIGHT, WIDTH))
+
+
+def test_one_name_is_a_plane_of_that_category(tmp_path):
+    sample = read_manifest(write(tmp_path)).samples[0]
+    labels = read_labels(sample.each_mask(), parse_classes("lcx"), (HEIGHT, WIDTH))
+    assert np.array_equal(labels, [BLOB])
+
+
+def test_of_annotations_that_overlap_the_later_is_on_top_and_planes_have_both(tmp_path):
+    box = [[10, 25, 40, 25, 40, 35, 10, 35]]
+    sample = read_manifest(write(tmp_path, changed(segmentation=box))).samples[0]
+    table = parse_classes(str(tmp_path / "annotations" / "train.json"))
+    labels = read_labels(sample.each_mask(), table, (HEIGHT, WIDTH))
+    assert np.array_equal(labels[0], 2 * BLOB)
+    planes = read_labels(sample.each_mask(), parse_classes("lad,lcx"), (HEIGHT, WIDTH))
+    assert np.array_equal(planes, [BLOB, BLOB])
+
+
+@pytest.mark.parametrize("mark", ["iscrowd", "ignore"])
+def test_a_crowd_is_not_counted_where_nothing_else_is(tmp_path, mark):
+    document = changed(**{mark: 1}, segmentation=[[0, 0, WIDTH, 0, WIDTH, HEIGHT, 0, HEIGHT]])
+    sample = read_manifest(write(tmp_path, document)).samples[0]
+    assert np.array_equal(read_mask(sample)[0], np.where(BLOB, 1, 255))
+
+
+def test_ids_that_no_mask_can_hold_are_counted_from_one(tmp_path):
+    document = copy.deepcopy(DOCUMENT)
+    for category, number in zip(document["categories"], (0, 1000), strict=True):
+        category["id"] = number
+    for annotation, number in zip(document["annotations"], (0, 1000), strict=True):
+        annotation["category_id"] = number
+    path = write(tmp_path, document)
+    table = parse_classes(str(path))
+    labels = read_labels(read_manifest(path).samples[0].each_mask(), table, (HEIGHT, WIDTH))
+    assert np.array_equal(labels[0], polygon() + 2 * BLOB)
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = write(tmp_path)
+    assert read_mask(read_manifest(path).samples[0]).any()
+    path.write_text(json.dumps({**DOCUMENT, "annotations": []}), encoding="utf-8")
+    assert not read_mask(read_manifest(path).samples[0]).any()
+
+
+BAD_ANNOTATIONS = {
+    "two corners": ({"segmentation": [[1, 2, 3, 4]]}, "three corners"),
+    "an odd number": ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "three corners"),
+    "a word": ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "no number"),
+    "far away": ({"segmentation": [[1, 2, 3, 4, 5, 1e9]]}, "far outside"),
+    "nothing": ({"segmentation": None}, "no segmentation"),
+    "another size": (
+        {"segmentation": {"size": [4, 4], "counts": [16]}},
+        r"run lengths of \[4, 4\]",
+    ),
+    "too few runs": (
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}},
+        "do not fill",
+    ),
+    "a negative run": (
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [-5, 5 + HEIGHT * WIDTH]}},
+        "do not fill",
+    ),
+    "letters cut short": (
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": LETTERS[:-1]}},
+        "do not fill",
+    ),
+    "no letters": (
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "é~"}},
+        "do not fill",
+    ),
+    "a strange category": ({"category_id": 99}, "no known category"),
+    "no category": ({"category_id": [1]}, "no known category"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANNOTATIONS)
+def test_a_bad_annotation_is_told_with_its_number(tmp_path, case):
+    annotation, words = BAD_ANNOTATIONS[case]
+    sample = read_manifest(write(tmp_path, changed(**annotation))).samples[0]
+    with pytest.raises(ImageError, match=words) as caught:
+        read_mask(sample)
+    assert "annotations/train.json::1: annotation 1" in str(caught.value)
+
+
+BAD_FILES = {
+    "not JSON": "{",
+    "a list": "[]",
+    "no categories": json.dumps({**DOCUMENT, "categories": []}),
+    "a category twice": json.dumps({**DOCUMENT, "categories": [{"id": 1, "name": "a"}] * 2}),
+    "a category without a name": json.dumps({**DOCUMENT, "categories": [{"id": 1}]}),
+    "an image twice": json.dumps({**DOCUMENT, "images": DOCUMENT["images"][:1] * 2}),
+    "an image without a name": json.dumps({**DOCUMENT, "images": [{"id": 1}]}),
+    "nested without end": "[" * 100_000,
+    "no images there": json.dumps({**DOCUMENT, "images": [{"id": 1, "file_name": "x.png"}]}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_what_is_no_coco_file_is_told_in_one_line(tmp_path, case):
+    path = write(tmp_path)
+    path.write_text(BAD_FILES[case], encoding="utf-8")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path)
+    assert "train.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_of_no_size_and_one_that_is_not_there_are_told(tmp_path):
+    document = copy.deepcopy(DOCUMENT)
+    document["images"][0] |= {"height": 10**9}
+    del document["images"][1]["width"]
+    first, second = read_manifest(write(tmp_path, document)).samples
+    with pytest.raises(ImageError, match="pixels, more than"):
+        read_mask(first)
+    with pytest.raises(ImageError, match="without a height"):
+        read_mask(second)
+
+
+def test_categories_that_are_none_are_told_as_classes(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"categories": [1]}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="without an id"):
+        parse_classes(str(path))

@@ -1,0 +1,162 @@
+"""Whom a picture is of stays out of everything that is written, and strictness of what is bad."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import angiogram, write_dicom
+from pyarrow import parquet
+
+from sam3cache.features import open_store
+from sam3cache.images import read_manifest
+from sam3cache.images.pseudonyms import KEY_FILE_VARIABLE
+
+REAL = Path(pydicom.__file__).parent / "data" / "test_files" / "JPEG2000.dcm"
+
+PLANTED = ("Doe", "John", "MRN-77-4", "19570203", "Hospital of", "Quackenbush")
+
+TAGS = {
+    "PatientName": "Doe^John",
+    "PatientID": "MRN-77-4",
+    "PatientBirthDate": "19570203",
+    "InstitutionName": "Hospital of Doe",
+    "ReferringPhysicianName": "Quackenbush^Hugo",
+    "StudyDescription": "Doe, John",
+    "PositionerPrimaryAngle": "30",
+    "PositionerSecondaryAngle": "-10",
+}
+
+EXTRACT = ("--levels", "image_1008", "--backbone", "sam3-mini", "--devices", "cpu")
+
+
+@pytest.fixture
+def key_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / "key" / "names.key"))
+    return tmp_path / "key" / "names.key"
+
+
+def write_study(folder):
+    inner = folder / "DOE_JOHN_19570203"
+    inner.mkdir(parents=True)
+    write_dicom(inner / "Doe-John-1.dcm", angiogram(3, 64, 8, fullest=1), **TAGS)
+    write_dicom(inner / "MRN-77-4", angiogram(1, 64, 12)[0], bits=12, **TAGS)
+    write_dicom(inner / "damaged-Doe.dcm", angiogram(1, 64, 8)[0], **TAGS)
+    damaged = inner / "damaged-Doe.dcm"
+    damaged.write_bytes(damaged.read_bytes()[:-3000])
+    header = inner / "John-header.dcm"
+    write_dicom(header, angiogram(1, 16, 8)[0], **TAGS)
+    header.write_bytes(header.read_bytes().replace(b"Doe^John", b"\xff" * 8)[:400])
+    shutil.copy(REAL, inner / "Doe-real.dcm")
+    return folder
+
+
+def everything_written(folder, but):
+    """All bytes of a folder's files with their names, tables of Parquet spelt out."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_relative_to(but):
+            yield path.relative_to(folder).as_posix().encode()
+            yield path.read_bytes()
+            if path.suffix == ".parquet":
+                yield repr(parquet.read_table(path).to_pylist()).encode()
+
+
+def test_nobody_is_named_in_what_an_extraction_writes_and_says(
+    tmp_path, monkeypatch, key_file, invoke
+):
+    monkeypatch.chdir(tmp_path)
+    study = write_study(tmp_path / "study")
+    result = invoke("extract", "study", "-o", "x.zarr", *EXTRACT)
+    assert result.exit_code == 3, result.output
+    assert "set aside" in result.stderr
+    assert str(key_file) in result.stderr
+    shown = [
+        invoke("store", "info", "x.zarr").output,
+        invoke("store", "annotations", "show", "x.zarr").output,
+        invoke("extract", "study", "-o", "x.zarr", *EXTRACT).output,
+        invoke("extract", "study", "-o", "y.zarr", "--strict", *EXTRACT).output,
+    ]
+    written = [result.output.encode(), *(text.encode() for text in shown)]
+    written += everything_written(tmp_path, but=study)
+    for text in written:
+        for name in PLANTED:
+            assert name.lower().encode() not in text.lower()
+    store = open_store(tmp_path / "x.zarr")
+    assert len(store.samples) == 3
+    assert len({sample.group for sample in store.samples}) == 2
+    assert sorted(sample.primary_angle_deg == 30 for sample in store.samples) == [False, True, True]
+    # Names that another key gives belong to other files and patients: nothing is mixed.
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / "other.key"))
+    other = invoke("extract", "study", "-o", "x.zarr", *EXTRACT)
+    assert other.exit_code == 1
+    assert "put the old key back" in other.stderr
+
+
+def test_without_a_home_for_the_key_one_line_says_so(tmp_path, monkeypatch, invoke):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / "file" / "names.key"))
+    write_dicom(tmp_path / "a.dcm", angiogram(1, 16, 8)[0])
+    result = invoke("extract", tmp_path / "a.dcm", "-o", tmp_path / "x.zarr", *EXTRACT)
+    assert result.exit_code == 1
+    assert KEY_FILE_VARIABLE in result.stderr
+
+
+def test_strict_stops_at_the_first_line_that_cannot_be_used(tmp_path, monkeypatch, invoke):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.zeros((8, 8), np.uint8))
+    Path("m.csv").write_text(
+        "id,image,primary_angle\na,a.npy,1\nb,gone.npy,1\nc,a.npy,north\nd,a.npy,\n",
+        encoding="utf-8",
+    )
+    result = invoke("extract", "m.csv", "-o", "x.zarr", "--strict", *EXTRACT)
+    assert result.exit_code == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert "line 3: sample 'b' cannot be used: gone.npy: no such file" in error
+    assert "2 in all" in error
+    assert not Path("x.zarr").exists()
+
+
+# A manifest's cells, one a row: what they are, and what then becomes of the row.
+ODD_CELLS = [
+    ("../a.npy", "used"),
+    ("./sub/../a.npy", "used"),
+    ("sub\\b c.npy", "used"),
+    ("sub/ünïcode.npy", "used"),
+    ("link.npy", "used"),
+    ("dangling.npy", "no such file"),
+    ("loop.npy", "symbolic links"),
+    ("C:\\data\\a.npy", "no such file"),
+    ("\\\\server\\share\\a.npy", "no such file"),
+    ("sub", "is a folder"),
+    ("a.npy::x", "used|no such file"),
+    ("a.npy::contrast", "used"),
+    ("con\x00trol.npy", "damaged"),
+    ("n" * 300 + ".npy", "damaged"),
+]
+
+
+@pytest.mark.parametrize(("cell", "outcome"), ODD_CELLS, ids=[repr(c[:20]) for c, _ in ODD_CELLS])
+def test_an_odd_path_is_used_or_told_in_one_line(tmp_path, cell, outcome):
+    from sam3cache.errors import ImageError, ManifestError
+    from sam3cache.images import probe
+
+    root = tmp_path / "data"
+    (root / "sub").mkdir(parents=True)
+    for path in ("a.npy", "data/a.npy", "data/sub/b c.npy", "data/sub/ünïcode.npy"):
+        np.save(tmp_path / path, np.zeros((8, 8), np.uint8))
+    try:
+        (root / "link.npy").symlink_to(root / "a.npy")
+        (root / "dangling.npy").symlink_to(root / "nowhere.npy")
+        (root / "loop.npy").symlink_to(root / "loop.npy")
+    except OSError:
+        pytest.skip("this user may not make links")
+    (root / "m.csv").write_text(f"image\n{cell}\n", encoding="utf-8")
+    said = "used"
+    try:
+        (sample,) = read_manifest(root / "m.csv").samples
+        probe(sample)
+    except (ImageError, ManifestError) as error:
+        said = str(error)
+    assert any(part in said for part in outcome.split("|"))
+    assert "\n" not in said
