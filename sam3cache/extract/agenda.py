@@ -5,7 +5,8 @@ One on which that worker dies as well is taken apart: halves of its rows are tri
 being written, and halves of those that kill again, down to single rows. Those that kill are set
 aside, and the block is done without them.
 
-A machine that kills whatever it is given tells itself by that nothing succeeds in between.
+A machine that kills whatever it is given tells itself by that nothing succeeds in between; a device
+of several that does, by that nothing succeeds on it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Agenda:
         self._searches: dict[int, _Search] = {}
         self._max_in_a_row = max(MAX_DEATHS_IN_A_ROW, MAX_DEATHS_OF_A_BLOCK * num_workers)
         self._num_in_a_row = 0
+        self._num_in_a_row_at: dict[int, int] = {}
         self._has_succeeded = False
 
     def __len__(self) -> int:
@@ -79,15 +81,16 @@ class Agenda:
         self._next += 1
         return self._tasks[self._next - 1]
 
-    def note_done(self, task: BlockTask, *, is_proof: bool) -> None:
+    def note_done(self, task: BlockTask, *, is_proof: bool, place: int = 0) -> None:
         """Note that a worker has done with a task and lives on.
 
         Args:
             task: that it was.
             is_proof: whether it has looked at the pictures, rather than found nothing to do.
+            place: number of the worker, and of those before and after it on the same device.
         """
         if is_proof and len(task.aside) < len(task.rows):
-            self._num_in_a_row = 0
+            self._num_in_a_row = self._num_in_a_row_at[place] = 0
             self._has_succeeded = True
         if task.is_trial:
             self._close_part(task.block)
@@ -100,20 +103,23 @@ class Agenda:
         self._returned.extendleft(task for task in reversed(tasks) if not self.is_suspect(task))
         self._suspects.extendleft(task for task in reversed(tasks) if self.is_suspect(task))
 
-    def note_death(self, tasks: Sequence[BlockTask], how: str) -> None:
+    def note_death(self, tasks: Sequence[BlockTask], how: str, place: int = 0) -> None:
         """Note that a worker has died.
 
         Args:
             tasks: that it had in hand.
             how: it died, such as "exit code 1".
+            place: as for :meth:`note_done`.
 
         Raises:
             WorkerError: when it seems not to be for a picture.
         """
         self._num_in_a_row += 1
-        if self._num_in_a_row >= self._max_in_a_row:
+        num_here = self._num_in_a_row_at[place] = self._num_in_a_row_at.get(place, 0) + 1
+        # What succeeds elsewhere says nothing for a device on which nothing does.
+        if self._num_in_a_row >= self._max_in_a_row or num_here >= MAX_DEATHS_IN_A_ROW:
             raise _hopeless(
-                f"{self._num_in_a_row} workers have ended one after the other, whatever pictures "
+                f"{num_here} workers have ended one after the other, whatever pictures "
                 f"they were given, the last on block {tasks[0].block}",
                 how,
             )

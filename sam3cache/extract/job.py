@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -377,7 +377,7 @@ class Tasks(LazySequence[BlockTask]):
         self, missing: Mapping[int, frozenset[str]], plan: RowPlan, state: StoreState
     ) -> None:
         self._missing, self._plan, self._state = missing, plan, state
-        self.blocks = sorted(missing)
+        self.blocks = list(missing)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -396,10 +396,9 @@ class Tasks(LazySequence[BlockTask]):
             {row.row: masks[row.row] for row in rows},
         )
 
-    def only(self, blocks: Container[int]) -> Tasks:
-        """Return the tasks of some blocks."""
-        missing = {block: items for block, items in self._missing.items() if block in blocks}
-        return Tasks(missing, self._plan, self._state)
+    def only(self, blocks: Iterable[int]) -> Tasks:
+        """Return the tasks of some of the blocks, in the order in which they are named."""
+        return Tasks({block: self._missing[block] for block in blocks}, self._plan, self._state)
 
     def num_rows(self) -> int:
         """Count their rows."""
@@ -424,4 +423,4 @@ def _tasks(job: Job, state: StoreState) -> Tasks:
         levels=job.levels,
         label_sources=label_sources,
     )
-    return Tasks(missing, job.plan, state)
+    return Tasks(dict(sorted(missing.items())), job.plan, state)

@@ -122,7 +122,8 @@ def run_pool(
         if isinstance(message, BlockReport):
             task = next(task for task in member.tasks if task.block == message.block)
             member.tasks.remove(task)
-            agenda.note_done(task, is_proof=message.outcome in ("written", "tried"))
+            is_proof = message.outcome in ("written", "tried")
+            agenda.note_done(task, is_proof=is_proof, place=number)
             if message.outcome in ("held", "found"):
                 elsewhere.add(message.block)
             states[number] = message.status
@@ -141,7 +142,7 @@ def run_pool(
         if number in states:
             num_before[number] = num_before.get(number, 0) + states.pop(number).num_images
         if member.is_ready:
-            agenda.note_death(member.tasks, how_it_ended(member.process.exitcode))
+            agenda.note_death(member.tasks, how_it_ended(member.process.exitcode), number)
         else:
             num_false_starts += 1
             if member.process.exitcode == _IMPORTED_EXIT_CODE:

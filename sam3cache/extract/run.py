@@ -110,12 +110,12 @@ def extract(
         num_pauses = 0
         while job.tasks and num_pauses < _MAX_PAUSES:
             free = claims.free(job.tasks.blocks)
-            tasks = job.tasks.only(set(next_blocks(free, rank, claims_work=claims.work)))
+            tasks = job.tasks.only(next_blocks(free, rank, claims_work=claims.work))
             ours = tasks
             if tasks:
                 tell = watch.over(_reporter(report, tasks, whole))
                 elsewhere = run_tasks(job.setups(), tasks, tell)
-                ours = tasks.only(set(tasks.blocks) - elsewhere)
+                ours = tasks.only(block for block in tasks.blocks if block not in elsewhere)
                 num_computed += ours.num_to_compute()
             if ours:
                 num_pauses = 0

@@ -29,8 +29,9 @@ def next_blocks(blocks: Sequence[int], rank: Rank, *, claims_work: bool) -> list
     own = [block for block in blocks if block % rank.num_processes == rank.number]
     if own or not claims_work:
         return own
-    # Those that help at the same time begin with other parts.
-    return list(blocks[rank.number :: rank.num_processes] or blocks)
+    # All of them, as the others may never come; those that help together begin elsewhere each.
+    begin = len(blocks) * rank.number // rank.num_processes
+    return [*blocks[begin:], *blocks[:begin]]
 
 
 class WholeCount:

@@ -34,6 +34,7 @@ SURE_S = 30.0
 
 _RENEW_S = 15.0
 _RELEASE_S = 5.0
+_MAX_RENEWALS = 3
 _POLL_S = 0.5
 # Servers tell their clock in whole seconds.
 _CLOCK_S = 1.0
@@ -98,17 +99,21 @@ class Lease:
                     self._renew()
 
     def _renew(self) -> None:
-        if self._is_lost:
-            return
-        asked_s = time.monotonic()
-        try:
-            self._etag = self._path.put_if(_content(self._token), self._etag)
-        except (ConditionFailedError, FileNotFoundError):
-            # Another's; or ours, and the answer to an earlier attempt got lost on the way.
-            etag = _etag_of(self._path, self._token)
-            self._is_lost = etag is None
-            self._etag = etag or self._etag
-        self._asked_s = asked_s
+        for _ in range(_MAX_RENEWALS if not self._is_lost else 0):
+            asked_s = time.monotonic()
+            try:
+                self._etag = self._path.put_if(_content(self._token), self._etag)
+            except (ConditionFailedError, FileNotFoundError):
+                # Another's; or ours, and the answer to an earlier attempt got lost on the way. That
+                # may have been long ago: it counts only once it is written anew.
+                etag = _etag_of(self._path, self._token)
+                if etag is None:
+                    self._is_lost = True
+                    return
+                self._etag = etag
+            else:
+                self._asked_s = asked_s
+                return
 
 
 @contextmanager
@@ -228,13 +233,14 @@ def _require_conditions(path: ObjectPath) -> None:
     key = (os.getpid(), path.bucket)
     if key in _conditional_buckets:
         return
-    try:
-        path.put_if(b"", None)
-    except ConditionFailedError:
-        _conditional_buckets.add(key)
-    else:
+    for condition, etag in (("If-None-Match", None), ("If-Match", '"0"')):
+        try:
+            path.put_if(b"", etag)
+        except ConditionFailedError:
+            continue
         path.unlink()
         raise StoreError(
-            f"{path}: the server does not mind the condition of a put (If-None-Match), without "
+            f"{path}: the server does not mind the condition of a put ({condition}), without "
             "which processes cannot share a store; write to a folder and copy it: aws s3 sync"
         )
+    _conditional_buckets.add(key)

@@ -213,6 +213,8 @@ def _held(path: Place) -> Iterator[bool]:
 
 
 def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False  # To lock it would make it.
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from filelock import FileLock
 
@@ -138,7 +138,7 @@ class Mirror:
             write_atomic(path, data)
             hashes = hashes_in_seal(path)
         for name, expected in hashes.items():
-            path = self.folder / name
+            path = self._local(name)
             if path.exists() and sha256_of_file(path) == expected:
                 continue
             data = (self._origin / name).read_bytes()
@@ -149,6 +149,20 @@ class Mirror:
                 )
             write_atomic(path, data)
 
+    def _local(self, name: str) -> Path:
+        """Return where a file of the store lies in the copy.
+
+        Raises:
+            CorruptStoreError: when its name, which whoever wrote the store has chosen, leads out of
+                the copy on any system.
+        """
+        is_below = not PureWindowsPath(name).anchor and ".." not in PurePosixPath(name).parts
+        if not name or not is_below or "\\" in name:
+            raise CorruptStoreError(
+                f"{self._origin} names a file {name!r}, which is not one of a store; do not use it"
+            )
+        return self.folder / name
+
     def fetch(self, record: ShardRecord) -> Path:
         """Return where a shard lies, fetching it if it is not there.
 
@@ -157,7 +171,7 @@ class Mirror:
             StoreError: when the object store refuses us or does not answer.
             OSError: when the cache cannot be written.
         """
-        path = self.folder / record.key
+        path = self._local(record.key)
         if self._has(record):
             return path
         with self._lock(record.key):

@@ -28,6 +28,7 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from sam3cache.errors import ConfigError, StoreError
 from sam3cache.features.objects import (
@@ -61,6 +62,7 @@ _REFUSED_STATUSES = (401, 403)
 _PASSING_ERRORS = (
     ConnectionError,
     HTTPClientError,
+    HTTPError,
     IncompleteReadError,
     ResponseParserError,
     ConnectionResetError,
@@ -166,7 +168,10 @@ class Connection:
             except ClientError as error:
                 why = self._passing(error, path, operation)
             except SSLError as error:
-                raise self._failure(path, _first_line(error)) from None
+                # A certificate that is refused is so at once; later, a connection has been cut.
+                if not self.has_answered:
+                    raise self._failure(path, _first_line(error)) from None
+                why = _first_line(error)
             except _PASSING_ERRORS as error:
                 why = _first_line(error)
             except BotoCoreError as error:

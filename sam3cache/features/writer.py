@@ -251,15 +251,21 @@ def _encoded(spec: LevelSpec, row: int, values: NDArray[Any] | Encoded) -> Encod
         return values
     # Values beyond float16 overflow on the way to it, which is said below rather than by numpy.
     with np.errstate(over="ignore"):
-        kept = values if spec.precision in ("uint8", "bf16") else values.astype(np.float16)
+        kept = (
+            values if spec.precision in ("uint8", "bf16") else values.astype(np.float16, copy=False)
+        )
     if spec.precision != "uint8" and not np.isfinite(kept).all():
         overflows = bool(np.isfinite(values).all())
+        wide = f"store the level as {spec.base}.bf16, whose range is float32's"
         advice = (
-            f"store the level as {spec.base}.bf16, whose range is float32's"
+            wide
             if overflows
             else "the weights or the numeric path are wrong rather than the image; try "
             "--numeric-path fp32, or check the weights' file"
         )
+        if values.dtype == np.float16:
+            # As it came from the device, where what is beyond float16 has become infinite.
+            advice += f"; or they are beyond float16's ±65504: {wide}"
         what = "beyond float16's ±65504" if overflows else "that are NaN or infinite"
         raise NumericError(f"level {spec.name} of row {row} has values {what}: {advice}")
     return encode(spec.precision, kept)

@@ -91,6 +91,23 @@ def test_a_machine_that_kills_all_ends_it_soon_and_sets_nothing_aside(
     assert "\n" not in str(failure.value)
 
 
+def test_a_device_that_kills_all_sets_nothing_aside_while_another_works() -> None:
+    agenda = Agenda([block(number) for number in range(50)], num_workers=2)
+
+    def work() -> None:
+        while True:
+            # The worker that has just been started anew has nothing in hand: it gets the suspects.
+            given, other = agenda.take(is_idle=True), agenda.take(is_idle=False)
+            assert given is not None
+            assert other is not None
+            assert not given.aside
+            agenda.note_done(other, is_proof=True, place=0)
+            agenda.note_death([given], "exit code 1", place=1)
+
+    with pytest.raises(WorkerError, match=f"{MAX_DEATHS_IN_A_ROW} workers have ended one after"):
+        work()
+
+
 def test_a_block_that_kills_only_as_a_whole_is_named() -> None:
     agenda = Agenda([block(0), block(1)], num_workers=1)
 

@@ -31,8 +31,9 @@ from sam3cache.features import (
     watch_fetching,
 )
 from sam3cache.features import leases as leases_module
+from sam3cache.features.mirror import Mirror
 from sam3cache.features.places import files_below
-from sam3cache.features.receipts import break_seal
+from sam3cache.features.receipts import ShardRecord, break_seal
 from sam3cache.features.summary import summarise
 
 SHAPES = {"fpn_72": (4, 72, 72)}
@@ -174,6 +175,14 @@ def test_damage_on_the_server_is_told_and_never_read(url, how):
     kinds = {"changed": "checksum", "cut": "size", "gone": "missing"}
     damage = verify_store(ObjectPath(url)).damage
     assert [(f.kind, f.path) for f in damage] == [(kinds[how], "levels/fpn_72/c/1/0/0/0")]
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "C:/x", "a\\..\\x", ""])
+def test_a_store_cannot_name_files_outside_its_copy(tmp_path, name):
+    mirror = Mirror(ObjectPath("s3://public/x.zarr"), tmp_path / "copy")
+    with pytest.raises(CorruptStoreError, match="not one of a store; do not use it"):
+        mirror.fetch(ShardRecord(name, 1, 0))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unsealed_store_is_read_as_it_is(url, folder_store):
