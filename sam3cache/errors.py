@@ -47,6 +47,18 @@ class ImageError(Sam3CacheError, ValueError):
     """One image or mask cannot be read; extraction sets its sample aside and goes on."""
 
 
+class QuotingError(ImageError):
+    """An image or mask that cannot be read, told in words that may quote a name inside its file.
+
+    Attributes:
+        plain: the same without any.
+    """
+
+    def __init__(self, text: str, plain: str = "") -> None:
+        super().__init__(text)
+        self.plain = plain
+
+
 class WeightsError(Sam3CacheError, RuntimeError):
     """A checkpoint of SAM 3 is absent, gated, or not what it claims to be."""
 

@@ -77,7 +77,7 @@ class CheckResult:
     """What was found.
 
     Attributes:
-        manifest: its name, without its folder.
+        manifest: its name, without its folder; where names of files are hidden, none.
         num_samples: rows of the manifest, those that cannot be used too.
         num_usable: samples that an extraction would take.
         split_rule: where the splits come from.
@@ -158,7 +158,10 @@ def check(config: CheckConfig, report: Report = lambda num_done, num_total: None
     names = config.classes.names
     limits = Limits(config.min_samples, config.allow_leak)
     return CheckResult(
-        manifest=config.manifest.name or config.manifest.resolve().name,
+        # Where files' names are hidden, that of their folder or list may be one of them.
+        manifest="manifest"
+        if manifest.is_hidden
+        else config.manifest.name or config.manifest.resolve().name,
         num_samples=len(manifest.samples) + len(manifest.set_aside),
         num_usable=len(looked),
         split_rule=manifest.split_rule,

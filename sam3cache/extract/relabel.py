@@ -47,7 +47,7 @@ from sam3cache.features import (
 from sam3cache.features.files import sha256_of_json
 from sam3cache.features.summary import groups_in_several_splits
 from sam3cache.groups import part_of_groups, values_to_share
-from sam3cache.images import FOREGROUND, ClassTable, Manifest, read_labels, read_manifest
+from sam3cache.images import FOREGROUND, ClassTable, Manifest, key_path, read_labels, read_manifest
 from sam3cache.records import SPLITS, Sample, SetAside
 from sam3cache.runtime import write_atomic
 
@@ -163,7 +163,11 @@ def set_labels(
         store, root = _open(config.store, config.overlay)
         seal = store.seal if config.overlay is None else open_to_change(root).seal
         manifest = read_manifest(
-            config.manifest, config.columns, by_id=True, mask_columns=config.mask_columns
+            config.manifest,
+            config.columns,
+            by_id=True,
+            mask_columns=config.mask_columns,
+            known_groups=_known_groups(store),
         )
         matched = match_samples(
             store.samples, manifest.samples, manifest=config.manifest, store=config.store
@@ -425,10 +429,14 @@ def set_annotations(config: AnnotationsConfig) -> AnnotationsResult:
         StoreError: when the store cannot be used, or not be written.
     """
     with _writable(config.overlay or config.store):
-        manifest = read_manifest(config.manifest, config.columns, by_id=True)
-        fields = _fields(config, manifest)
         _open(config.store, config.overlay)
         store = _view(config.store, config.overlay)
+        manifest = read_manifest(
+            config.manifest, config.columns, by_id=True, known_groups=_known_groups(store)
+        )
+        fields = _fields(config, manifest)
+        if "group" in fields:
+            _require_key(store, manifest, config)
         matched = match_samples(
             store.samples, manifest.samples, manifest=config.manifest, store=config.store
         )
@@ -630,13 +638,43 @@ def _write(
     return root
 
 
+def _names_key(store: FeatureStore) -> str:
+    """Return the mark of the key that a store's names are hashed with; empty without one."""
+    return _names_key_of(store.settings)
+
+
+def _names_key_of(settings: Mapping[str, Any]) -> str:
+    # A store that was merged has hashes of all that went into it.
+    sources = [source["settings"] for source in settings.get("copied_from", ())]
+    found = str(settings.get("names_key", ""))
+    return found or next(filter(None, map(_names_key_of, sources)), "")
+
+
+def _known_groups(store: FeatureStore) -> frozenset[str] | None:
+    """Return the groups of a store whose names are hashed with a key, None of another."""
+    if not _names_key(store):
+        return None
+    return frozenset(note.group for note in store.annotations.values())
+
+
+def _require_key(store: FeatureStore, manifest: Manifest, config: AnnotationsConfig) -> None:
+    """Refuse groups that another key gives: a patient's samples would be in two."""
+    before, now = _names_key(store), manifest.key_mark
+    if before and now and before != now:
+        raise StoreError(
+            f"{config.store} has its groups from the key {before}, but {key_path()} holds the key "
+            f"{now}, by which every patient would be another: put the old key back"
+        )
+
+
 def _fields(config: AnnotationsConfig, manifest: Manifest) -> tuple[str, ...]:
     """Return what is to be set: of the CSV's fields and other columns, those that are asked for."""
     has = [name for name in ANNOTATIONS if name in manifest.fields] + list(manifest.extra)
     if not has:
         raise ManifestError(
             f"{config.manifest} has no annotations; expected a CSV with some of the columns "
-            f"{', '.join(ANNOTATIONS)}, or others"
+            f"{', '.join(ANNOTATIONS)}, or others (for samples of DICOM files, those that extra in "
+            "columns.toml lists)"
         )
     if unknown := [name for name in config.only if name not in has]:
         raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.errors import ImageError, ManifestError
+from sam3cache.errors import ImageError, ManifestError, QuotingError
 from sam3cache.images.paths import is_absolute
 from sam3cache.images.picture import MAX_PIXELS, Picture
 from sam3cache.images.tables import SPLIT_SYNONYMS, Table
@@ -34,6 +35,9 @@ _NUM_TRIED = 16
 """Images of a file that are looked for, to find which folder they are in."""
 
 _HEAD_BYTES = 1 << 16
+
+_VAGUE = ("dev", "development")
+"""Words that tell a split alone, but not beside others."""
 
 _RLE_LETTERS = range(48, 112)
 _RLE_MAX_LETTERS = 7
@@ -49,12 +53,14 @@ class CocoFile:
         numbers: of the categories, by their ids.
         images: by id as text.
         annotations: by the image's id, in the file's order.
+        num_strays: annotations of an image that the file does not have.
     """
 
     names: Mapping[int, str]
     numbers: Mapping[int, int]
     images: Mapping[str, Mapping[str, Any]]
     annotations: Mapping[str, Sequence[Mapping[str, Any]]]
+    num_strays: int = 0
 
 
 def category_numbers(categories: Any) -> dict[int, int]:
@@ -122,17 +128,33 @@ def _parse(path: Path) -> CocoFile:
     for image in document["images"]:
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
             raise ValueError("images without a file_name")
-        images[str(image.get("id"))] = image
+        image_id = _id_text(image.get("id"))
+        if _is_broken(image["file_name"]) or _is_broken(image_id):
+            raise ValueError("an image whose file_name or id has half a character, a surrogate")
+        images[image_id] = image
     if len(images) < len(document["images"]):
         raise ValueError("two images of one id")
     annotations: dict[str, list[Mapping[str, Any]]] = {}
     for annotation in document.get("annotations") or []:
         if not isinstance(annotation, dict):
             raise ValueError("annotations that are no objects")
-        annotations.setdefault(str(annotation.get("image_id")), []).append(annotation)
+        annotations.setdefault(_id_text(annotation.get("image_id")), []).append(annotation)
     categories = document.get("categories")
     numbers = category_numbers(categories)
-    return CocoFile(category_names(categories), numbers, images, annotations)
+    num_strays = sum(
+        len(those) for image_id, those in annotations.items() if image_id not in images
+    )
+    return CocoFile(category_names(categories), numbers, images, annotations, num_strays)
+
+
+def _id_text(value: Any) -> str:
+    """Return an image's id as text: 1.0 is 1, as tables with gaps write numbers."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _is_broken(text: str) -> bool:
+    """Tell whether a text cannot be written as UTF-8: JSON may hold half of a surrogate pair."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def open_coco_mask(
@@ -160,7 +182,10 @@ def open_coco_mask(
         raise ImageError(f"{name}: no COCO file ({reason}); export it again") from None
     image = coco.images.get(image_id)
     if image is None:
-        raise ImageError(f"{name}: no image of id {image_id}; mend the mask's name")
+        raise QuotingError(
+            f"{name}: no image of id {image_id}; mend the mask's name",
+            f"{name}: no such image; mend the mask's name",
+        )
     height_px, width_px = image.get("height"), image.get("width")
     if type(height_px) is not int or type(width_px) is not int or min(height_px, width_px) < 1:
         raise ImageError(f"{name}: image without a height and a width; add them")
@@ -233,7 +258,8 @@ def coco_table(path: Path, columns: Path | None) -> Iterator[Table]:
     """Read a COCO file, or all of a folder, as a table of its images.
 
     Raises:
-        ManifestError: no COCO file, categories that differ, or images that are nowhere.
+        ManifestError: no COCO file, categories that differ, images that are nowhere, or files of
+            which some tell their split and others do not.
     """
     del columns
     is_folder = path.is_dir()
@@ -256,8 +282,29 @@ def coco_table(path: Path, columns: Path | None) -> Iterator[Table]:
     if not is_folder:
         # The nearest folder with both: names in a store tell no more of the path than they must.
         root = Path(os.path.commonpath([path.absolute().parent, folders[path]]))
-    splits = {file: _split_of(file) for file in files} if is_folder else {}
-    has_splits = len(set(splits.values())) > 1 and all(splits.values())
+    splits = {file: _split_of(file, path) for file in files} if is_folder else {}
+    has_splits = len(set(splits.values())) > 1
+    if has_splits and not all(splits.values()):
+        unknown = [file.relative_to(path).as_posix() for file, split in splits.items() if not split]
+        raise ManifestError(
+            f"{path}: no split in the names of {', '.join(unknown[:4])}, while other files there "
+            "have one; put train, val or test into the file's name, move it elsewhere, or read "
+            "each file by a command of its own"
+        )
+    notes = [
+        f"{file.name}: {coco.num_strays} annotations name an image_id that no image has; they are "
+        "not drawn"
+        for file, coco in read.items()
+        if coco.num_strays
+    ]
+    if len(files) > 1 and not has_splits:
+        alike = next(iter(splits.values()))
+        told = (
+            f"all {len(files)} files are of the split {alike!r}"
+            if alike
+            else (f"none of the {len(files)} files has train, val or test in its name")
+        )
+        notes.append(f"COCO: {told}, so their images are split anew, by groups")
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         number = 0
@@ -272,7 +319,7 @@ def coco_table(path: Path, columns: Path | None) -> Iterator[Table]:
                 yield number, [*cells, splits[file]] if has_splits else cells
 
     header = ("image", "mask", "split") if has_splits else ("image", "mask")
-    yield Table(path, root, header, rows(), unit="image")
+    yield Table(path, root, header, rows(), unit="image", notes=notes)
 
 
 def _images_folder(file: Path, coco: CocoFile) -> Path:
@@ -291,10 +338,20 @@ def _images_folder(file: Path, coco: CocoFile) -> Path:
     )
 
 
-def _split_of(file: Path) -> str:
-    """Return the split that a file's name, or that of the folder around it, tells; else none."""
-    names = [file.stem.lower(), file.parent.parent.name.lower()]
-    return next((name for name in names if name in SPLIT_SYNONYMS), "")
+def _split_of(file: Path, folder: Path) -> str:
+    """Return the split that a word of a file's name, or of its folder's, tells; else none.
+
+    As of ``instances_val2017.json``. A name that tells two splits tells none.
+    """
+    part = file.parent.parent
+    for name in (file.stem, *([] if part == folder else [part.name])):
+        words = re.findall(r"[a-z]+", name.lower())
+        if len(words) > 1:
+            words = [word for word in words if word not in _VAGUE]  # COCO's test-dev is a test.
+        found = {SPLIT_SYNONYMS[word] for word in words if word in SPLIT_SYNONYMS}
+        if found:
+            return found.pop() if len(found) == 1 else ""
+    return ""
 
 
 def _rasterise(segmentation: Any, height_px: int, width_px: int, where: str) -> NDArray[np.bool_]:

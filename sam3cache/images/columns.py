@@ -27,8 +27,13 @@ from types import MappingProxyType
 from typing import Any
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.dicom import SUFFIXES as DICOM_SUFFIXES
-from sam3cache.images.dicom import DicomFacts, is_dicom, may_be_dicom, read_facts
+from sam3cache.images.dicom import (
+    DicomFacts,
+    is_called_dicom,
+    is_dicom,
+    may_be_dicom,
+    read_facts,
+)
 from sam3cache.images.paths import is_absolute, resolve_path
 from sam3cache.images.picture import CONTAINER_SUFFIXES, SUFFIXES
 from sam3cache.images.pseudonyms import Key, load_key, pseudonym
@@ -59,14 +64,14 @@ class FieldSource:
         key: names on the way down the JSON file; empty when the column has the value itself.
         constant: the value of every row, when there is no column.
         values: renames some values.
-        hash: whether the value is replaced by a pseudonym.
+        hash: whether the value is replaced by a pseudonym; None: where DICOM files are hidden.
     """
 
     column: str | None
     key: tuple[str, ...] = ()
     constant: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
-    hash: bool = False
+    hash: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ def map_columns(
     by_id: bool = False,
     defaults: Mapping[str, str] = MappingProxyType({}),
     unkept: Collection[str] = (),
+    is_private: bool = False,
 ) -> ColumnMap:
     """Map a CSV's columns to our fields.
 
@@ -105,6 +111,7 @@ def map_columns(
         by_id: whether an id does in place of an image.
         defaults: by field, its column where ``columns.toml`` does not say another.
         unkept: columns that are not kept unless ``extra`` lists them.
+        is_private: whether that is so of all columns, unless ``hash_paths = false``.
 
     Raises:
         ManifestError: a ``columns.toml`` that cannot be read or says something unknown, or a
@@ -127,8 +134,11 @@ def map_columns(
             f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, "
             "extra, hash_paths and reader"
         )
-    fields = {name: FieldSource(name, hash=False) for name in FIELDS if name in header}
-    fields |= {name: FieldSource(column) for name, column in defaults.items()}
+    named = {name: name for name in FIELDS if name in header} | dict(defaults)
+    fields = {
+        name: FieldSource(column, hash=None if name == "group" else False)
+        for name, column in named.items()
+    }
     fields |= {name: _field_source(name, entry, where) for name, entry in entries.items()}
     for name, source in fields.items():
         if source.column is not None and source.column not in header:
@@ -147,7 +157,7 @@ def map_columns(
                 f"{where}: column {column!r} is not in {manifest}, which has {', '.join(header)}"
             )
     listed = frozenset(extra or ())
-    if extra is None and hash_paths:
+    if extra is None and (hash_paths or (is_private and hash_paths is None)):
         extra = []  # any of them may hold a path, or part of one
     elif extra is None:
         consumed = {*FIELDS, *used, *unkept}
@@ -167,6 +177,17 @@ def read_setting(columns: Path | None, name: str) -> str | None:
     return entry if isinstance(entry, str) else None
 
 
+def read_names(columns: Path | None) -> frozenset[str]:
+    """Return the names that a ``columns.toml`` says something of.
+
+    Raises:
+        ManifestError: a ``columns.toml`` that cannot be read.
+    """
+    if columns is None or not columns.exists():
+        return frozenset()
+    return frozenset(_read_toml(columns))
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -184,7 +205,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _field_source(name: str, entry: Any, where: str) -> FieldSource:
     """Check one entry of a ``columns.toml``."""
     if isinstance(entry, str):
-        return FieldSource(entry, hash=name == "group" and names_a_person(entry))
+        return FieldSource(entry, hash=_is_hashed(name, entry))
     expected = 'expected a column, { constant = … } or { json = "column", key = "a.b" }'
     if not isinstance(entry, dict):
         raise ManifestError(f"{where}: {name} = {entry!r}; {expected}")
@@ -210,7 +231,7 @@ def _field_source(name: str, entry: Any, where: str) -> FieldSource:
     ):
         raise ManifestError(f"{where}: {name} has a value of the wrong type; {expected}")
     if is_hashed is None:
-        is_hashed = name == "group" and column is not None and names_a_person(column)
+        is_hashed = _is_hashed(name, column)
     return FieldSource(
         column,
         tuple(entry["key"].split(".")) if "key" in entry else (),
@@ -220,8 +241,19 @@ def _field_source(name: str, entry: Any, where: str) -> FieldSource:
     )
 
 
+def _is_hashed(name: str, column: str | None) -> bool | None:
+    """Return whether a field is hashed whose entry does not say so."""
+    if name != "group":
+        return False
+    return True if column is not None and names_a_person(column) else None
+
+
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+class LateKeyError(Exception):
+    """A DICOM file is met, and names before it are not hashed with the key: begin anew."""
 
 
 class RowReader:
@@ -235,12 +267,34 @@ class RowReader:
         root: folder that paths are relative to.
         num_dicoms: rows so far whose image is a DICOM file.
         has_spacing: whether any of them tells the size of its pixels.
+        patients: that groups were made of.
     """
 
-    def __init__(self, column_map: ColumnMap, root: Path) -> None:
+    def __init__(
+        self,
+        column_map: ColumnMap,
+        root: Path,
+        *,
+        is_keyed: bool = False,
+        known_groups: Collection[str] | None = None,
+    ) -> None:
+        """Begin to take rows.
+
+        Args:
+            column_map: where fields come from.
+            root: folder that paths are relative to.
+            is_keyed: whether all hashes are made with the user's key; they are from the first
+                DICOM file on.
+            known_groups: of a store with such hashes. They stay as they are, and a row without an
+                image counts as of a DICOM file.
+        """
         self.column_map = column_map
+        self.known_groups = known_groups
+        self._is_keyed = is_keyed or known_groups is not None
+        self._has_unkeyed = False
         self.num_dicoms = 0
         self.has_spacing = False
+        self.patients: set[str] = set()
         self.root = root
         self._keys = {source.key for source in column_map.fields.values() if source.key}
         self._found: dict[tuple[str, tuple[str, ...], bool], tuple[str, str]] = {}
@@ -252,9 +306,41 @@ class RowReader:
         return load_key()
 
     @property
+    def num_mixed_patients(self) -> int:
+        """Ids of patients that occur with who gave them and without, and so in two groups."""
+        with_issuer = (patient.partition("\n")[2] for patient in self.patients)
+        return len({patient for patient in with_issuer if patient} & self.patients)
+
+    @property
     def uses_key(self) -> bool:
         """Whether anything has been hashed with the key."""
         return "key" in self.__dict__
+
+    def use_key(self) -> None:
+        """Make all hashes with the key, so that one text has one hash in all of the manifest.
+
+        Raises:
+            LateKeyError: when some have been made without.
+        """
+        if self._has_unkeyed and not self._is_keyed:
+            raise LateKeyError
+        self._is_keyed = True
+
+    def hashed(self, text: str, length: int) -> str:
+        """Return the pseudonym of a text."""
+        if self._is_keyed:
+            return self.key.pseudonym(text, length)
+        self._has_unkeyed = True
+        return pseudonym(text, length)
+
+    def group(self, text: str) -> str:
+        """Return a group that is hashed where DICOM files are hidden."""
+        if self.column_map.hash_paths is False or text in (self.known_groups or ()):
+            return text
+        if self._is_keyed:
+            return self.key.pseudonym(text, 12)
+        self._has_unkeyed = True
+        return text
 
     def facts(self, path: Path, name: str) -> DicomFacts:
         """Return what a DICOM file says; that of the row before is remembered.
@@ -289,13 +375,10 @@ class RowReader:
             raise ImageError(problem)
         return value
 
-    def hashed_name(self, name: str, location: Path | None, is_dicom: bool) -> str:
+    def hashed_name(self, name: str, location: Path | None) -> str:
         """Return what is kept in place of a path."""
         # What is hashed does not change when the manifest's folder moves.
-        unique = name if location is None else PureWindowsPath(location).as_posix()
-        if is_dicom:
-            return self.key.pseudonym(unique, 16)
-        return pseudonym(unique, 16)
+        return self.hashed(name if location is None else PureWindowsPath(location).as_posix(), 16)
 
 
 @dataclass(slots=True)
@@ -318,7 +401,12 @@ class Row:
     def hides(self) -> bool:
         """Whether hashes are kept in place of paths."""
         hash_paths = self.reader.column_map.hash_paths
-        return self.dicom is not None if hash_paths is None else hash_paths
+        return self.is_of_dicom if hash_paths is None else hash_paths
+
+    @property
+    def is_of_dicom(self) -> bool:
+        """Whether the row is of a DICOM file, so far as can be told."""
+        return self.dicom is not None or (not self.image and self.reader.known_groups is not None)
 
     @property
     def source(self) -> str:
@@ -330,6 +418,7 @@ class Row:
 
         Raises:
             ImageError: a JSON file with its path that is missing or broken.
+            LateKeyError: as :meth:`RowReader.use_key` does.
         """
         self.image = self.value("image")
         file = split_member(self.image)[0]
@@ -338,7 +427,8 @@ class Row:
         name, location = resolve_path(file, self.reader.root)
         path = location or self.reader.root / name
         # Of one that is not there, its name tells.
-        if is_dicom(path) or path.suffix.lower() in DICOM_SUFFIXES:
+        if is_called_dicom(path.name) or is_dicom(path):
+            self.reader.use_key()
             self.dicom = path
             self.reader.num_dicoms += 1
 
@@ -364,22 +454,29 @@ class Row:
         if source.key and text:
             text = self.reader.json_value(self, text, source.key)
         text = source.values.get(text, text)
-        if not (source.hash and text):
+        if not text or source.hash is False:
             return text
-        return pseudonym(text) if self.dicom is None else self.reader.key.pseudonym(text, 12)
+        return self.reader.group(text) if source.hash is None else self.reader.hashed(text, 12)
 
     def _of_dicom(self, name: str) -> str:
         facts = self.facts()
         if facts is None or name not in ("primary_angle", "secondary_angle", "group"):
             return ""
         if name == "group":
-            return self.reader.key.pseudonym(facts.patient, 12) if facts.patient else ""
-        return facts.primary_angle if name == "primary_angle" else facts.secondary_angle
+            if not facts.patient:
+                return ""
+            self.reader.patients.add(facts.patient)
+            return self.reader.key.pseudonym(facts.patient, 12)
+        frame = self.value("frame")
+        try:
+            return facts.angle(name, int(float(frame)))
+        except (ValueError, OverflowError):
+            return facts.angle(name, None)  # It is looked for when the picture is read.
 
     def extra(self) -> tuple[str, ...]:
         """Return the other columns that are kept, in the order of the map."""
         column_map = self.reader.column_map
-        if self.dicom is None or not self.hides:
+        if not (self.is_of_dicom and self.hides):
             return tuple(self._portable(self.cells[column]) for column in column_map.extra)
         return tuple(
             # Any other may hold a path, or part of one.
@@ -400,7 +497,7 @@ class Row:
         is_image = self.dicom is not None and path_text == self.image
         suffix = PurePosixPath(split_member(name)[0]).suffix
         known = suffix if suffix.lower() in {*SUFFIXES, *CONTAINER_SUFFIXES} else ""
-        hashed = self.reader.hashed_name(name, location, self.dicom is not None)
+        hashed = self.reader.hashed_name(name, location)
         return hashed + (".dcm" if is_image else known), location or root / name
 
 

@@ -27,7 +27,15 @@ from numpy.typing import NDArray
 from sam3cache.errors import ImageError
 from sam3cache.images import dicom_codecs
 from sam3cache.images.opened import kept_open
-from sam3cache.images.picture import DECODER_ERRORS, MAX_PIXELS, Picture, apply_window, quietly
+from sam3cache.images.picture import (
+    CONTAINER_SUFFIXES,
+    DECODER_ERRORS,
+    MAX_PIXELS,
+    Picture,
+    apply_window,
+    quietly,
+)
+from sam3cache.images.picture import SUFFIXES as PICTURE_SUFFIXES
 from sam3cache.images.tables import Table
 from sam3cache.records import CONTRAST
 
@@ -36,7 +44,9 @@ if TYPE_CHECKING:
     from pydicom.pixels import Decoder
 
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
-"""What names of DICOM files end in; else in nothing, or in digits, as those that are UIDs."""
+"""What names of DICOM files end in, or in anything else."""
+
+_OTHER_SUFFIXES = PICTURE_SUFFIXES | CONTAINER_SUFFIXES
 
 HEAD_BYTES = 132
 """PS3.10, 7.1: a preamble of 128 bytes, then four letters."""
@@ -45,6 +55,9 @@ MAX_INFLATED_BYTES = 1 << 30
 """Of a deflated file, which has to be inflated as a whole."""
 
 _DEFLATED, _EXPLICIT = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.1"
+_STILL_DEG = 1.0
+"""How far angles of a run's frames may differ that is not rotational."""
+
 _LOSSY_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 
 # All that is read of a header. Of whom it is, only what groups are made of.
@@ -55,11 +68,15 @@ _FACTS = (
     "StudyInstanceUID",
     "PositionerPrimaryAngle",
     "PositionerSecondaryAngle",
+    "PositionerMotion",
+    "PositionerPrimaryAngleIncrement",
+    "PositionerSecondaryAngleIncrement",
     "PositionerPositionSequence",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "ImagerPixelSpacing",
     "PixelSpacing",
+    "PixelSpacingCalibrationType",
     "EstimatedRadiographicMagnificationFactor",
     "DistanceSourceToDetector",
     "DistanceSourceToPatient",
@@ -70,6 +87,7 @@ _FACTS = (
 _COLOURS = ("Red", "Green", "Blue")
 _PICTURE = (
     *_FACTS,
+    "Modality",
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "PlanarConfiguration",
@@ -106,8 +124,8 @@ class DicomFacts:
 
     Attributes:
         num_frames: 1 of a still.
-        primary_angle: degrees, LAO positive; of a cine that of its first frame; "" when unknown.
-        secondary_angle: likewise, cranial positive.
+        primary_angles: degrees, LAO positive, "" when unknown: one of all frames, or one a frame.
+        secondary_angles: likewise, cranial positive.
         spacing_mm: rows and columns in the plane of the patient, as ``0.2\0.2``; "" when unknown.
         spacing_from: what that comes from, in words.
         patient: what tells patients apart, "" where the header does not. Never to be kept but as a
@@ -115,17 +133,32 @@ class DicomFacts:
     """
 
     num_frames: int
-    primary_angle: str
-    secondary_angle: str
+    primary_angles: tuple[str, ...]
+    secondary_angles: tuple[str, ...]
     spacing_mm: str
     spacing_from: str
     patient: str
 
+    def angle(self, which: str, frame: int | None) -> str:
+        """Return an angle of a frame; "" where they differ and the frame is not known."""
+        angles = self.primary_angles if which == "primary_angle" else self.secondary_angles
+        if len(angles) == 1:
+            return angles[0]
+        return angles[frame] if frame is not None and 0 <= frame < len(angles) else ""
+
 
 def may_be_dicom(name: str) -> bool:
-    """Tell by a file's name whether it is worth looking into."""
-    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a path object is slow
-    return not suffix or suffix in SUFFIXES or suffix[1:].isdigit()
+    """Tell by a file's name whether it is worth looking into: unless it is of another format."""
+    return _suffix(name) not in _OTHER_SUFFIXES
+
+
+def is_called_dicom(name: str) -> bool:
+    """Tell by a file's name that it should be DICOM, whatever it holds."""
+    return _suffix(name) in SUFFIXES
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a path object is slow
 
 
 def is_head(head: bytes) -> bool:
@@ -142,14 +175,23 @@ def is_dicom(path: Path) -> bool:
         return False  # As of a name that no system allows.
 
 
-def find_dicoms(folder: Path) -> Iterator[Path]:
-    """Find the DICOM files below a folder, in order; folders that are links are not followed."""
-    for parent, folders, names in os.walk(folder):
+def find_dicoms(folder: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Find the DICOM files below a folder, in order; folders that are links are not followed.
+
+    Files that are called DICOM are among them, whatever they hold.
+
+    Args:
+        folder: where to look.
+        on_error: is told of each folder that cannot be read.
+    """
+    for parent, folders, names in os.walk(folder, onerror=on_error):
         folders.sort()
         for name in sorted(names):
             path = Path(parent, name)
             is_left_out = name.upper() == "DICOMDIR" or name.startswith(".")
-            if not is_left_out and may_be_dicom(name) and is_dicom(path):
+            if is_left_out or not may_be_dicom(name):
+                continue
+            if is_called_dicom(name) or is_dicom(path):
                 yield path
 
 
@@ -163,10 +205,11 @@ def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
     is_folder = path.is_dir()
     root = path.absolute() if is_folder else path.absolute().parent
     notes: list[str] = []
+    unread: list[OSError] = []
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         num_dicoms = num_without = 0
-        files = find_dicoms(root) if is_folder else [path.absolute()]
+        files = find_dicoms(root, unread.append) if is_folder else [path.absolute()]
         for number, file in enumerate(files, 1):
             num_dicoms, num_frames = number, 1
             # What is wrong with a file is said where its row is understood.
@@ -182,6 +225,11 @@ def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
             notes.append(f"{num_others} files that are not DICOM were left out")
         if num_without:
             notes.append(f"{num_without} DICOM files without a picture were left out")
+        if unread:
+            notes.append(
+                f"{len(unread)} folders could not be read and were left out with all that is in "
+                f"them: {unread[0].strerror}"
+            )
 
     yield Table(path, root, ("image", "frame"), rows(), unit="file", notes=notes)
 
@@ -208,8 +256,8 @@ def read_facts(path: Path, name: str) -> DicomFacts | None:
         spacing_mm, spacing_from = _spacing(header)
         return DicomFacts(
             max(1, int(header.get("NumberOfFrames", 1) or 1)),
-            _angle(header, "PositionerPrimaryAngle"),
-            _angle(header, "PositionerSecondaryAngle"),
+            _angles(header, "PositionerPrimaryAngle"),
+            _angles(header, "PositionerSecondaryAngle"),
             spacing_mm,
             spacing_from,
             _patient(header),
@@ -225,22 +273,61 @@ def _patient(header: Dataset) -> str:
     return f"{issuer}\n{patient_id}" if issuer else patient_id
 
 
-def _angle(header: Dataset, keyword: str) -> str:
-    """Return an angle of PS3.3, C.8.7.5, or of the first frame of an enhanced XA (C.8.19.6.10)."""
-    per_frame = _first(header, "PerFrameFunctionalGroupsSequence")
-    shared = _first(header, "SharedFunctionalGroupsSequence")
-    for group in (header, *(_first(g, "PositionerPositionSequence") for g in (per_frame, shared))):
-        value = None if group is None else group.get(keyword)
-        if value not in (None, ""):
-            return f"{float(value):g}"
-    return ""
+def _angles(header: Dataset, keyword: str) -> tuple[str, ...]:
+    """Return the angles of PS3.3, C.8.7.5, or of an enhanced XA (C.8.19.6.10): one, or one a frame.
+
+    Where the positioner stood still, as far as angles are known to a degree, they are one.
+    """
+    angles = [_known(header.get(keyword))]
+    num_frames = max(1, int(header.get("NumberOfFrames", 1) or 1))
+    if angles[0] is None:
+        per_frame = header.get("PerFrameFunctionalGroupsSequence") or ()
+        positions = [_first(group, "PositionerPositionSequence") for group in per_frame]
+        angles = [_known(None if p is None else p.get(keyword)) for p in positions]
+        if not angles or angles[0] is None:
+            shared = _first(header, "SharedFunctionalGroupsSequence")
+            position = _first(shared, "PositionerPositionSequence")
+            angles = [_known(None if position is None else position.get(keyword))]
+    elif num_frames > 1 and str(header.get("PositionerMotion", "") or "").strip() == "DYNAMIC":
+        increments = _increments(header.get(f"{keyword}Increment"), num_frames)
+        angles = [None if more is None else _turned(angles[0], more) for more in increments]
+    known = [angle for angle in angles if angle is not None]
+    if len(known) == len(angles) and max(known) - min(known) <= _STILL_DEG:
+        angles = angles[:1]
+    return tuple("" if angle is None else f"{angle:g}" for angle in angles)
+
+
+def _increments(value: Any, num_frames: int) -> list[float | None]:
+    """Return what is to be added for each frame (PS3.3, C.8.7.5.1.3); None where nobody knows."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    numbers = [float(one) for one in value] if several else []
+    if len(numbers) == num_frames:
+        return list(numbers)
+    step = _known(numbers[0] if len(numbers) == 1 else None if several else value)
+    return [0.0 if frame == 0 else step and step * frame for frame in range(num_frames)]
+
+
+def _turned(angle_deg: float, more_deg: float) -> float:
+    """Add to an angle; half a turn and more is counted from the other side."""
+    total_deg = angle_deg + more_deg
+    if not math.isfinite(total_deg) or abs(total_deg) <= 180:
+        return total_deg
+    return math.remainder(total_deg, 360)
+
+
+def _known(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)
 
 
 def _spacing(header: Dataset) -> tuple[str, str]:
-    """Return the size of a pixel in the patient's plane, and where it comes from."""
-    if calibrated := _pair(header, "PixelSpacing"):
+    """Return the size of a pixel in the patient's plane, and where it comes from.
+
+    PS3.3, 10.7.1.1: a Pixel Spacing that is the detector's own has not been calibrated, unless the
+    header says how.
+    """
+    calibrated, detector = _pair(header, "PixelSpacing"), _pair(header, "ImagerPixelSpacing")
+    if calibrated and (calibrated != detector or header.get("PixelSpacingCalibrationType")):
         return "\\".join(f"{mm:.6g}" for mm in calibrated), "pixel spacing, as calibrated"
-    detector = _pair(header, "ImagerPixelSpacing")
     magnification, source = _positive(header, "EstimatedRadiographicMagnificationFactor"), "stated"
     if magnification is None:
         far, near = (
@@ -476,7 +563,10 @@ class _Looks:
         photometric = str(header.get("PhotometricInterpretation", "MONOCHROME2"))
         self._is_palette = photometric == "PALETTE COLOR"
         self._is_bit = int(header.get("BitsAllocated", 8)) == 1
-        self._has_modality_table = bool(header.get("ModalityLUTSequence"))
+        # Of X-rays it leads back to intensity, and is not for display (PS3.17, FFF.2.3.1.3.4).
+        is_xray = str(header.get("Modality", "") or "").strip() in ("XA", "RF")
+        modality_table = None if is_xray else _first(header, "ModalityLUTSequence")
+        self._has_modality_table = modality_table is not None
         self._slope = float(header.get("RescaleSlope", 1) or 1)
         self._intercept = float(header.get("RescaleIntercept", 0) or 0)
         if not (math.isfinite(self._slope) and math.isfinite(self._intercept)):
@@ -484,9 +574,12 @@ class _Looks:
         bits, is_signed = int(header.get("BitsStored", 8)), header.get("PixelRepresentation") == 1
         # The sum of a value and its opposite, when black and white change places.
         self._top = -1 if is_signed else 2**bits - 1
+        if modality_table is not None:
+            self._top = 2 ** int(modality_table.LUTDescriptor[2]) - 1
         self._is_negative = photometric == "MONOCHROME1"
-        self._is_inverted = self._is_negative != (self._slope < 0)
-        self._is_8_bit = bits == 8 and not is_signed
+        has_negative_slope = self._slope < 0 and modality_table is None
+        self._is_inverted = self._is_negative != has_negative_slope
+        self._is_8_bit = bits == 8 and not is_signed and modality_table is None
         self.window = self._find_window() if photometric.startswith("MONOCHROME") else None
 
     def num_channels(self, num_samples: int) -> int:

@@ -22,7 +22,7 @@ from imagecodecs import png_decode
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from sam3cache.errors import ImageError
+from sam3cache.errors import ImageError, QuotingError
 from sam3cache.images.coco import open_coco_mask
 from sam3cache.images.contrast import contrast_frame
 from sam3cache.images.dicom import HEAD_BYTES, is_head, open_dicom
@@ -112,8 +112,11 @@ def open_picture(
             str(path), name
         )
         detail = " ".join(text.split())[:120]
-        raise ImageError(
-            f"{name}: damaged or truncated ({detail or type(error).__name__}); restore the file"
+        kind = type(error).__name__
+        # Decoders quote names of files, and of what is in them.
+        raise QuotingError(
+            f"{name}: damaged or truncated ({detail or kind}); restore the file",
+            f"{name}: damaged or truncated ({kind}); restore the file",
         ) from None
 
 
@@ -148,7 +151,10 @@ def _opened(path: Path, name: str, how: _How) -> Iterator[Picture]:
             path, name, how.member, as_numbers=how.as_numbers, as_planes=how.as_planes
         )
     elif how.member:
-        raise ImageError(f"{name}: has no parts with names; leave {MEMBER_MARK}{how.member} out")
+        raise QuotingError(
+            f"{name}: has no parts with names; leave {MEMBER_MARK}{how.member} out",
+            f"{name}: has no parts with names; leave what is behind {MEMBER_MARK} out",
+        )
     elif head.startswith(b"\x93NUMPY"):
         yield _open_npy(path, name, how.frame, how.is_mask)
     elif head.startswith(_TIFF_MAGICS):

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam3cache.errors import ImageError
+from sam3cache.errors import QuotingError
 from sam3cache.images.opened import kept_open
 from sam3cache.images.picture import Picture, array_picture
 
@@ -30,19 +30,24 @@ def open_hdf5(path: Path, name: str, member: str, *, frame: int | None, is_mask:
     """Open a dataset as a picture; without a name, the only one that there is.
 
     Raises:
-        ImageError: no such dataset, or none that is a picture.
+        QuotingError: no such dataset.
+        ImageError: none that is a picture.
     """
     file = kept_open(path, Hdf5File)
     if not member:
         names = [one for one, shape in file.shapes().items() if len(shape) >= 2]
         if len(names) != 1:
             some = ", ".join(names[:8]) or "none"
-            raise ImageError(f"{name}: holds the datasets {some}; say which one, as FILE.h5::NAME")
+            raise QuotingError(
+                f"{name}: holds the datasets {some}; say which one, as FILE.h5::NAME",
+                f"{name}: holds not one dataset; say which one, as FILE.h5::NAME",
+            )
         member = names[0]
     try:
         dataset = file.dataset(member)
     except LookupError as error:
-        raise ImageError(f"{name}: {error.args[0]}") from None
+        plain = f"{name}: no such dataset that can be used; mend the name behind ::"
+        raise QuotingError(f"{name}: {error.args[0]}", plain) from None
     return array_picture(dataset, name, frame=frame, is_mask=is_mask)
 
 

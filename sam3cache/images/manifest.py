@@ -10,7 +10,8 @@ import hashlib
 import io
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.columns import Row, RowReader, map_columns, read_setting
+from sam3cache.images.columns import LateKeyError, Row, RowReader, map_columns, read_setting
 from sam3cache.images.files import SUFFIXES
 from sam3cache.images.readers import FOLDER, READERS, find_reader
 from sam3cache.images.tables import SPLIT_SYNONYMS, Table, read_csv_rows, saying_path
@@ -52,6 +53,7 @@ class Manifest:
             where none was needed.
         lines: of ``samples`` and then of ``set_aside``, where they stand; none of a folder.
         unit: what these numbers count, as "line".
+        is_hidden: whether hashes are kept in place of any row's paths, which name persons.
     """
 
     root: Path
@@ -65,6 +67,7 @@ class Manifest:
     key_mark: str = ""
     lines: Sequence[int] = ()
     unit: str = ""
+    is_hidden: bool = False
 
 
 def read_manifest(
@@ -74,6 +77,7 @@ def read_manifest(
     seed: int = 0,
     by_id: bool = False,
     mask_columns: Sequence[str] = (),
+    known_groups: Collection[str] | None = None,
 ) -> Manifest:
     """Read a table, a container of pictures, or a folder.
 
@@ -91,6 +95,8 @@ def read_manifest(
             already; its ``source`` is then empty.
         mask_columns: columns of a CSV, or folders beside ``images/``, whose files each sample's
             ``masks`` shall name.
+        known_groups: of a store of DICOM files, whose names are hashed with the user's key. They
+            stay as they are, and rows without an image count as of DICOM files.
 
     Raises:
         ManifestError: the manifest as a whole cannot be used; nothing is set aside for that.
@@ -102,8 +108,22 @@ def read_manifest(
                 f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
             )
         return _read_folder(path, seed, mask_columns)
-    with saying_path(path), READERS[reader](path, columns) as table:
-        return _read_table(table, columns, seed, by_id, mask_columns)
+    for is_keyed in (False, True):
+        with (
+            suppress(LateKeyError),
+            saying_path(path),
+            READERS[reader](path, columns) as table,
+        ):
+            return _read_table(
+                table,
+                columns,
+                seed,
+                by_id,
+                mask_columns,
+                is_keyed=is_keyed,
+                known_groups=known_groups,
+            )
+    raise AssertionError("the key was there from the first row on")
 
 
 def _read_folder(folder: Path, seed: int, mask_folders: Sequence[str] = ()) -> Manifest:
@@ -175,18 +195,27 @@ def _read_table(
     seed: int,
     by_id: bool = False,
     mask_columns: Sequence[str] = (),
+    *,
+    is_keyed: bool = False,
+    known_groups: Collection[str] | None = None,
 ) -> Manifest:
     """Resolve a table's rows, one after the other: there may be many."""
     header, root, where = table.header, table.root, table.path
     column_map = map_columns(
-        header, columns, table.name, by_id=by_id, defaults=table.defaults, unkept=table.unkept
+        header,
+        columns,
+        table.name,
+        by_id=by_id,
+        defaults=table.defaults,
+        unkept=table.unkept,
+        is_private=known_groups is not None,
     )
     for name in mask_columns:
         if name not in header:
             raise ManifestError(
                 f"{where}: no column {name!r} with masks; it has {', '.join(header)}"
             )
-    reader = RowReader(column_map, root)
+    reader = RowReader(column_map, root, is_keyed=is_keyed, known_groups=known_groups)
 
     samples: list[Sample] = []
     set_aside: list[SetAside] = []
@@ -194,6 +223,7 @@ def _read_table(
     shared: dict[Any, Any] = {}
     line_of: dict[str, int] = {}
     lines, lines_aside = array("I"), array("I")
+    is_hidden = False
     for line, cells in table.rows:
         given_id, row = "", Row(reader, dict(zip(header, cells, strict=True)))
         try:
@@ -209,6 +239,7 @@ def _read_table(
             split = row.value("split")
         except ImageError as error:
             row_id = given_id or f"{table.unit} {line}"
+            is_hidden |= row.hides
             reason = f"{table.unit} {line}: {error}" if row.hides else str(error)
             set_aside.append(SetAside(row_id, row.source, reason))
             lines_aside.append(line)
@@ -217,6 +248,7 @@ def _read_table(
         ids = [given_id] if given_id else _derived_ids(fields)
         row_id = _claim(line_of, ids, line, table)
         lines.append(line)
+        is_hidden |= row.hides
         named_line = line if row.hides else None
         split = shared.setdefault(split, split)
         samples.append(Sample(row_id, root=root, split=split, line=named_line, **fields))
@@ -241,9 +273,15 @@ def _read_table(
     if reader.num_dicoms:
         given |= {"primary_angle", "secondary_angle", "group"}
         extra += tuple(name for name in _SPACING if reader.has_spacing and name not in extra)
-        if reader.uses_key:
-            key_mark = reader.key.mark
-            notes += [reader.key.note] if reader.key.is_new else []
+        if num_mixed := reader.num_mixed_patients:
+            notes.append(
+                f"{num_mixed} patient IDs stand in some DICOM files with their issuer and in "
+                "others without, which makes two groups of each: if these are the same patients, "
+                "give groups in a CSV's column"
+            )
+    if reader.uses_key:
+        key_mark = reader.key.mark
+        notes += [reader.key.note] if reader.key.is_new else []
     return replace(
         manifest,
         fields=tuple(sorted(given)),
@@ -252,6 +290,7 @@ def _read_table(
         key_mark=key_mark,
         lines=lines + lines_aside,
         unit=table.unit,
+        is_hidden=is_hidden,
     )
 
 
@@ -322,8 +361,11 @@ def sample_manifest(
                 file.readline()  # the rest of a row
             lines[file.tell()] = file.readline()
         text = b"".join([header, *(line for _, line in sorted(lines.items()))]).decode("utf-8-sig")
-    table = read_csv_rows(io.StringIO(text, newline=""), path)
-    return ManifestSample(num_rows, _read_table(table, columns, seed))
+    for is_keyed in (False, True):
+        table = read_csv_rows(io.StringIO(text, newline=""), path)
+        with suppress(LateKeyError):
+            return ManifestSample(num_rows, _read_table(table, columns, seed, is_keyed=is_keyed))
+    raise AssertionError("the key was there from the first row on")
 
 
 def _fields(row: Row, shared: dict[Any, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.errors import ImageError
+from sam3cache.errors import QuotingError
 from sam3cache.images.opened import kept_open
 from sam3cache.images.picture import Picture, array_picture
 
@@ -30,17 +30,22 @@ def open_npz(path: Path, name: str, member: str, *, frame: int | None, is_mask: 
     """Open an array of an archive as a picture; without a name, the only one.
 
     Raises:
-        ImageError: no such array, or none that is a picture.
+        QuotingError: no such array.
+        ImageError: none that is a picture.
     """
     archive = kept_open(path, NpzFile)
     if not member:
         if len(archive.names) != 1:
             some = ", ".join(archive.names[:8]) or "none"
-            raise ImageError(f"{name}: holds the arrays {some}; say which one, as FILE.npz::NAME")
+            raise QuotingError(
+                f"{name}: holds the arrays {some}; say which one, as FILE.npz::NAME",
+                f"{name}: holds not one array; say which one, as FILE.npz::NAME",
+            )
         member = archive.names[0]
     if member not in archive.names:
-        raise ImageError(
-            f"{name}: no array {member!r}; it has {', '.join(archive.names[:8]) or 'none'}"
+        raise QuotingError(
+            f"{name}: no array {member!r}; it has {', '.join(archive.names[:8]) or 'none'}",
+            f"{name}: no such array; mend the name behind ::",
         )
     return array_picture(archive.array(member), name, frame=frame, is_mask=is_mask)
 

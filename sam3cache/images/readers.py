@@ -5,7 +5,6 @@ A new reader is a function from a path to a ``Table``, and a line in ``READERS``
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,8 +12,14 @@ from pathlib import Path
 from sam3cache.errors import ManifestError
 from sam3cache.images.coco import coco_table, find_coco_files
 from sam3cache.images.columns import read_setting
-from sam3cache.images.dicom import HEAD_BYTES, dicom_table, find_dicoms, is_head
-from sam3cache.images.dicom import SUFFIXES as DICOM_SUFFIXES
+from sam3cache.images.dicom import (
+    HEAD_BYTES,
+    dicom_table,
+    find_dicoms,
+    is_called_dicom,
+    is_dicom,
+    is_head,
+)
 from sam3cache.images.hdf5 import HDF5_MAGIC
 from sam3cache.images.npz import ZIP_MAGIC
 from sam3cache.images.picture import SUFFIXES
@@ -85,10 +90,9 @@ def _of_file(path: Path) -> str:
     for magic, name in _MAGICS.items():
         if head.startswith(magic):
             return name
-    suffix = path.suffix.lower()
-    if is_head(head) or suffix in DICOM_SUFFIXES:
+    if is_head(head) or is_called_dicom(path.name):
         return "dicom"
-    return "coco" if suffix == ".json" else "csv"
+    return "coco" if path.suffix.lower() == ".json" else "csv"
 
 
 def _of_folder(folder: Path) -> str:
@@ -96,7 +100,8 @@ def _of_folder(folder: Path) -> str:
         return "coco"
     pictures = (folder / "images").rglob("*") if (folder / "images").is_dir() else folder.glob("*")
     has_pictures = any(path.suffix.lower() in SUFFIXES for path in pictures)
-    has_dicoms = any(True for _ in itertools.islice(find_dicoms(folder), 1))
+    # Beside pictures, one that is only called so does not count.
+    has_dicoms = any(not has_pictures or is_dicom(path) for path in find_dicoms(folder))
     if has_pictures and has_dicoms:
         raise ManifestError(
             f'{folder}: holds pictures and DICOM files; say which are meant by reader = "{FOLDER}" '

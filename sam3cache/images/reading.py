@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.errors import ImageError
+from sam3cache.errors import ImageError, QuotingError
 from sam3cache.images.classes import FOREGROUND, ClassTable
 from sam3cache.images.files import open_picture
 from sam3cache.images.picture import Picture, apply_window
@@ -303,13 +303,14 @@ def _named_planes(sample: Sample, mask: Picture, names: Sequence[str]) -> NDArra
 
 @contextmanager
 def _saying_line(sample: Sample) -> Iterator[None]:
-    """Begin errors with the manifest's line, where names alone do not lead to the file."""
+    """Begin errors with the manifest's line, where its names are hidden."""
     try:
         yield
     except ImageError as error:
         if sample.line is None:
             raise
-        raise ImageError(f"line {sample.line}: {error}") from None
+        text = error.plain if isinstance(error, QuotingError) else str(error)
+        raise ImageError(f"line {sample.line}: {text}") from None
 
 
 @contextmanager

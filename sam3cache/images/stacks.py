@@ -6,13 +6,13 @@ p1/image (H, W)     p1/mask (H, W)     p1/angles (2,)                   a row a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.columns import read_setting
+from sam3cache.images.columns import read_names, read_setting
 from sam3cache.images.hdf5 import Hdf5File
 from sam3cache.images.npz import NpzFile
 from sam3cache.images.picture import DECODER_ERRORS
@@ -60,7 +60,7 @@ def hdf5_table(path: Path, columns: Path | None) -> Iterator[Table]:
         ManifestError: when it is damaged, or has no images.
     """
     with _saying_container(path), closing(Hdf5File(path)) as file:
-        yield stack_table(path, file, read_setting(columns, "image"))
+        yield stack_table(path, file, read_setting(columns, "image"), read_names(columns))
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def npz_table(path: Path, columns: Path | None) -> Iterator[Table]:
         ManifestError: when it is damaged, or has no images.
     """
     with _saying_container(path), closing(NpzFile(path)) as archive:
-        yield stack_table(path, archive, read_setting(columns, "image"))
+        yield stack_table(path, archive, read_setting(columns, "image"), read_names(columns))
 
 
 @contextmanager
@@ -85,26 +85,29 @@ def _saying_container(path: Path) -> Iterator[None]:
         raise ManifestError(f"{path}: damaged ({reason}); restore it") from None
 
 
-def stack_table(path: Path, arrays: Arrays, image: str | None) -> Table:
+def stack_table(
+    path: Path, arrays: Arrays, image: str | None, settled: Collection[str] = ()
+) -> Table:
     """Return a container's table.
 
     Args:
         path: the container.
         arrays: what it holds.
         image: name or pattern of the images, as ``*/image``; None: ``images`` or ``image``.
+        settled: fields that somebody says by hand, so that no array need be them.
 
     Raises:
-        ManifestError: when there are no such images.
+        ManifestError: when there are no such images, or what is named as a field cannot be it.
     """
     shapes = arrays.shapes()
     pattern = None if image is None else image.removeprefix("*/").strip("/")
     for name in IMAGE_NAMES if pattern is None else (pattern,):
         if len(shapes.get(name, ())) >= 2:
-            return _stacked(path, arrays, shapes, name)
+            return _stacked(path, arrays, shapes, name, settled)
     for name in IMAGE_NAMES if pattern is None else (pattern,):
         groups = [one.removesuffix(f"/{name}") for one in shapes if one.endswith(f"/{name}")]
         if groups:
-            return _grouped(path, arrays, shapes, name, groups)
+            return _grouped(path, arrays, shapes, name, groups, settled)
     some = ", ".join(list(shapes)[:8]) or "nothing"
     wanted = "'images' or 'image'" if image is None else repr(image)
     raise ManifestError(
@@ -113,21 +116,50 @@ def stack_table(path: Path, arrays: Arrays, image: str | None) -> Table:
     )
 
 
+def _field_of(name: str, settled: Collection[str]) -> str:
+    """Return the field that an array is by its name: "angles" of both, "" of none."""
+    if name in _ANGLES:
+        return "" if {"primary_angle", "secondary_angle"} <= set(settled) else "angles"
+    fields = (field for field, names in _NAMES.items() if name in names)
+    return next((field for field in fields if field not in settled), "")
+
+
+def _misfit(path: Path, name: str, shape: tuple[int, ...], wanted: str) -> ManifestError:
+    return ManifestError(
+        f"{path}: {name!r} has the shape {shape}; expected {wanted}; reshape it, or call it "
+        "otherwise if it is something else"
+    )
+
+
 def _stacked(
-    path: Path, arrays: Arrays, shapes: Mapping[str, tuple[int, ...]], image: str
+    path: Path,
+    arrays: Arrays,
+    shapes: Mapping[str, tuple[int, ...]],
+    image: str,
+    settled: Collection[str],
 ) -> Table:
     """A row a picture of a stack."""
     shape = shapes[image]
     is_still = len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3))
     num_rows = 1 if is_still else shape[0]
     pictures, columns, pairs = [], [], []
+    values_shapes = ((num_rows,), (num_rows, 1), *([()] if num_rows == 1 else []))
     for name, other in shapes.items():
-        if (len(other) >= 3 and other[0] == num_rows) or (is_still and len(other) >= 2):
-            pictures.append(name)
-        elif other == (num_rows,):
-            columns.append(name)
-        elif other == (num_rows, 2) and name in _ANGLES:
+        field = "image" if name == image else _field_of(name, settled)
+        is_value = field not in ("", "image", "mask", "angles")
+        is_stack = (len(other) >= 3 and other[0] == num_rows) or (is_still and len(other) >= 2)
+        if field == "angles":
+            if other != (num_rows, 2) and not (num_rows == 1 and other == (2,)):
+                raise _misfit(path, name, other, f"{(num_rows, 2)}, beside {image!r} of {shape}")
             pairs.append(name)
+        elif is_stack and not is_value:
+            pictures.append(name)
+        elif field not in ("image", "mask") and other in values_shapes:
+            columns.append(name)
+        elif is_value:
+            raise _misfit(path, name, other, f"{(num_rows,)}, beside {image!r} of {shape}")
+        elif field == "mask":
+            raise _misfit(path, name, other, f"as many as {image!r} of {shape}")
     header = [*pictures, *columns, *(f"{name}.{which}" for name in pairs for which in _BOTH_ANGLES)]
     defaults = _defaults(header)
     has_frame = "frame" in defaults
@@ -144,9 +176,16 @@ def _stacked(
     def rows() -> Iterator[tuple[int, list[str]]]:
         for begin in range(0, num_rows, _COLUMN_ROWS):
             end = min(num_rows, begin + _COLUMN_ROWS)
-            texts = [[cell(v) for v in arrays.values(name, begin, end)] for name in columns]
-            for name in pairs:
+            texts = []
+            for name in columns:
                 values = arrays.values(name, begin, end)
+                # Of a picture alone, and of a table with one column.
+                values = [values] if shapes[name] == () else values
+                values = [v[0] for v in values] if len(shapes[name]) == 2 else values
+                texts.append([cell(v) for v in values])
+            for name in pairs:
+                values = arrays.values(name, begin, 2 if len(shapes[name]) == 1 else end)
+                values = values.reshape(end - begin, 2)
                 texts += [[cell(v) for v in values[:, which]] for which in range(2)]
             for offset in range(end - begin):
                 index = begin + offset
@@ -171,6 +210,7 @@ def _grouped(
     shapes: Mapping[str, tuple[int, ...]],
     image: str,
     groups: Sequence[str],
+    settled: Collection[str],
 ) -> Table:
     """A row a group with an image in it."""
     of_group: dict[str, list[str]] = {group: [] for group in groups}
@@ -191,6 +231,9 @@ def _grouped(
                 columns |= {f"{name}.{which}": None for which in _BOTH_ANGLES}
             elif shape in ((), (1,)):
                 columns[name] = None
+            elif field := _field_of(name, settled):
+                wanted = {"angles": "(2,)", "mask": "a picture", "image": "a picture"}
+                raise _misfit(path, f"{group}/{name}", shape, wanted.get(field, "one value"))
         columns |= dict.fromkeys(arrays.attributes(group))
     header = [*pictures, *(name for name in columns if name not in pictures), _ROW]
     defaults = {"group": _ROW} | _defaults(header[:-1])

@@ -79,6 +79,51 @@ def test_folders_of_splits_are_read_together(tmp_path):
     assert manifest.samples[2].id == "val/images/1"
 
 
+def write_several(folder, *names):
+    """COCO files of an image each in one folder."""
+    for number, name in enumerate(names, 1):
+        images = [{"id": number, "file_name": f"{number}.png", "height": HEIGHT, "width": WIDTH}]
+        write(folder, {**DOCUMENT, "images": images, "annotations": []}, name)
+    return folder
+
+
+def test_a_split_is_a_word_of_a_files_name(tmp_path):
+    names = ("image_info_test-dev2017", "instances_train2017", "instances_val2017", "valid-2")
+    manifest = read_manifest(write_several(tmp_path, *names))
+    assert [s.split for s in manifest.samples] == ["test", "train", "val", "val"]
+    write(tmp_path / "b" / "my_test_2", name="instances")
+    write(tmp_path / "b" / "train2017", name="instances")
+    manifest = read_manifest(tmp_path / "b")
+    assert [s.split for s in manifest.samples] == ["test", "test", "train", "train"]
+
+
+@pytest.mark.parametrize("name", ["more", "train_and_val", "attest"])
+def test_a_file_without_a_split_beside_others_with_one_is_told(tmp_path, name):
+    folder = write_several(tmp_path / "test", "train", "val", name)
+    with pytest.raises(ManifestError, match=rf"no split in the names of annotations/{name}.json"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(("a", "b"), "none of the 2 files"), (("test1", "test2"), "'test'")]
+)
+def test_that_files_tell_no_splits_is_told(tmp_path, names, words):
+    manifest = read_manifest(write_several(tmp_path, *names))
+    (note,) = manifest.notes
+    assert words in note
+    assert "anew" in note
+
+
+def test_ids_with_a_point_are_those_without_and_strays_are_counted(tmp_path):
+    document = changed(image_id=1.0)
+    document["annotations"][1]["image_id"] = 99
+    manifest = read_manifest(write(tmp_path, document))
+    assert np.array_equal(read_mask(manifest.samples[0])[0], polygon())
+    assert manifest.samples[0].mask == "annotations/train.json::1"
+    (note,) = manifest.notes
+    assert "train.json: 1 annotations" in note
+
+
 def test_other_json_files_beside_pictures_are_left_alone(tmp_path):
     write(tmp_path).write_text('{"shapes": []}', encoding="utf-8")
     assert [s.mask for s in read_manifest(tmp_path).samples] == [None, None]
@@ -233,6 +278,10 @@ BAD_FILES = {
     "a category without a name": json.dumps({**DOCUMENT, "categories": [{"id": 1}]}),
     "an image twice": json.dumps({**DOCUMENT, "images": DOCUMENT["images"][:1] * 2}),
     "an image without a name": json.dumps({**DOCUMENT, "images": [{"id": 1}]}),
+    "half a character": json.dumps({**DOCUMENT, "images": [{"id": 1, "file_name": "/\ud83d.png"}]}),
+    "half a character as an id": json.dumps(
+        {**DOCUMENT, "images": [{"id": "\ud83d", "file_name": "1.png"}]}
+    ),
     "nested without end": "[" * 100_000,
     "no images there": json.dumps({**DOCUMENT, "images": [{"id": 1, "file_name": "x.png"}]}),
 }

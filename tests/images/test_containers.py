@@ -75,6 +75,66 @@ def test_a_stack_gives_a_sample_a_picture_with_what_stands_beside_it(tmp_path, w
 
 
 @pytest.mark.parametrize(("write", "name"), STACKS)
+def test_columns_may_be_tables_of_one_column(tmp_path, write, name):
+    write(
+        tmp_path / name,
+        images=IMAGES,
+        split=np.array([[b"train"], [b"val"], [b"test"], [b"test"], [b"test"]]),
+        group=np.arange(5)[:, None],
+        primary_angle=np.full((5, 1), 7.5),
+    )
+    samples = read_manifest(tmp_path / name).samples
+    assert [s.split for s in samples] == ["train", "val", "test", "test", "test"]
+    assert [s.group for s in samples] == ["0", "1", "2", "3", "4"]
+    assert samples[4].primary_angle_deg == 7.5
+    still = write(tmp_path / f"b{name}", image=IMAGES[0], group=np.array(b"p"), angles=[1.0, 2.0])
+    (sample,) = read_manifest(still).samples
+    assert (sample.group, sample.primary_angle_deg, sample.secondary_angle_deg) == ("p", 1, 2)
+
+
+MISFITS = {
+    "splits": np.zeros((5, 2), np.uint8),
+    "group": np.zeros(4),
+    "primary_angle": np.zeros((5, 1, 2)),
+    "angles": np.zeros((2, 5)),
+    "view_angles": np.zeros(5),
+    "masks": MASKS[:4],
+    "mask": MASKS[0],
+    "frame": np.zeros(()),
+    "ids": np.zeros(6),
+}
+
+
+@pytest.mark.parametrize("field", MISFITS)
+@pytest.mark.parametrize(("write", "name"), STACKS)
+def test_what_is_called_a_field_and_cannot_be_it_is_told(tmp_path, write, name, field):
+    write(tmp_path / name, images=IMAGES, **{field: MISFITS[field]})
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(tmp_path / name)
+    shape = str(MISFITS[field].shape)
+    assert f"{field!r} has the shape {shape}; expected" in str(caught.value)
+    assert "'images' of (5, 20, 30)" in str(caught.value)
+
+
+def test_what_is_settled_by_hand_need_not_be_an_array(tmp_path):
+    write_h5(tmp_path / "a.h5", images=IMAGES, group=np.zeros(4), angles=np.zeros(5))
+    (tmp_path / "c.toml").write_text(
+        'group = { constant = "p" }\nprimary_angle = { constant = "" }\n'
+        'secondary_angle = { constant = "" }\n',
+        encoding="utf-8",
+    )
+    samples = read_manifest(tmp_path / "a.h5", tmp_path / "c.toml").samples
+    assert {s.group for s in samples} == {"p"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("group", [1, 2, 3]), ("angles", [1.0] * 3)])
+def test_of_a_group_as_well(tmp_path, field, value):
+    write_h5(tmp_path / "a.h5", **{"p__image": IMAGES[0], f"p__{field}": value})
+    with pytest.raises(ManifestError, match=rf"'p/{field}' has the shape \(3,\); expected"):
+        read_manifest(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize(("write", "name"), STACKS)
 def test_names_of_ones_own_are_said_by_columns(tmp_path, write, name):
     write(tmp_path / name, frames=IMAGES, vessel=MASKS, lao=np.arange(5.0), who=np.arange(5) // 2)
     (tmp_path / "c.toml").write_text(

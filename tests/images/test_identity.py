@@ -1,8 +1,10 @@
 """Whom a picture is of stays out of everything that is written, and strictness of what is bad."""
 
+import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pydicom
 import pytest
@@ -91,6 +93,39 @@ def test_nobody_is_named_in_what_an_extraction_writes_and_says(
     other = invoke("extract", "study", "-o", "x.zarr", *EXTRACT)
     assert other.exit_code == 1
     assert "put the old key back" in other.stderr
+
+
+def test_nobody_is_named_by_a_check_of_a_manifest_that_bears_the_name(
+    tmp_path, monkeypatch, key_file, invoke
+):
+    monkeypatch.chdir(tmp_path)
+    study = write_study(tmp_path / "Doe-John")
+    result = invoke("check", "Doe-John", "-o", "out")
+    shown = invoke("check", "Doe-John", "--json")
+    assert "\nmanifest: 4 samples" in result.output
+    written = [text.encode() for text in (result.output, shown.output)]
+    written += everything_written(tmp_path / "out", but=study)
+    # Letters of pictures, and a common word, are no name.
+    for text in (re.sub(rb"base64,[\w+/=]+|\b[Dd]oes\b", b"", text) for text in written):
+        for name in PLANTED:
+            assert name.lower().encode() not in text.lower()
+
+
+def test_names_inside_a_container_stay_there_where_paths_are_hidden(tmp_path):
+    from sam3cache.errors import ImageError
+    from sam3cache.images import probe
+
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["Doe^John/image"] = np.zeros((8, 8), np.uint8)
+    np.savez(tmp_path / "x.npz", **{"Doe^John": np.zeros((8, 8), np.uint8)})
+    np.save(tmp_path / "a.npy", np.zeros((8, 8), np.uint8))
+    lines = ["image", "x.h5::Quackenbush", "x.npz::Quackenbush", "a.npy::Quackenbush"]
+    (tmp_path / "m.csv").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "c.toml").write_text("hash_paths = true\n", encoding="utf-8")
+    for sample in read_manifest(tmp_path / "m.csv", tmp_path / "c.toml").samples:
+        with pytest.raises(ImageError, match=r"no such|no parts") as caught:
+            probe(sample)
+        assert not any(name in str(caught.value) for name in PLANTED)
 
 
 def test_without_a_home_for_the_key_one_line_says_so(tmp_path, monkeypatch, invoke):
