@@ -528,8 +528,8 @@ def test_a_real_files_values_are_those_of_pydicom(name):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            expected = pixel_array(EXAMPLES / name, index=frame)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
+            expected = pixel_array(pydicom.dcmread(EXAMPLES / name), index=frame)
+    except (NotImplementedError, RuntimeError) as error:
         pytest.skip(f"pydicom cannot decode it here: {type(error).__name__}")
     pixels = read(EXAMPLES / name, frame).astype(float).reshape(expected.shape)
     assert np.abs(pixels - expected).max() <= (0 if name in EXACT else 2)
