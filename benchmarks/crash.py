@@ -47,9 +47,8 @@ from statistics import mean
 from typing import Any
 
 import crc32c
-import numpy as np
 import psutil
-from PIL import Image
+from pictures import write_pictures
 from reporting import Bound, Machine, Report, significant
 
 BLOCK_ROWS = 16
@@ -148,22 +147,8 @@ class Workshop:
         folder = self.folder / f"pictures-{num_images}"
         if folder.exists():
             return folder
-        rng = np.random.default_rng(num_images)
-        for name in ("images", "masks"):
-            (folder / name).mkdir(parents=True)
-        lines = ["id,image,mask,split,group"]
-        for i in range(num_images):
-            shape = ((96, 128), (128, 96), (112, 112))[i % 3]
-            coarse = rng.integers(0, 255, (8, 8), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
-            picture.save(folder / f"images/{i:04}.png")
-            mask = np.zeros(shape, np.uint8)
-            mask[4 : 20 + i % 50, 6:70] = 255
-            Image.fromarray(mask).save(folder / f"masks/{i:04}.png")
-            split = ("train", "train", "val", "test")[i % 4]
-            lines.append(f"s{i:04},images/{i:04}.png,masks/{i:04}.png,{split},p{i % 4}")
-        (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return folder
+        splits = ("train", "train", "val", "test")
+        return write_pictures(folder, num_images, seed=num_images, splits=splits)
 
     def command(self, store: Path, levels: str, num_images: int, num_workers: int) -> list[str]:
         """Return the command that extracts into ``store``."""

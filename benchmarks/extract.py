@@ -28,8 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from reporting import Bound, Machine, Report, significant
+from reporting import Bound, Machine, Report, measure_apart, significant
 
 from sam3cache.backbone import load_tower
 from sam3cache.extract import ExtractConfig, ExtractProgress, TimeShares, WorkerStatus, extract
@@ -245,16 +243,7 @@ def write_pictures(folder: Path, num_images: int, side_px: int) -> Path:
 
 def measured(kind: str, **given: Any) -> dict[str, float]:
     """Measure in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure", kind, json.dumps(given)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    if done.returncode:
-        raise SystemExit(f"{kind}: {done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return measure_apart(__file__, kind, json.dumps(given))
 
 
 def measure_tower(

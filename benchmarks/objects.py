@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 import numpy as np
-from PIL import Image
+from pictures import write_pictures
 from reporting import ROOT, Bound, Machine, Report, significant
 
 from sam3cache.features import ObjectPath, open_store, verify_store
@@ -56,25 +56,6 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 PATIENCE_S = 3600.0
 LEVEL = "fpn_72"
 BUCKET = "features"
-
-
-def write_pictures(folder: Path, num_images: int) -> Path:
-    """Write grey pictures of several shapes with masks, and a manifest."""
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True)
-    lines = ["id,image,mask,split,group"]
-    for i in range(num_images):
-        shape = ((96, 128), (128, 96), (112, 112))[i % 3]
-        coarse = rng.integers(0, 255, (8, 8), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
-        picture.save(folder / f"images/{i:04}.png")
-        mask = np.zeros(shape, np.uint8)
-        mask[4 : 20 + i % 50, 6:70] = 255
-        Image.fromarray(mask).save(folder / f"masks/{i:04}.png")
-        lines.append(f"s{i:04},images/{i:04}.png,masks/{i:04}.png,train,p{i % 4}")
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 def command(pictures: Path, store: str) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -222,3 +224,23 @@ def with_results(page: str, folder: Path = RESULTS) -> str:
 
     pattern = r"<!-- benchmark:(?P<name>[\w-]+) -->\n.*?<!-- /benchmark:(?P=name) -->"
     return re.sub(pattern, region, page, flags=re.DOTALL)
+
+
+def measure_apart(program: str, kind: str, argument: str) -> dict[str, float]:
+    """Have a program measure something in a process of its own, where nothing else takes memory.
+
+    Args:
+        program: path of the program, which takes ``--measure KIND ARGUMENT`` and prints JSON last.
+        kind: of the measurement.
+        argument: what to measure.
+    """
+    done = subprocess.run(
+        [sys.executable, program, "--measure", kind, argument],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    if done.returncode:
+        raise SystemExit(f"{kind}: {done.stderr}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result

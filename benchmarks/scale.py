@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import Bound, Machine, Report, duration, significant
+from reporting import Bound, Machine, Report, duration, measure_apart, significant
 
 from sam3cache.extract import ExtractConfig
 from sam3cache.extract.job import Job, plan_job, read_request
@@ -175,16 +173,7 @@ def slope_bytes(points: Sequence[tuple[int, float]]) -> float:
 
 def measured(kind: str, folder: Path) -> dict[str, float]:
     """Measure in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure", kind, str(folder)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    if done.returncode:
-        raise SystemExit(f"{kind}: {done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return measure_apart(__file__, kind, str(folder))
 
 
 def measure_open(folder: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 # What only serves the programs.
-HELPERS = {"reporting", "readme_table"}
+HELPERS = {"pictures", "reporting", "readme_table"}
 PROGRAMS = sorted(path for path in BENCHMARKS.glob("*.py") if path.stem not in HELPERS)
 
 # As Python does for a program: its folder comes first.

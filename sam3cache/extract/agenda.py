@@ -118,8 +118,9 @@ class Agenda:
         num_here = self._num_in_a_row_at[place] = self._num_in_a_row_at.get(place, 0) + 1
         # What succeeds elsewhere says nothing for a device on which nothing does.
         if self._num_in_a_row >= self._max_in_a_row or num_here >= MAX_DEATHS_IN_A_ROW:
+            num_told = num_here if num_here >= MAX_DEATHS_IN_A_ROW else self._num_in_a_row
             raise _hopeless(
-                f"{num_here} workers have ended one after the other, whatever pictures "
+                f"{num_told} workers have ended one after the other, whatever pictures "
                 f"they were given, the last on block {tasks[0].block}",
                 how,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ import numpy as np
 from sam3cache.errors import Sam3CacheError
 from sam3cache.extract.job import Job
 from sam3cache.extract.levels import is_of_tower
-from sam3cache.extract.worker import WorkerSetup, begin_process, load_runner
+from sam3cache.extract.worker import WorkerSetup, begin_process, load_runner, spawn
 from sam3cache.features import BLOCK_ROWS
 from sam3cache.geometry import INPUT_SIZE_PX
 
@@ -82,18 +81,14 @@ def measure_batch_size(setup: WorkerSetup) -> int:
     Raises:
         Sam3CacheError: what is wrong with the weights or the device.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measure, args=(setup, theirs), daemon=True)
-    process.start()
-    theirs.close()
+    process, pipe = spawn(_measure, setup)
     found: object = setup.batch_size
     try:
         # One that has died has said why, and the workers will say it again.
         with suppress(EOFError, ConnectionResetError):
-            found = ours.recv()
+            found = pipe.recv()
     finally:
-        ours.close()
+        pipe.close()
         process.kill()
         process.join()
     if isinstance(found, Sam3CacheError):

@@ -21,6 +21,7 @@ from sam3cache.extract.worker import (
     WorkerReady,
     WorkerSetup,
     run_worker,
+    spawn,
 )
 
 _MAX_FALSE_STARTS = 3
@@ -74,7 +75,6 @@ def run_pool(
         OSError: likewise, such as a full disk.
     """
     leave_if_imported()
-    context = multiprocessing.get_context("spawn")
     agenda = Agenda(tasks, len(setups))
     elsewhere: set[int] = set()
     num_false_starts = 0
@@ -83,11 +83,7 @@ def run_pool(
     members: dict[int, _Member] = {}
 
     def start(number: int, setup: WorkerSetup) -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=run_worker, args=(setup, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        members[number] = _Member(setup, process, ours)
+        members[number] = _Member(setup, *spawn(run_worker, setup))
         feed(number)
 
     def feed(number: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import multiprocessing
 import os
 import pickle
 import queue
@@ -34,6 +33,7 @@ from sam3cache.extract.worker import (
     BlockTask,
     WorkerSetup,
     run_worker,
+    spawn,
 )
 
 # A Ray task is so many blocks at the most: between two tasks the tower waits for pictures, and with
@@ -277,11 +277,7 @@ class _BlockWriter:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=run_worker, args=(self._setup, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process, self._pipe = spawn(run_worker, self._setup)
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, bytes]:
         outcomes: dict[int, str] = {}

@@ -5,13 +5,14 @@ the next are decoded by threads of their own, and the one before it is encoded, 
 written by another. It ends when it is told to, or when its parent is gone.
 
 What it holds is bounded: the pictures of three blocks, the features of two, and of the one that is
-being written a shard and its encoded copy.
+being written what they are stored as, where that differs, and a shard.
 
 Shape legend: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from multiprocessing.process import parent_process
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,6 +195,18 @@ def run_worker(setup: WorkerSetup, pipe: Connection) -> None:
     except (Sam3CacheError, OSError) as error:
         with suppress(BrokenPipeError, ConnectionResetError):
             pipe.send(error)
+
+
+def spawn(
+    target: Callable[[WorkerSetup, Connection], None], setup: WorkerSetup
+) -> tuple[SpawnProcess, Connection]:
+    """Start a process, which ends with this one, and return it with the pipe to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(setup, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def begin_process() -> None:

@@ -10,8 +10,8 @@ import hashlib
 import io
 from array import array
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -108,21 +108,24 @@ def read_manifest(
                 f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
             )
         return _read_folder(path, seed, mask_columns)
+    with saying_path(path):
+        return _read(
+            lambda: READERS[reader](path, columns),
+            columns,
+            seed,
+            by_id,
+            mask_columns,
+            known_groups=known_groups,
+        )
+
+
+def _read(
+    open_table: Callable[[], AbstractContextManager[Table]], *args: Any, **options: Any
+) -> Manifest:
+    """Resolve a table; once more, hashed with the key throughout, where DICOM files come late."""
     for is_keyed in (False, True):
-        with (
-            suppress(LateKeyError),
-            saying_path(path),
-            READERS[reader](path, columns) as table,
-        ):
-            return _read_table(
-                table,
-                columns,
-                seed,
-                by_id,
-                mask_columns,
-                is_keyed=is_keyed,
-                known_groups=known_groups,
-            )
+        with suppress(LateKeyError), open_table() as table:
+            return _read_table(table, *args, is_keyed=is_keyed, **options)
     raise AssertionError("the key was there from the first row on")
 
 
@@ -361,11 +364,10 @@ def sample_manifest(
                 file.readline()  # the rest of a row
             lines[file.tell()] = file.readline()
         text = b"".join([header, *(line for _, line in sorted(lines.items()))]).decode("utf-8-sig")
-    for is_keyed in (False, True):
-        table = read_csv_rows(io.StringIO(text, newline=""), path)
-        with suppress(LateKeyError):
-            return ManifestSample(num_rows, _read_table(table, columns, seed, is_keyed=is_keyed))
-    raise AssertionError("the key was there from the first row on")
+    manifest = _read(
+        lambda: nullcontext(read_csv_rows(io.StringIO(text, newline=""), path)), columns, seed
+    )
+    return ManifestSample(num_rows, manifest)
 
 
 def _fields(row: Row, shared: dict[Any, Any]) -> dict[str, Any]:

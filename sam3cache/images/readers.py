@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 from sam3cache.errors import ManifestError
@@ -20,10 +21,10 @@ from sam3cache.images.dicom import (
     is_dicom,
     is_head,
 )
-from sam3cache.images.hdf5 import HDF5_MAGIC
-from sam3cache.images.npz import ZIP_MAGIC
+from sam3cache.images.hdf5 import HDF5_MAGIC, Hdf5File
+from sam3cache.images.npz import ZIP_MAGIC, NpzFile
 from sam3cache.images.picture import SUFFIXES
-from sam3cache.images.stacks import hdf5_table, npz_table
+from sam3cache.images.stacks import container_table
 from sam3cache.images.tables import Table, parquet_table, read_csv_rows
 
 Reader = Callable[[Path, Path | None], AbstractContextManager[Table]]
@@ -49,8 +50,8 @@ def csv_table(path: Path, columns: Path | None) -> Iterator[Table]:
 READERS: dict[str, Reader] = {
     "csv": csv_table,
     "parquet": parquet_table,
-    "hdf5": hdf5_table,
-    "npz": npz_table,
+    "hdf5": partial(container_table, Hdf5File),
+    "npz": partial(container_table, NpzFile),
     "coco": coco_table,
     "dicom": dicom_table,
 }

@@ -6,7 +6,7 @@ p1/image (H, W)     p1/mask (H, W)     p1/angles (2,)                   a row a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,31 +53,17 @@ class Arrays(Protocol):
 
 
 @contextmanager
-def hdf5_table(path: Path, columns: Path | None) -> Iterator[Table]:
-    """Open an HDF5 file as a table.
+def container_table(
+    open_container: Callable[[Path], Hdf5File | NpzFile], path: Path, columns: Path | None
+) -> Iterator[Table]:
+    """Open a container as a table.
 
     Raises:
         ManifestError: when it is damaged, or has no images.
     """
-    with _saying_container(path), closing(Hdf5File(path)) as file:
-        yield stack_table(path, file, read_setting(columns, "image"), read_names(columns))
-
-
-@contextmanager
-def npz_table(path: Path, columns: Path | None) -> Iterator[Table]:
-    """Open an ``.npz`` archive as a table.
-
-    Raises:
-        ManifestError: when it is damaged, or has no images.
-    """
-    with _saying_container(path), closing(NpzFile(path)) as archive:
-        yield stack_table(path, archive, read_setting(columns, "image"), read_names(columns))
-
-
-@contextmanager
-def _saying_container(path: Path) -> Iterator[None]:
     try:
-        yield
+        with closing(open_container(path)) as arrays:
+            yield stack_table(path, arrays, read_setting(columns, "image"), read_names(columns))
     except (ManifestError, ImageError, FileNotFoundError, PermissionError):
         raise
     except DECODER_ERRORS as error:

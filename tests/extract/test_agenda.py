@@ -108,6 +108,19 @@ def test_a_device_that_kills_all_sets_nothing_aside_while_another_works() -> Non
         work()
 
 
+def test_where_all_devices_kill_their_workers_are_counted_together() -> None:
+    agenda = Agenda([block(number) for number in range(50)], num_workers=4)
+
+    def work() -> None:
+        for number in range(50):
+            given = agenda.take(is_idle=True)
+            assert given is not None
+            agenda.note_death([given], "exit code 1", place=number % 4)
+
+    with pytest.raises(WorkerError, match=r"^8 workers have ended one after the other"):
+        work()
+
+
 def test_a_block_that_kills_only_as_a_whole_is_named() -> None:
     agenda = Agenda([block(0), block(1)], num_workers=1)
 

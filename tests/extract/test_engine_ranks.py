@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import filecmp
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from equal_stores import require_equal
 from picture_folder import write_images
 from worker_thread import one_process
 
@@ -185,17 +185,6 @@ def alone(folder: Path) -> Iterator[Path]:
 
 def config(folder: Path, name: str) -> ExtractConfig:
     return ExtractConfig(folder, folder.parent / name, levels=("image_1008",), backbone="sam3-mini")
-
-
-def require_equal(store: Path, other: Path) -> None:
-    names = sorted(
-        path.relative_to(other).as_posix()
-        for part in ("levels", "labels")
-        for path in (other / part).rglob("*")
-        if path.is_file()
-    )
-    assert names
-    assert filecmp.cmpfiles(other, store, names, shallow=False) == (names, [], [])
 
 
 def test_the_last_of_a_launch_seals_and_the_others_say_so(

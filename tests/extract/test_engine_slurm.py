@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from equal_stores import require_equal
 from picture_folder import write_images
 from slurm_node import slurm_node, why_not
 from worker_thread import one_process
@@ -74,17 +74,6 @@ def run(
 def what_to_extract(folder: Path, store: Path) -> list[str]:
     words = [str(folder), "-o", str(store), "--levels", "image_1008", "--backbone", "sam3-mini"]
     return [*words, "--devices", "cpu"]
-
-
-def require_equal(store: Path, other: Path) -> None:
-    names = sorted(
-        path.relative_to(other).as_posix()
-        for part in ("levels", "labels")
-        for path in (other / part).rglob("*")
-        if path.is_file()
-    )
-    assert names
-    assert filecmp.cmpfiles(other, store, names, shallow=False) == (names, [], [])
 
 
 def test_the_tasks_of_srun_share_a_store(folder: Path, alone: Path, run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ STORES = Path("features")
 
 Report = Callable[[str, int, int], None]
 """Called with the run that is evaluated, images done and images in all."""
+
+_ContentOf = Callable[[Path, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,11 @@ def compare(
     experiments = find_experiments(config.paths, config.split)
     first = _baseline_first(experiments, config.baseline)
     output = _prepare_output(config, first)
-    evaluated = [_evaluate(experiment, experiments, config, report) for experiment in first]
+    # Many runs, mostly of one store.
+    content_of = cache(partial(_content, config))
+    evaluated = [
+        _evaluate(experiment, experiments, config, report, content_of) for experiment in first
+    ]
     notices = [*_check_alike(evaluated)]
     everywhere = frozenset.intersection(*map(_ids, evaluated))
     ids = [name for name in evaluated[0].together.ids if name in everywhere]
@@ -336,17 +342,22 @@ def _ids(evaluated: _Evaluated) -> frozenset[str]:
 
 
 def _evaluate(
-    experiment: Experiment, all_of_them: Sequence[Experiment], config: CompareConfig, report: Report
+    experiment: Experiment,
+    all_of_them: Sequence[Experiment],
+    config: CompareConfig,
+    report: Report,
+    content_of: _ContentOf,
 ) -> _Evaluated:
     """Read what an experiment's runs scored, evaluating what has not been."""
     check_same_training(experiment)
     for run in experiment.runs:
-        stale_store = _store_of_other_content(run, config) if is_evaluated(run) else None
-        if is_evaluated(run) and stale_store is None:
-            continue
-        info = run.info()
-        if stale_store is not None:
-            recorded = Path(str(read_summary(run.evaluation).get("store")))
+        info, stale_store = run.info(), None
+        if is_evaluated(run):
+            summary = read_summary(run.evaluation)
+            stale_store = _store_of_other_content(summary, config, content_of)
+            if stale_store is None:
+                continue
+            recorded = Path(str(summary.get("store")))
             if run.folder is None or info is None or recorded.resolve() != stale_store.resolve():
                 raise ConfigError(
                     f"{run.evaluation} was measured on other images, masks or annotations than "
@@ -390,26 +401,31 @@ def _evaluate(
     return _Evaluated(experiment, summaries, scores, combine(experiment, scores))
 
 
-def _store_of_other_content(run: Run, config: CompareConfig) -> Path | None:
-    """Return the store to evaluate on anew, if a run was measured on other content than it has.
+def _store_of_other_content(
+    summary: Mapping[str, Any], config: CompareConfig, content_of: _ContentOf
+) -> Path | None:
+    """Return the store to evaluate on anew, if an evaluation was of other content than it has.
 
     Where the store is not at hand, or the evaluation had an overlay that is not named now, there is
     nothing to look at.
     """
-    summary = read_summary(run.evaluation)
     there = summary.get("data") or {}
     store = config.store or Path(str(summary.get("store", "")))
     if config.store is None and not (store / "zarr.json").is_file():
         return None
     if config.overlay is None and there.get("overlay_seal"):
         return None
+    here = content_of(store, str(summary.get("label_set")))
+    names = ("samples_sha256", "labels_sha256", "annotations_sha256")
+    return None if here and all(here[name] == there.get(name) for name in names) else store
+
+
+def _content(config: CompareConfig, store: Path, label_set: str) -> Mapping[str, Any]:
+    """Return what a store has now, as evaluations record it; nothing without the label set."""
     opened = open_store(store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
-    label_set = str(summary.get("label_set"))
     if label_set not in opened.label_sets:
-        return store
-    here = dataclasses.asdict(record_data(opened, label_set))
-    content = ("samples_sha256", "labels_sha256", "annotations_sha256")
-    return None if all(here[name] == there.get(name) for name in content) else store
+        return {}
+    return dataclasses.asdict(record_data(opened, label_set))
 
 
 def _asked_before(run: Run) -> dict[str, Any]:
