@@ -55,6 +55,7 @@ from sam3cache.loading.augment import AUGMENTATIONS
 from sam3cache.records import Batch
 from sam3cache.runtime import pick_device
 from sam3cache.training import TrainConfig, build_loss, default_loss, train
+from sam3cache.training.config import resolve_precision
 from sam3cache.variants import Variant
 
 HEAD = "film-detail"
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     loss_size_px=QUICK_LOSS_PX if options.quick else LOSS_PX,
                     seed=seed,
                     device=options.device,
+                    precision=options.precision,
                     augment=contestant.augment,
                     variants=contestant.variants or "none",
                 )
@@ -157,6 +159,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="3 patients, one epoch, one seed, under a minute"
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="of every training [12]")
+    parser.add_argument("--precision", default="auto", help="what heads compute in [auto]")
     parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
     parser.add_argument("--workdir", type=Path, help="where pictures and stores lie meanwhile")
     parser.add_argument(
@@ -283,7 +286,7 @@ class Loop:
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / num_steps))
                 batch = self.batch(order[start : start + config.batch_size], random, config)
                 assert batch.target_BKTT is not None
-                with self.autocast():
+                with autocast(config):
                     logits_BKHW: Tensor = head(batch)
                 loss = loss_of(logits_BKHW.float(), batch.target_BKTT)
                 optimizer.zero_grad()
@@ -336,18 +339,19 @@ class Loop:
             rows=tuple(self.pictures[i].sample.row for i in order),
         )
 
-    def autocast(self) -> torch.autocast | nullcontext[None]:
-        """Compute as the training from the cache does where its precision is auto."""
-        if self.device == "cpu":
-            return nullcontext()
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
-        return torch.autocast(torch.device(self.device).type, dtype)
-
     def wait(self) -> None:
         """Let a GPU catch up."""
         if self.device != "cpu":
             torch.cuda.synchronize(self.device)
+
+
+def autocast(config: TrainConfig) -> torch.autocast | nullcontext[None]:
+    """Compute as the training from the cache does."""
+    precision = resolve_precision(config.precision, config.device)
+    if precision == "fp32":
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(torch.device(config.device).type, dtype)
 
 
 def draw_variants(random: np.random.Generator) -> list[Variant]:
@@ -414,7 +418,7 @@ def report(
         rows=rows,
         notes=[
             f"`{HEAD}` on sam3-mini's features of {counts['train']} synthetic angiograms, "
-            f"{options.epochs} epochs in batches of 4; Dice over {counts['test']} of other "
+            f"{options.epochs} epochs in batches of 4, heads in {options.precision}; Dice over {counts['test']} of other "
             f"patients; mean ± standard deviation of {options.seeds} seeds, and of what is gained "
             "seed by seed.",
             f"Variants: {', '.join(VIEWS)}; extracting them took {duration(costs['variants_s'])} "
@@ -436,6 +440,7 @@ def report(
             "head": HEAD,
             "epochs": options.epochs,
             "batch_size": 4,
+            "precision": options.precision,
             "variants": VIEWS,
             "augmentations": {name: dict(values) for name, values in AUGMENTATIONS.items()},
         },
