@@ -418,9 +418,9 @@ def report(
         rows=rows,
         notes=[
             f"`{HEAD}` on sam3-mini's features of {counts['train']} synthetic angiograms, "
-            f"{options.epochs} epochs in batches of 4, heads in {options.precision}; Dice over {counts['test']} of other "
-            f"patients; mean ± standard deviation of {options.seeds} seeds, and of what is gained "
-            "seed by seed.",
+            f"{options.epochs} epochs in batches of 4, heads in {options.precision}; Dice over "
+            f"{counts['test']} of other patients; mean ± standard deviation of {options.seeds} "
+            "seeds, and of what is gained seed by seed.",
             f"Variants: {', '.join(VIEWS)}; extracting them took {duration(costs['variants_s'])} "
             f"once, and all pictures themselves {duration(costs['first_pass_s'])}. In the loop "
             f"every picture is flipped half the time, turned by up to {MAX_ROTATION_DEG:g} degrees "
