@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -141,31 +142,11 @@ class Letterbox:
         """
         height_edges = self._cell_edges(self.content_height_px, target_size_px, mask_KHW.shape[-2])
         width_edges = self._cell_edges(self.content_width_px, target_size_px, mask_KHW.shape[-1])
-        num_rows, num_columns = height_edges.shape[0], width_edges.shape[0]
-        # Ascending, so that >= lets the highest label win a tie; torch.unique takes far longer.
-        labels = torch.bincount(mask_KHW.flatten(), minlength=256).nonzero()[:, 0].to(torch.uint8)
-
-        areas = [
-            _box_average(
-                _box_average((mask_KHW == label).float(), -2, height_edges).double(),
-                -1,
-                width_edges,
-            )
-            for label in labels[1:]
-        ]
-        best_area = 1.0 - sum(areas, start=torch.zeros(()).double())
-        best_label = torch.full_like(mask_KHW[:, :1, :1], int(labels[0])).expand(
-            -1, num_rows, num_columns
-        )
-        for label, area in zip(labels[1:], areas, strict=True):
-            wins = area >= best_area
-            best_area = torch.where(wins, area, best_area)
-            best_label = torch.where(wins, label, best_label)
-
         target_KTT = mask_KHW.new_full(
             (mask_KHW.shape[0], target_size_px, target_size_px), IGNORE_LABEL
         )
-        target_KTT[:, :num_rows, :num_columns] = best_label
+        found = _majority(mask_KHW.numpy(), _Taps.of(height_edges), _Taps.of(width_edges))
+        target_KTT[:, : found.shape[1], : found.shape[2]] = torch.from_numpy(found)
         return target_KTT
 
     def numbers_to_target(self, mask_MHW: torch.Tensor, target_size_px: int) -> torch.Tensor:
@@ -235,18 +216,64 @@ def _interpolate(x: torch.Tensor, dim: int, extent: float, num_pixels: int) -> t
     )
 
 
-def _box_average(x: torch.Tensor, dim: int, edges: torch.Tensor) -> torch.Tensor:
-    """Average an axis over boxes with fractional edges (N, 2), by its running sum."""
-    edges = edges.to(x.device)
-    whole = edges.floor().long().clamp(max=x.shape[dim] - 1)
-    shape = [1] * x.ndim
-    shape[dim] = edges.shape[0]
-    # The sum up to an edge is the running sum with the edge's pixel, less what lies beyond it.
-    beyond = (1.0 - (edges - whole)).to(x.dtype)
-    running = x.cumsum(dim)
-    start, end = (
-        (running.index_select(dim, index), x.index_select(dim, index) * part.view(shape))
-        for index, part in zip(whole.unbind(1), beyond.unbind(1), strict=True)
-    )
-    width = (edges[:, 1] - edges[:, 0]).to(x.dtype)
-    return ((end[0] - start[0]) - (end[1] - start[1])) / width.view(shape)
+_MAX_PARTS = 1_000_000
+"""Parts of cells that are weighed at once; each takes some 40 bytes meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taps:
+    """What cells along one axis are made of.
+
+    Attributes:
+        index_NP: int64 (cells, taps), the pixels.
+        share_NP: float64 (cells, taps), the part of a cell that each takes; 0 for repetitions.
+    """
+
+    index_NP: NDArray[np.int64]
+    share_NP: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, edges: torch.Tensor) -> Self:
+        """Find the pixels of cells with fractional edges (N, 2)."""
+        start_N1, end_N1 = np.split(edges.numpy(), 2, axis=1)
+        first_N1 = np.floor(start_N1).astype(np.int64)
+        num_taps = int(np.max(np.ceil(end_N1) - first_N1))
+        index_NP = first_N1 + np.arange(num_taps)
+        covered_NP = np.minimum(end_N1, index_NP + 1) - np.maximum(start_N1, index_NP)
+        return cls(
+            np.where(covered_NP > 0, index_NP, first_N1),
+            np.maximum(covered_NP, 0) / (end_N1 - start_N1),
+        )
+
+
+def _majority(mask_KHW: NDArray[np.uint8], y: _Taps, x: _Taps) -> NDArray[np.uint8]:
+    """Return the label that covers most of each cell, (K, cells, cells).
+
+    Nearly all cells lie inside one label or another, which 8-bit comparisons tell fast; areas are
+    added up for the others alone.
+    """
+    lowest = highest = mask_KHW
+    for taps in (y, x):
+        # Rows, of the mask and then of its transpose: columns take several times as long.
+        lowest, highest = (
+            np.ascontiguousarray(
+                reduce(combine, (side[:, index_N] for index_N in taps.index_NP.T)).swapaxes(1, 2)
+            )
+            for combine, side in ((np.minimum, lowest), (np.maximum, highest))
+        )
+    mixed_3M = np.stack(np.nonzero(lowest != highest))
+    num_at_once = max(1, _MAX_PARTS // (y.index_NP.shape[1] * x.index_NP.shape[1]))
+    for begin in range(0, mixed_3M.shape[1], num_at_once):
+        plane_M, row_M, column_M = mixed_3M[:, begin : begin + num_at_once]
+        label_MPP = mask_KHW[
+            plane_M[:, None, None], y.index_NP[row_M][:, :, None], x.index_NP[column_M][:, None]
+        ]
+        share_MPP = y.share_NP[row_M][:, :, None] * x.share_NP[column_M][:, None]
+        best_M, most_M = np.zeros(len(plane_M), np.uint8), np.zeros(len(plane_M))
+        # Ascending, so that >= lets the highest label win a tie, which rounding must not decide.
+        for label in np.flatnonzero(np.bincount(label_MPP.reshape(-1))):
+            area_M = np.sum(share_MPP, axis=(1, 2), where=label_MPP == label).round(9)
+            wins_M = area_M >= most_M
+            best_M[wins_M], most_M[wins_M] = label, area_M[wins_M]
+        lowest[plane_M, row_M, column_M] = best_M
+    return lowest

@@ -1,3 +1,8 @@
+import itertools
+import math
+from collections import Counter
+from fractions import Fraction
+
 import hypothesis
 import numpy as np
 import pytest
@@ -6,6 +11,7 @@ from hypothesis import strategies as st
 
 from sam3cache.errors import ConfigError, InputSizeError
 from sam3cache.geometry import INPUT_SIZE_PX, PATCH_PX, Letterbox
+from sam3cache.records import IGNORE_LABEL
 
 MODES = ("letterbox", "squash")
 SIZES = [
@@ -280,3 +286,32 @@ def test_a_target_agrees_with_torchs_area_average_on_whole_factors():
     area = torch.nn.functional.avg_pool2d(mask.double(), 4)
     target = Letterbox.fit(336, 336).mask_to_target(mask, 84)
     assert torch.equal(target, (area >= 0.5).to(torch.uint8))
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+@pytest.mark.parametrize(
+    ("size", "grid", "target"),
+    [((90, 61), (90, 61), 84), ((61, 90), (33, 47), 56), ((50, 50), (110, 130), 28)],
+)
+def test_a_target_cell_has_the_label_of_the_largest_exact_area(size, grid, target, num_labels):
+    generator = torch.Generator().manual_seed(num_labels)
+    mask = torch.randint(0, num_labels, (1, *grid), generator=generator, dtype=torch.uint8)
+    letterbox = Letterbox.fit(*size)
+    found = letterbox.mask_to_target(mask, target)[0]
+
+    def shares(content_px, num_pixels):
+        extent = Fraction(content_px * target, letterbox.size_px)
+        edges = [min(i * num_pixels / extent, Fraction(num_pixels)) for i in range(target + 1)]
+        for begin, end in itertools.pairwise(edges[: math.ceil(extent - Fraction(1, 2)) + 1]):
+            pixels = range(math.floor(begin), math.ceil(end))
+            yield {i: min(end, Fraction(i + 1)) - max(begin, Fraction(i)) for i in pixels}
+
+    num_checked = 0
+    for row, rows in enumerate(shares(letterbox.content_height_px, grid[0])):
+        for column, columns in enumerate(shares(letterbox.content_width_px, grid[1])):
+            areas = Counter()
+            for (y, height), (x, width) in itertools.product(rows.items(), columns.items()):
+                areas[int(mask[0, y, x])] += height * width
+            assert found[row, column] == max(areas, key=lambda label: (areas[label], label))
+            num_checked += 1
+    assert num_checked == (found != IGNORE_LABEL).sum()
