@@ -396,6 +396,15 @@ def measure_disk(folder: Path, *, size_bytes: int = 256 * 2**20, limit_s: float 
         return DiskRates(write_rate, read_bytes / (time.perf_counter() - start_s))
 
 
+def size_text(size_bytes: float) -> str:
+    """Write a number of bytes for people: 400 bytes, 9.3 MB, 275 TB."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= factor:
+            amount = size_bytes / factor
+            return f"{amount:.1f} {unit}" if amount < 99.95 else f"{amount:,.0f} {unit}"
+    return f"{size_bytes:.0f} bytes"
+
+
 def existing_folder(path: Path) -> Path:
     """Return the nearest folder, at or above a path, that exists: its disk is where it will be."""
     folder = path.absolute()

@@ -245,3 +245,18 @@ def test_elsewhere_a_refusal_is_final_at_once(
     with pytest.raises(PermissionError):
         runtime.replace_file(*two_files)
     assert system.num_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (400, "400 bytes"),
+        (9_340, "9.3 kB"),
+        (930_000, "930 kB"),
+        (1.94e9, "1.9 GB"),
+        (275.4e12, "275 TB"),
+        (4e15, "4,000 TB"),
+    ],
+)
+def test_bytes_read_as_people_say_them(size_bytes: float, text: str) -> None:
+    assert runtime.size_text(size_bytes) == text

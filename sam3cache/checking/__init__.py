@@ -6,7 +6,7 @@
 from sam3cache.checking.check import CheckConfig, CheckResult, check
 from sam3cache.checking.findings import EXIT_CODES, Case, Finding, Severity, count_by_severity
 from sam3cache.checking.page import PAGE_FILE, write_page
-from sam3cache.checking.shift import Shift, best_shift
+from sam3cache.checking.shift import CommonShift, Shift, best_shift, common_shift
 
 __all__ = [
     "EXIT_CODES",
@@ -14,11 +14,13 @@ __all__ = [
     "Case",
     "CheckConfig",
     "CheckResult",
+    "CommonShift",
     "Finding",
     "Severity",
     "Shift",
     "best_shift",
     "check",
+    "common_shift",
     "count_by_severity",
     "write_page",
 ]

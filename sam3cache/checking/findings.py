@@ -35,9 +35,14 @@ class Case:
     samples: tuple[str, ...]
     value: str
 
+    @property
+    def names(self) -> str:
+        """The samples in words: "a", "a and b", "a, b and c"."""
+        return " and ".join(filter(None, (", ".join(self.samples[:-1]), *self.samples[-1:])))
+
     def __str__(self) -> str:
         """Name the samples, then the value."""
-        return ": ".join(part for part in (" and ".join(self.samples), self.value) if part)
+        return ": ".join(part for part in (self.names, self.value) if part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,12 +96,19 @@ def _shown(
     def pictures(case: Case) -> list[dict[str, Any]]:
         there = [by_id[name] for name in case.samples if name in by_id]
         moved = shifts if finding.kind == "shifted-mask" else {}
-        return [
+        drawn = (
             _drawn(sample, table, moved.get(sample.id), CASE_PX)
             for sample in there[:MAX_PICTURES_OF_A_CASE]
-        ]
+        )
+        # The case itself says what cannot be read.
+        return [shown for shown in drawn if shown["uri"]]
 
+    cases = [
+        {"samples": case.names, "value": case.value, "pictures": pictures(case)}
+        for case in finding.cases[:MAX_CASES]
+    ]
     return {
+        "kind": finding.kind,
         "severity": finding.severity,
         "title": finding.title,
         "expected": finding.expected,
@@ -109,14 +116,8 @@ def _shown(
         "is_shift": finding.kind == "shifted-mask",
         "num_cases": len(finding.cases),
         "num_left_out": max(0, len(finding.cases) - MAX_CASES),
-        "cases": [
-            {
-                "samples": " and ".join(case.samples),
-                "value": case.value,
-                "pictures": pictures(case),
-            }
-            for case in finding.cases[:MAX_CASES]
-        ],
+        "is_side_by_side": [len(case["pictures"]) for case in cases] == [1] * len(cases),
+        "cases": cases,
     }
 
 

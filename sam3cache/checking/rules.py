@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from sam3cache.checking.findings import MAX_NAMED, Case, Finding, Severity
 from sam3cache.checking.look import Look
-from sam3cache.checking.shift import Shift
+from sam3cache.checking.shift import Shift, common_shift
 from sam3cache.images import Manifest
 from sam3cache.records import SPLITS, Sample, SetAside
 from sam3cache.views import view_region
@@ -143,18 +143,31 @@ def _duplicates(looked: Sequence[Looked], limits: Limits) -> Iterator[Finding]:
 
 def _masks(looked: Sequence[Looked]) -> Iterator[Finding]:
     with_mask = [item for item in looked if item.look.mask_size_px is not None]
-    if not with_mask:
-        yield Finding(
-            "no-masks",
-            "warning",
-            "no mask at all",
-            (Case((), f"{len(looked)} samples without a mask"),) if looked else (),
-            "masks to learn from",
-            "name them in the manifest; features can be extracted without, and masks set later",
-        )
-        return
+    if with_mask:
+        yield _missing_masks(looked)
+        yield _empty_masks(with_mask)
+        yield _full_masks(with_mask)
+        yield _shifted_masks(with_mask)
+        yield _all_shifted(with_mask)
+        yield _masks_of_other_size(with_mask)
+    else:
+        yield _no_masks(looked)
+
+
+def _no_masks(looked: Sequence[Looked]) -> Finding:
+    return Finding(
+        "no-masks",
+        "warning",
+        "no mask at all",
+        (Case((), f"{len(looked)} samples without a mask"),) if looked else (),
+        "masks to learn from",
+        "name them in the manifest; features can be extracted without, and masks set later",
+    )
+
+
+def _missing_masks(looked: Sequence[Looked]) -> Finding:
     without = [item.sample for item in looked if item.look.mask_size_px is None]
-    yield Finding(
+    return Finding(
         "missing-mask",
         "note",
         "without a mask",
@@ -162,7 +175,10 @@ def _masks(looked: Sequence[Looked]) -> Iterator[Finding]:
         "a mask for each sample that is to be learned from or measured on",
         "fill them in, or leave it: such samples are stored and left out of training",
     )
-    yield Finding(
+
+
+def _empty_masks(with_mask: Sequence[Looked]) -> Finding:
+    return Finding(
         "empty-mask",
         "warning",
         "mask marks nothing",
@@ -175,7 +191,10 @@ def _masks(looked: Sequence[Looked]) -> Iterator[Finding]:
         "check that it is the right file; if there is nothing to mark, leave it: an empty mask has "
         "no Dice",
     )
-    yield Finding(
+
+
+def _full_masks(with_mask: Sequence[Looked]) -> Finding:
+    return Finding(
         "full-mask",
         "warning",
         "mask marks everything",
@@ -187,7 +206,10 @@ def _masks(looked: Sequence[Looked]) -> Iterator[Finding]:
         "background, too",
         "check that it is a mask: any value above 0 counts as marked",
     )
-    yield Finding(
+
+
+def _shifted_masks(with_mask: Sequence[Looked]) -> Finding:
+    return Finding(
         "shifted-mask",
         "warning",
         "mask fits better elsewhere",
@@ -197,44 +219,55 @@ def _masks(looked: Sequence[Looked]) -> Iterator[Finding]:
             if (shift := item.look.shift) is not None and shift.is_clear
         ),
         "the best fit where it lies",
-        "look at the overlay (-o FOLDER): of another frame, cropped otherwise, or written with "
-        "another origin?",
+        "look at the overlay on the page (-o FOLDER): the mask may be of another frame, cropped "
+        "otherwise, or written with another origin",
     )
-    yield _all_shifted([s for i in with_mask if (s := i.look.shift) is not None and s.is_certain])
-    others = Counter(
-        f"{item.look.mask_size_px[0]} x {item.look.mask_size_px[1]} for a picture of "
-        f"{item.look.height_px} x {item.look.width_px}"
-        for item in with_mask
-        if item.look.mask_size_px not in (None, (item.look.height_px, item.look.width_px))
+
+
+def _all_shifted(with_mask: Sequence[Looked]) -> Finding:
+    """Find what a single mask cannot tell: a small shift that most of them share."""
+    common = common_shift([item.look.shift for item in with_mask])
+    return Finding(
+        "all-masks-shifted",
+        "warning",
+        "masks shifted on the whole",
+        ()
+        if common is None
+        else (
+            Case(
+                (),
+                f"{common.num_masks} masks fit best {_way(common.down_px, common.right_px)}, "
+                "the median",
+            ),
+        ),
+        "the best fit where they lie",
+        "check how they were resized or cropped: half a pixel of a small grid is many of a large "
+        "one",
     )
-    yield Finding(
+
+
+def _masks_of_other_size(with_mask: Sequence[Looked]) -> Finding:
+    by_size: dict[str, list[Sample]] = defaultdict(list)
+    for item in with_mask:
+        size_px = (item.look.height_px, item.look.width_px)
+        if item.look.mask_size_px not in (None, size_px):
+            text = f"{_size(item.look.mask_size_px)} for a picture of {_size(size_px)}"
+            by_size[text].append(item.sample)
+    return Finding(
         "mask-of-other-size",
         "note",
         "mask of another size than its picture",
-        tuple(Case((), f"{text} ({num})") for text, num in others.most_common()),
+        tuple(
+            Case(_names(samples), f"{text} ({len(samples)})")
+            for text, samples in sorted(by_size.items(), key=lambda size: -len(size[1]))
+        ),
         "any size of the same aspect ratio",
         "leave it: results are measured on the mask's own grid",
     )
 
 
-def _all_shifted(shifts: Sequence[Shift]) -> Finding:
-    """Find what a single mask cannot tell: a small shift that most of them share."""
-    cases: tuple[Case, ...] = ()
-    if len(shifts) >= MIN_COMPARED:
-        down_px = median(shift.down_px for shift in shifts)
-        right_px = median(shift.right_px for shift in shifts)
-        if down_px or right_px:
-            text = f"{len(shifts)} masks fit best {_way(down_px, right_px)}, the median"
-            cases = (Case((), text),)
-    return Finding(
-        "all-masks-shifted",
-        "warning",
-        "masks shifted on the whole",
-        cases,
-        "the best fit where they lie",
-        "check how they were resized or cropped: half a pixel of a small grid is many of a large "
-        "one",
-    )
+def _size(size_px: tuple[int, int]) -> str:
+    return f"{size_px[0]} x {size_px[1]}"
 
 
 def shift_text(shift: Shift) -> str:
@@ -260,29 +293,27 @@ def _pictures(looked: Sequence[Looked]) -> Iterator[Finding]:
         "warning",
         "picture of nothing",
         tuple(
-            Case((item.sample.id,), f"all pixels within {item.look.grey_levels + 1} grey levels")
+            Case((item.sample.id,), _grey_levels(item.look.grey_levels + 1))
             for item in looked
             if item.look.grey_levels < LEAST_GREY_LEVELS
         ),
         f"at least {LEAST_GREY_LEVELS + 1} of 256 grey levels",
         "remove it, or export it again: deeper pixels may have been cut to 8 bits",
     )
-    types = Counter(item.look.pixel_type for item in looked)
     yield Finding(
         "mixed-depths",
         "warning",
         "pictures of several depths",
-        _each(types) if len(types) > 1 else (),
+        _kinds(looked, lambda look: look.pixel_type),
         "one type of pixels",
         "export them alike: 8 bits stay as they are, anything else is windowed by the file's "
         "percentiles",
     )
-    channels = Counter("grey" if item.look.num_channels == 1 else "colour" for item in looked)
     yield Finding(
         "mixed-colours",
         "note",
         "grey and colour pictures",
-        _each(channels) if len(channels) > 1 else (),
+        _kinds(looked, lambda look: "grey" if look.num_channels == 1 else "colour"),
         "all grey or all in colour",
         "leave it, if they show the same",
     )
@@ -329,7 +360,7 @@ def _angles(looked: Sequence[Looked]) -> Iterator[Finding]:
         "missing-angles",
         "warning" if known else "note",
         "view angles missing",
-        _some(unknown, f"{len(unknown)} of {len(looked)} samples lack one or both"),
+        _some(unknown, f"one or both are unknown in {len(unknown)} of {len(looked)} samples"),
         "a primary and a secondary angle for each sample",
         "fill them in where they are known; a head gets one learned embedding for unknown views",
     )
@@ -468,8 +499,20 @@ def _some(samples: Sequence[Sample], value: str) -> tuple[Case, ...]:
     return (Case(_names(samples), value),) if samples else ()
 
 
-def _each(counts: Mapping[str, int]) -> tuple[Case, ...]:
-    return tuple(Case((), f"{name} ({num})") for name, num in counts.items())
+def _kinds(looked: Iterable[Looked], kind_of: Callable[[Look], str]) -> tuple[Case, ...]:
+    """Return a case a kind where there are several; samples are named of all but the usual one."""
+    by_kind: dict[str, list[Sample]] = defaultdict(list)
+    for item in looked:
+        by_kind[kind_of(item.look)].append(item.sample)
+    usual, *others = sorted(by_kind.items(), key=lambda kind: -len(kind[1])) or [("", [])]
+    if not others:
+        return ()
+    rare = (Case(_names(samples), f"{kind} ({len(samples)})") for kind, samples in others)
+    return (Case((), f"{usual[0]} ({len(usual[1])})"), *rare)
+
+
+def _grey_levels(number: int) -> str:
+    return f"all pixels within {number} grey level{'' if number == 1 else 's'}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -17,7 +17,9 @@ shifts in each direction.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
@@ -48,6 +50,9 @@ MIN_GAIN = 1.3
 MIN_EVIDENCE = 10.0
 """What the correlation times the root of the mask's pixels, on the working grid, must reach: by
 chance a small mask fits another vessel nearby as well as its own."""
+
+MIN_MASKS = 10
+"""Masks that must fit certainly somewhere for their median to say something of all."""
 
 _LEAST_DEVIATION = 2.0  # Grey levels: what varies less is noise, and is not made more of.
 _MOST_DEVIATIONS = 3.0  # A collimator's edge counts no more than a vessel's.
@@ -87,6 +92,38 @@ class Shift:
             and math.hypot(self.down_px, self.right_px) >= MIN_SHIFT_PX * self.grid_px
             and self.correlation >= MIN_GAIN * self.correlation_here
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CommonShift:
+    """Where most masks of a set fit better.
+
+    Attributes:
+        down_px: median, over the masks, of the pixels that they would have to go down.
+        right_px: likewise to the right.
+        num_masks: that could be told of.
+    """
+
+    down_px: float
+    right_px: float
+    num_masks: int
+
+
+def common_shift(shifts: Iterable[Shift | None]) -> CommonShift | None:
+    """Find a shift that most masks share, be it smaller than can be told of one.
+
+    Args:
+        shifts: of the masks of one set, each where it fits best.
+
+    Returns:
+        None where the medians are zero, and where fewer than ``MIN_MASKS`` fit certainly anywhere.
+    """
+    certain = [shift for shift in shifts if shift is not None and shift.is_certain]
+    if len(certain) < MIN_MASKS:
+        return None
+    down_px = median(shift.down_px for shift in certain)
+    right_px = median(shift.right_px for shift in certain)
+    return CommonShift(down_px, right_px, len(certain)) if down_px or right_px else None
 
 
 def best_shift(picture_HWC: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> Shift | None:

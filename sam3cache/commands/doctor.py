@@ -17,6 +17,7 @@ import click
 
 from sam3cache import runtime
 from sam3cache.errors import ConfigError
+from sam3cache.runtime import size_text
 
 if TYPE_CHECKING:
     import torch
@@ -188,8 +189,8 @@ def _devices() -> Iterator[Finding]:
     yield Finding(
         "Devices",
         "cpu",
-        f"{memory.name}, {runtime.num_cpu_cores()} cores, {_gigabytes(memory.total_bytes)} memory, "
-        f"{_gigabytes(memory.free_bytes)} free",
+        f"{memory.name}, {runtime.num_cpu_cores()} cores, {size_text(memory.total_bytes)} memory, "
+        f"{size_text(memory.free_bytes)} free",
     )
     with warnings.catch_warnings():
         # A driver that does not fit is said once, below, with what to do.
@@ -222,8 +223,8 @@ def _cuda_device(device: str) -> Finding:
     return Finding(
         "Devices",
         device,
-        f"{memory.name}, capability {major}.{minor}, {_gigabytes(memory.total_bytes)} memory, "
-        f"{_gigabytes(memory.free_bytes)} free",
+        f"{memory.name}, capability {major}.{minor}, {size_text(memory.total_bytes)} memory, "
+        f"{size_text(memory.free_bytes)} free",
         problem,
     )
 
@@ -268,7 +269,7 @@ def _disk(path: Path) -> Iterator[Finding]:
         yield Finding(
             "Disk",
             "free",
-            f"{_gigabytes(free_bytes)}, {free_bytes // BYTES_AN_IMAGE:,} images of level fpn_72",
+            f"{size_text(free_bytes)}, {free_bytes // BYTES_AN_IMAGE:,} images of level fpn_72",
             "" if free_bytes >= FREE_DISK_BYTES else "under 1 GB: choose another --path",
         )
         if free_bytes >= FREE_DISK_BYTES:
@@ -368,7 +369,7 @@ def _pictures(backbone: str, device: str, numeric_path: NumericPath) -> Iterator
             section,
             f"a batch of {LARGEST_BATCH}",
             f"{elapsed_s:.2f} s, {LARGEST_BATCH / elapsed_s:.2f} images/s, "
-            f"{_gigabytes(_peak_bytes(device))} at the peak",
+            f"{size_text(_peak_bytes(device))} at the peak",
         )
 
 
@@ -388,10 +389,6 @@ def _peak_bytes(device: str) -> int:
     import torch
 
     return torch.cuda.max_memory_reserved(device)
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def _precisions(

@@ -239,19 +239,19 @@ def extract(manifest: Path, seed: int | None, engine: str, as_json: bool, **opti
 
 def _announce(forecast: Forecast) -> None:
     """Say what is going to be written, if anything is."""
-    from sam3cache.extract.forecast import in_bytes
+    from sam3cache.runtime import size_text
 
     if forecast.num_to_compute:
-        parts = ", ".join(f"{item.name} {in_bytes(item.size_bytes)}" for item in forecast.items)
+        parts = ", ".join(f"{item.name} {size_text(item.size_bytes)}" for item in forecast.items)
         of_variants = 0 if forecast.variants is None else forecast.variants.num_to_compute
         variants = f" ({of_variants} of them variants)" if of_variants else ""
         click.echo(
             f"{forecast.num_to_compute} images to compute{variants}, about "
-            f"{in_bytes(forecast.size_bytes)} to write in {forecast.num_files} files ({parts})"
+            f"{size_text(forecast.size_bytes)} to write in {forecast.num_files} files ({parts})"
             + (
                 "."
                 if forecast.free_bytes is None
-                else f"; {in_bytes(forecast.free_bytes)} are free."
+                else f"; {size_text(forecast.free_bytes)} are free."
             ),
             err=True,
         )

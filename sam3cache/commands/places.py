@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sam3cache.commands.printing import size_text
 from sam3cache.commands.progress import Bar, progress
+from sam3cache.runtime import size_text
 
 if TYPE_CHECKING:
     from sam3cache.features import Fetching, Place

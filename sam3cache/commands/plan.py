@@ -79,7 +79,7 @@ def _as_json(forecast: Forecast) -> dict[str, Any]:
 
 
 def _print(forecast: Forecast) -> None:
-    from sam3cache.extract.forecast import in_bytes
+    from sam3cache.runtime import size_text
 
     parts = [
         f"{number:,} {what}"
@@ -104,11 +104,11 @@ def _print(forecast: Forecast) -> None:
     lines = [("", "samples", "files", "size")]
     for item in forecast.items:
         about = "" if item.is_exact else "about "
-        size = about + in_bytes(item.size_bytes)
+        size = about + size_text(item.size_bytes)
         lines.append((item.name, f"{item.num_samples:,}", f"{item.num_files:,}", size))
-    total = in_bytes(forecast.size_bytes)
+    total = size_text(forecast.size_bytes)
     if forecast.free_bytes is not None:
-        total += f" of {in_bytes(forecast.free_bytes)} free"
+        total += f" of {size_text(forecast.free_bytes)} free"
     lines.append(("in all", "", f"{forecast.num_files:,}", total))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     for line in lines:
@@ -123,9 +123,9 @@ def _print(forecast: Forecast) -> None:
 
 
 def _print_variants(variants: VariantForecast, time: TimeForecast | None) -> None:
-    from sam3cache.extract.forecast import in_bytes
+    from sam3cache.runtime import size_text
 
-    takes = f"about {in_bytes(variants.size_bytes)}"
+    takes = f"about {size_text(variants.size_bytes)}"
     if time is not None:
         takes += f" and {format_duration(variants.num_to_compute / time.images_per_s)}"
     click.echo(

@@ -1,4 +1,4 @@
-"""What commands share: lists in options, sizes, tables, and what is said of samples."""
+"""What commands share: lists in options, tables, and what is said of samples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.errors import ConfigError
+from sam3cache.runtime import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,14 +50,6 @@ def classes_text(classes: Sequence[str], task: str, num_shown: int | None = None
     if num_shown is None or len(names) <= num_shown:
         return ", ".join(names)
     return f"{', '.join(names[:num_shown])}, … ({len(names)} in all)"
-
-
-def size_text(size_bytes: int) -> str:
-    """Write a number of bytes with the unit that suits it."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.3g} {unit}"
-    return f"{size_bytes} bytes"
 
 
 def plain_console() -> Console:

@@ -29,6 +29,7 @@ from sam3cache.features.shards import encode_shard
 from sam3cache.geometry import ResizeMode
 from sam3cache.images import letterbox_image, read_image, read_mask
 from sam3cache.records import Sample
+from sam3cache.runtime import size_text
 
 T = TypeVar("T")
 
@@ -192,26 +193,17 @@ class Forecast:
         if self.free_bytes is None or self.size_bytes <= self.free_bytes:
             return
         fitting = [
-            f"--levels {names} takes {in_bytes(size)}"
+            f"--levels {names} takes {size_text(size)}"
             for names, size in sorted(self.choices.items(), key=lambda choice: -choice[1])
             if size <= self.free_bytes
         ]
-        parts = ", ".join(f"{item.name} {in_bytes(item.size_bytes)}" for item in self.items)
+        parts = ", ".join(f"{item.name} {size_text(item.size_bytes)}" for item in self.items)
         instead = f"{' or '.join(fitting[:_MAX_CHOICES])}; else " if fitting else ""
         raise NoSpaceError(
-            f"{self.store} would take {in_bytes(self.size_bytes)} ({parts}), and "
-            f"{in_bytes(self.free_bytes)} are free there: {instead}free some space, or give -o a "
+            f"{self.store} would take {size_text(self.size_bytes)} ({parts}), and "
+            f"{size_text(self.free_bytes)} are free there: {instead}free some space, or give -o a "
             "folder on another disk"
         )
-
-
-def in_bytes(size_bytes: float) -> str:
-    """Write a number of bytes for people: 930 kB, 1.9 GB, 275 TB."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if size_bytes >= unit:
-            amount = size_bytes / unit
-            return f"{amount:.1f} {name}" if amount < 99.95 else f"{amount:,.0f} {name}"
-    return f"{size_bytes / 1e3:.0f} kB"
 
 
 def free_bytes_at(path: Place) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sam3cache.errors import ConfigError
+from sam3cache.runtime import size_text
 
 Residency = Literal["auto", "device", "ram", "stream"]
 """Where samples lie: the device's memory, main memory, or the store on disk."""
@@ -63,21 +64,16 @@ def choose_residency(
     }
     for place in free_bytes if wanted == "auto" else (wanted,):
         if missing_bytes[place] <= USABLE_SHARE * free_bytes[place]:
-            fits = f"{gigabytes(num_bytes)} fit in {_usable(free_bytes[place])}"
+            fits = f"{size_text(num_bytes)} fit in {_usable(free_bytes[place])}"
             return Placement(place, "as asked" if wanted == place else fits)
     if wanted == "auto":
         roomiest = max(free_bytes.values())
-        return Placement("stream", f"as {gigabytes(num_bytes)} do not fit in {_usable(roomiest)}")
+        return Placement("stream", f"as {size_text(num_bytes)} do not fit in {_usable(roomiest)}")
     raise ConfigError(
-        f"residency {wanted}: the samples take {gigabytes(missing_bytes[wanted])}, more than "
+        f"residency {wanted}: the samples take {size_text(missing_bytes[wanted])}, more than "
         f"{_usable(free_bytes[wanted])}; take auto or stream, or smaller targets"
     )
 
 
-def gigabytes(num_bytes: int) -> str:
-    """Write a size in GB, with two digits where it is small."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e9:.2g} GB"
-
-
 def _usable(free_bytes: int) -> str:
-    return f"{USABLE_SHARE:.0%} of the {gigabytes(free_bytes)} free"
+    return f"{USABLE_SHARE:.0%} of the {size_text(free_bytes)} free"

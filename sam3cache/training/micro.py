@@ -65,7 +65,9 @@ def saved_bytes(forward: Callable[[Batch], Tensor], sample: Batch) -> int:
             return tensor  # not one for each sample
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Of the same memory, but not the tensor itself: what computed it would be kept by it, and
+        # it by what computed it, for ever.
+        return tensor.detach()
 
     devices = [tensor.device for tensor in sample.levels.values() if tensor.is_cuda][:1]
     # Dropout draws random numbers, which the training shall not miss.

@@ -13,7 +13,7 @@ from worker_thread import one_process
 
 from sam3cache.errors import ManifestError, NoSpaceError
 from sam3cache.extract import ExtractConfig, extract
-from sam3cache.extract.forecast import TABLES, forecast_level, in_bytes
+from sam3cache.extract.forecast import TABLES, forecast_level
 from sam3cache.extract.plan import plan
 from sam3cache.features import LevelSpec, write_level_block
 from sam3cache.images import count_rows
@@ -181,17 +181,3 @@ def test_rows_are_counted_as_the_reader_of_csv_counts_them(tmp_path, rows, endin
 def test_a_manifest_that_is_not_there_is_not_counted(tmp_path):
     with pytest.raises(ManifestError, match="no such file"):
         count_rows(tmp_path / "nowhere.csv")
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "text"),
-    [
-        (400, "0 kB"),
-        (930_000, "930 kB"),
-        (1.94e9, "1.9 GB"),
-        (275.4e12, "275 TB"),
-        (4e15, "4,000 TB"),
-    ],
-)
-def test_bytes_read_as_people_say_them(size_bytes, text):
-    assert in_bytes(size_bytes) == text

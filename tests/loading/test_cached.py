@@ -172,7 +172,7 @@ def test_a_choice_says_why(wanted: Residency, free_gb: int, expected: str) -> No
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ("device", r"residency device: the samples take 0.7 GB, more than 70% of the 0.9 GB free"),
+        ("device", r"residency device: the samples take 700 MB, more than 70% of the 900 MB free"),
         ("ram", r"residency ram: the samples take .* take auto or stream"),
         ("disk", r"residency 'disk' is unknown; take one of auto, device, ram, stream"),
     ],

@@ -517,7 +517,7 @@ def test_class_numbers_are_learned_and_judged_by_class(tmp_path: Path, loss: str
     assert len(set(map(str, dice))) > 1
 
 
-def test_samples_are_let_go_with_the_run_not_with_the_next_collection(
+def test_samples_are_let_go_with_the_run_and_its_head_by_the_next_collection(
     store: Path, tmp_path: Path
 ) -> None:
     # The first in a process leaves a circle of torch's own, from an import that it brings about.
@@ -529,8 +529,12 @@ def test_samples_are_let_go_with_the_run_not_with_the_next_collection(
         for _ in run.steps():
             pass
         samples = [weakref.ref(run.train_samples), weakref.ref(run.val_samples)]
+        weights = weakref.ref(next(run.head.parameters()))
         del run
         assert [reference() for reference in samples] == [None, None]
+        # A circle through torch's own memory no collection would find.
+        gc.collect()
+        assert weights() is None
     finally:
         gc.enable()
 

@@ -10,7 +10,8 @@ import click
 
 from sam3cache.commands.defaults import only_store
 from sam3cache.commands.places import store_place
-from sam3cache.commands.printing import classes_text, plain_console, size_text, table
+from sam3cache.commands.printing import classes_text, plain_console, table
+from sam3cache.runtime import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from sam3cache.commands.printing import echo_json, size_text
+from sam3cache.commands.printing import echo_json
 from sam3cache.commands.progress import Stages
+from sam3cache.runtime import size_text
 
 
 @click.command()

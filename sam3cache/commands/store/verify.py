@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from sam3cache.commands.places import store_place
-from sam3cache.commands.printing import size_text
 from sam3cache.commands.progress import Bar, format_duration, progress
 from sam3cache.errors import ConfigError
+from sam3cache.runtime import size_text
 
 if TYPE_CHECKING:
     from sam3cache.extract.recompute import RecomputeResult
