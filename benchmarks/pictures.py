@@ -10,22 +10,28 @@ from PIL import Image
 
 
 def write_pictures(
-    folder: Path, num_images: int, *, seed: int = 0, splits: Sequence[str] = ("train",)
+    folder: Path,
+    num_images: int,
+    *,
+    seed: int = 0,
+    splits: Sequence[str] = ("train",),
+    shapes: Sequence[tuple[int, int]] = ((96, 128), (128, 96), (112, 112)),
 ) -> Path:
-    """Write grey pictures of several shapes with masks, and a manifest.
+    """Write grey pictures with masks, and a manifest.
 
     Args:
         folder: where; made here.
         num_images: of them.
         seed: of the pictures.
         splits: of the pictures in turn.
+        shapes: height and width in pixels, likewise.
     """
     rng = np.random.default_rng(seed)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     lines = ["id,image,mask,split,group"]
     for i in range(num_images):
-        shape = ((96, 128), (128, 96), (112, 112))[i % 3]
+        shape = shapes[i % len(shapes)]
         coarse = rng.integers(0, 255, (8, 8), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
         picture.save(folder / f"images/{i:04}.png")

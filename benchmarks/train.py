@@ -12,6 +12,11 @@ against the same head on tensors in memory, which is the ceiling, and against wh
 twenty lines: a .npy file a sample, torch's DataLoader with workers. And ``linear``, which leaves
 most to the reading, streamed, against the same files read and checked alone.
 
+With --whole, the job as a user has it: as many pictures of an angiogram's size are written and
+extracted (with SAM 3's tower on a GPU, with sam3-mini's elsewhere), ``film-conv`` learns 30 epochs
+from that store, and the default head one. What passes from the start of the extraction to the best
+checkpoint is its time; drawing pictures is no part of it.
+
 Exits with 1 when a bound is missed:
 
 - from RAM and from the device, training is at least CEILING_RATIO of the ceiling;
@@ -20,8 +25,8 @@ Exits with 1 when a bound is missed:
 
 - the cache trains at least MINI_RATIO times as fast as with sam3-mini's tower in the loop, and,
   with --full, at least FULL_RATIO times as fast as with SAM 3's own;
-- the whole job takes at most WHOLE_MIN minutes: derived from the epoch, or, with --whole, run
-  (not checked with --quick or --samples: too few steps to derive it from);
+- the job takes at most WHOLE_MIN minutes: its training, derived from the epoch, or, with --whole,
+  all of it, run (not checked with --quick or --samples: too few steps to derive it from);
 - our loss is MONAI's within LOSS_DIFFERENCE, and at least LOSS_RATIO times as fast.
 """
 
@@ -33,18 +38,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from pictures import write_pictures
 from reporting import Bound, Machine, Report, alternate, duration, rate, significant
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from sam3cache.backbone import load_tower
+from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import (
     BLOCK_ROWS,
     AnnotationRow,
@@ -118,12 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print("Comparing losses", flush=True)
         ours_s, monai_s, difference = compare_losses(batch, rounds=3 if options.quick else 9)
-        whole_s = None
-        if options.whole:
-            print(f"Training all {NUM_EPOCHS} epochs", flush=True)
-            started_s = time.monotonic()
-            train(replace(config, name="whole", epochs=NUM_EPOCHS))
-            whole_s = time.monotonic() - started_s
+        job = users_job(config, num_train, num_val) if options.whole else None
 
     batch_images = len(batch.rows)
     cached_rate = median(epoch.cached_rates)
@@ -174,14 +176,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     ]
     if num_train == NUM_TRAIN:
-        job_min = (whole_s or derived_s) / 60
-        claim = f"the whole job takes at most {WHOLE_MIN:g} minutes"
+        job_min = (job.extract_s + job.train_s if job else derived_s) / 60
+        claim = f"the job takes at most {WHOLE_MIN:g} minutes"
         bounds.append(Bound(claim, job_min, job_min <= WHOLE_MIN))
 
-    if whole_s is None:
-        whole = f"With loading and validation that makes {duration(derived_s)} (derived)."
-    else:
-        whole = f"With loading and validation the 30 epochs took {duration(whole_s)}, run whole."
+    whole = f"With loading and validation that makes {duration(derived_s)} (derived)."
+    if job:
+        whole += (
+            f" The job, run: {duration(job.extract_s)} to extract {num_train} + {num_val} pictures "
+            f"with `{job.backbone}`, and {duration(job.train_s)} for {NUM_EPOCHS} epochs: "
+            f"{duration(job.extract_s + job.train_s)} to the best checkpoint. An epoch of the "
+            f"default head in {job.default_precision} took {duration(job.default_s)}, loading and "
+            "validation included: a part of its training, the rest was not run."
+        )
     turns = str(len(epoch.cached_rates))
     if options.full:
         turns += f" ({len(rivals[-1].seconds)} of SAM 3's tower)"
@@ -211,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "load_s": result.load_s,
             "validation_s": epoch.val_s,
             "derived_job_s": derived_s,
-            "whole_job_s": whole_s,
+            "job": asdict(job) if job else None,
         },
         settings={
             "num_train": num_train,
@@ -233,7 +240,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="48 samples, in under a minute")
     parser.add_argument("--full", action="store_true", help="SAM 3's own tower too (minutes, 4 GB)")
-    parser.add_argument("--whole", action="store_true", help=f"run all {NUM_EPOCHS} epochs too")
+    parser.add_argument(
+        "--whole", action="store_true", help=f"run the job too: extract, {NUM_EPOCHS} epochs"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="training samples [521]")
     parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
     parser.add_argument(
@@ -526,6 +535,63 @@ def compare_losses(batch: Batch, rounds: int) -> tuple[list[float], list[float],
 
     seconds = alternate(rounds, {"ours": with_gradient(ours), "monai": with_gradient(monai)})
     return seconds["ours"], seconds["monai"], abs(ours().item() - monai().item())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the users' job took, in seconds.
+
+    Attributes:
+        backbone: that extracted.
+        extract_s: all pictures.
+        train_s: the training of ``film-conv``.
+        default_s: an epoch of the default head, with its loading and validation.
+        default_precision: what it computed in.
+    """
+
+    backbone: str
+    extract_s: float
+    train_s: float
+    default_s: float
+    default_precision: str
+
+
+def users_job(config: TrainConfig, num_train: int, num_val: int) -> Job:
+    """Extract pictures and train on them, as a user does."""
+    print(f"Writing {num_train + num_val} pictures", flush=True)
+    folder = Path(str(config.output))
+    manifest = write_pictures(
+        folder / "pictures",
+        num_train + num_val,
+        splits=("train",) * num_train + ("val",) * num_val,
+        shapes=((FRAME_PX, FRAME_PX),),
+    )
+    backbone = "sam3-mini" if config.device == "cpu" else "sam3"
+    print("Extracting them", flush=True)
+    store, started_s = folder / "job.zarr", time.monotonic()
+    extract(
+        ExtractConfig(
+            manifest,
+            store,
+            backbone=backbone,
+            weights="random" if backbone == "sam3" else None,
+            devices=(config.device,),
+        )
+    )
+    extracted_s = time.monotonic()
+    print(f"Training {NUM_EPOCHS} epochs", flush=True)
+    job = replace(config, store=str(store), name="job", epochs=NUM_EPOCHS)
+    train(job)
+    trained_s = time.monotonic()
+    print("Training the default head for an epoch", flush=True)
+    default = train(replace(job, name="default", head="film-detail", learning_rate=None, epochs=1))
+    return Job(
+        backbone,
+        extracted_s - started_s,
+        trained_s - extracted_s,
+        time.monotonic() - trained_s,
+        default.precision,
+    )
 
 
 def one_batch(store: Path, config: TrainConfig) -> Batch:
