@@ -14,7 +14,8 @@ workers on it against one. Last, stores of tiny pictures are extracted, without 
 the memory that the parent and a worker hold by the number of images.
 
 With sam3-mini, whose tower takes a fifth of a second on two cores, decoding and writing compete
-with it for the same cores. --full is SAM 3's own size with random weights.
+with it for the same cores. --full is SAM 3's own size with random weights; on a CPU, where an
+image takes most of a minute, it is FULL_BLOCKS blocks of FULL_BLOCK_ROWS images each.
 
 Exits with 1 when a bound is missed (none is checked with --quick: too few images):
 
@@ -56,7 +57,9 @@ ROUNDS, SCALING_ROUNDS = 3, 5
 MIN_SCALING = 1.65
 MIN_SHARE_CPU, MIN_SHARE_CUDA, MIN_SHARE_TRUNK = 0.95, 0.97, 0.85
 SLOPE_BYTES = 1_000
-NUMBERS = (200, 20_000)
+NUMBERS = (200, 1_000, 4_000, 20_000)
+NUM_LAST_REPORTS = 8
+FULL_BLOCKS, FULL_BLOCK_ROWS = 3, 2
 PICTURE_PX, TINY_PX = 1016, 16
 _NUM_DRAWN = 16
 
@@ -145,6 +148,9 @@ class Bench:
         self.levels = LEVELS[:1] if options.quick else LEVELS
         self.rounds = 1 if options.quick or (options.full and not self.on_cuda) else ROUNDS
         self.scaling_rounds = 1 if options.quick else SCALING_ROUNDS
+        # Of SAM 3's size an image takes a CPU most of a minute: blocks are cut short there.
+        cut = options.full and not self.on_cuda
+        self.block_rows = FULL_BLOCK_ROWS if cut else BLOCK_ROWS
         self._batch_size: int | None = None if self.on_cuda else 1
         self._num_stores = 0
 
@@ -152,7 +158,7 @@ class Bench:
         if self.on_cuda:
             return 128 if self._options.quick else 1024
         if self._options.full:
-            return 3  # Each takes most of a minute.
+            return FULL_BLOCKS * BLOCK_ROWS
         return BLOCK_ROWS if self._options.quick else 3 * BLOCK_ROWS
 
     def config(self, levels: Sequence[str], num_images: int, num_workers: int) -> ExtractConfig:
@@ -190,7 +196,8 @@ class Bench:
         if num_threads is not None:
             setups = tuple(replace(setup, num_threads=num_threads) for setup in setups)
         watch = Watch(num_workers)
-        run_pool(setups, job.tasks, watch)
+        tasks = [replace(task, rows=task.rows[: self.block_rows]) for task in job.tasks]
+        run_pool(setups, tasks, watch)
         return watch.rate()
 
     def tower(self, levels: Sequence[str]) -> float:
@@ -203,9 +210,15 @@ class Bench:
             device=self.device,
             num_threads=num_cpu_cores(),
             batch_size=self._batch_size or 8,
-            num_images=max(2, self.num_images),
+            num_images=max(2, self.num_measured),
         )
         return float(found["images_per_s"])
+
+    @property
+    def num_measured(self) -> int:
+        """Images that a pipeline puts through the tower, of those that its blocks could have."""
+        num_whole, rest = divmod(self.num_images, BLOCK_ROWS)
+        return num_whole * self.block_rows + min(rest, self.block_rows)
 
     @property
     def batch_size(self) -> int:
@@ -285,7 +298,8 @@ def measure_extraction(folder: str) -> dict[str, float]:
     """Extract tiny pictures without the tower; return the memory held resident.
 
     Of the parent the most. A worker's goes up and down with the blocks that it has in hand, so that
-    the most of many reports is more than that of few: of it the median, from its fourth block on.
+    the most of many reports is more than that of few: of it the most of the last reports, as many
+    for every number of images, which is where a leak would show.
     """
     worker_bytes: list[int] = []
 
@@ -300,7 +314,7 @@ def measure_extraction(folder: str) -> dict[str, float]:
     assert result.sealed
     return {
         "parent_bytes": peak_memory_bytes(),
-        "worker_bytes": median(worker_bytes[3:]),
+        "worker_bytes": max(worker_bytes[-NUM_LAST_REPORTS:]),
         "elapsed_s": time.perf_counter() - begun_s,
     }
 
@@ -373,6 +387,11 @@ def measure_memory(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
+def slope_of(values: Mapping[int, float]) -> float:
+    """Return by how much values grow by one of what they are given by, by least squares."""
+    return float(np.polyfit(list(values), list(values.values()), 1)[0])
+
+
 def report(
     options: argparse.Namespace,
     machine: Machine,
@@ -401,8 +420,8 @@ def report(
         bounds += share_bounds(bench, by_levels)
     which = "SAM 3's own size, random weights" if options.full else "sam3-mini"
     notes.append(
-        f"{which}, {bench.num_images} pictures of {PICTURE_PX} × {PICTURE_PX} px in batches of "
-        f"{bench.batch_size}."
+        f"{which}, {bench.num_measured} pictures of {PICTURE_PX} × {PICTURE_PX} px in blocks of "
+        f"{bench.block_rows}, batches of {bench.batch_size}."
     )
     if scaling:
         ratio = median(two / one for one, two in scaling)
@@ -416,19 +435,19 @@ def report(
             claim = f"two workers of one thread make {MIN_SCALING:g} times the images/s of one"
             bounds.append(Bound(claim, ratio, ratio >= MIN_SCALING))
     if memory:
-        (few, at_few), (many, at_many) = memory.items()
+        (few, at_few), *_, (many, at_many) = memory.items()
         for who in ("parent", "worker"):
-            slope = (at_many[f"{who}_bytes"] - at_few[f"{who}_bytes"]) / (many - few)
+            slope = slope_of({number: found[f"{who}_bytes"] for number, found in memory.items()})
             claim = (
-                f"memory of the {who} grows by less than {SLOPE_BYTES:,} bytes an image, from "
-                f"{few:,} to {many:,}"
+                f"memory of the {who} grows by less than {SLOPE_BYTES:,} bytes an image, by least "
+                f"squares through {len(memory)} stores of {few:,} to {many:,}"
             )
             bounds.append(Bound(claim, slope, slope < SLOPE_BYTES))
         notes.append(
             f"Of {few:,} and {many:,} images without the tower, the parent holds "
             f"{at_few['parent_bytes'] / 1e6:.0f} and {at_many['parent_bytes'] / 1e6:.0f} MB at the "
             f"most, a worker {at_few['worker_bytes'] / 1e6:.0f} and "
-            f"{at_many['worker_bytes'] / 1e6:.0f} MB as a rule."
+            f"{at_many['worker_bytes'] / 1e6:.0f} MB towards the end."
         )
     return Report(
         program="extract",
@@ -451,7 +470,8 @@ def report(
         },
         settings={
             "full": options.full,
-            "images": bench.num_images,
+            "images": bench.num_measured,
+            "images_a_block": bench.block_rows,
             "batch_size": bench.batch_size,
             "rounds": bench.rounds,
         },

@@ -99,16 +99,16 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> Rank:
     elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environment.keys():
         number, num_processes = _rank_of(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         num_local = _num_tasks_of_node(environment)
-        num_cores = environment.get("SLURM_CPUS_PER_TASK")
-        if num_cores is None and (on_node := _number(environment, "SLURM_CPUS_ON_NODE", 0)):
-            num_cores = str(max(1, on_node // num_local))
+        num_cores = _number(environment, "SLURM_CPUS_PER_TASK", 0)
+        if not num_cores and (on_node := _number(environment, "SLURM_CPUS_ON_NODE", 0)):
+            num_cores = max(1, on_node // num_local)
         rank = Rank(
             number,
             num_processes,
             _number(environment, "SLURM_LOCALID", 0),
             num_local,
             "SLURM_GPUS_PER_TASK" in environment,
-            None if num_cores is None else int(num_cores),
+            num_cores or None,
         )
     else:
         rank = Rank()

@@ -17,7 +17,7 @@ EXIT_CODES: dict[Severity, int] = {"error": 1, "warning": 3, "note": 0}
 """What the program ends with, by the gravest finding."""
 
 _NUM_SAID = 3
-"""Cases that a line names; the page shows more, and the JSON has all."""
+"""Cases that a line has, and samples that a case names; the JSON has all cases and more samples."""
 
 MAX_NAMED = 8
 """Samples of one case that are named: a group in two splits may have thousands."""
@@ -37,8 +37,10 @@ class Case:
 
     @property
     def names(self) -> str:
-        """The samples in words: "a", "a and b", "a, b and c"."""
-        return " and ".join(filter(None, (", ".join(self.samples[:-1]), *self.samples[-1:])))
+        """The samples in words: "a", "a and b", "a, b, c and others"."""
+        named, others = self.samples[:_NUM_SAID], self.samples[_NUM_SAID:]
+        *first, last = (*named, *(["others"] if others else [])) or ("",)
+        return f"{', '.join(first)} and {last}" if first else last
 
     def __str__(self) -> str:
         """Name the samples, then the value."""

@@ -204,8 +204,8 @@ def _views_svg(views: Mapping[str, Sequence[tuple[float, float]]], width_px: int
         axes.set_ylim(-y_limit, y_limit)
         axes.axhline(0, color=pages.MUTED, linewidth=1)
         axes.axvline(0, color=pages.MUTED, linewidth=1)
-        axes.set_xlabel("RAO − primary angle, degrees + LAO")
-        axes.set_ylabel("caudal − secondary + cranial")
+        axes.set_xlabel("RAO  ←  primary angle, degrees  →  LAO")
+        axes.set_ylabel("caudal  ←  secondary  →  cranial")
         for split, own in views.items():
             if own:
                 primary_N, secondary_N = np.transpose(own)

@@ -116,16 +116,15 @@ def check(
     text = json.dumps(result.as_json(), indent=2)
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
-    page = None
-    if output is not None:
-        page = write_page(result, config.classes, output)
-        write_atomic(output / _JSON_FILE, f"{text}\n".encode())
+    # First, so that a folder that cannot be written costs nobody what was found.
     if as_json:
         click.echo(text)
     else:
         _print(result)
-        if page is not None:
-            click.echo(f"Look at it: {page}")
+    if output is not None:
+        page = write_page(result, config.classes, output)
+        write_atomic(output / _JSON_FILE, f"{text}\n".encode())
+        click.echo(f"Look at it: {page}", err=as_json)
     raise click.exceptions.Exit(result.exit_code)
 
 

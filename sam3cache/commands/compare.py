@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sam3cache.commands.options import ALLOW_UNSEALED, BATCH_SIZE, DEVICE, OVERLAY
 from sam3cache.commands.printing import plain_console, table
 from sam3cache.commands.progress import Stages
 
@@ -35,11 +36,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Store to evaluate on and to take pictures from. [default: that of the evaluations]",
 )
-@click.option(
-    "--overlay",
-    type=click.Path(path_type=Path),
-    help="Folder of labels and annotations kept beside the store.",
-)
+@OVERLAY
 @click.option(
     "-o",
     "--output",
@@ -52,8 +49,8 @@ if TYPE_CHECKING:
     multiple=True,
     help="Your own head as package.module:Class; once for each that has to be evaluated or drawn.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--batch-size", default=16, show_default=True, help="Images a forward pass.")
+@DEVICE
+@BATCH_SIZE
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
 @click.option(
     "--page/--no-page",
@@ -61,9 +58,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Also write report.html: plot, tables, and images with the runs side by side.",
 )
-@click.option(
-    "--allow-unsealed", is_flag=True, help="Use what an unfinished extraction has written so far."
-)
+@ALLOW_UNSEALED
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON on stdout.")
 def compare(
     runs: tuple[Path, ...],

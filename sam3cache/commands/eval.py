@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.defaults import only_run, only_store, require_order
+from sam3cache.commands.options import ALLOW_UNSEALED, BATCH_SIZE, DEVICE, HEAD, OVERLAY
 from sam3cache.commands.places import show_fetching, store_place
 from sam3cache.commands.printing import plain_console, table
 from sam3cache.commands.progress import Stages
@@ -46,23 +47,16 @@ if TYPE_CHECKING:
     metavar="COLUMN",
     help="Also give results by an annotation, such as vessel_pattern; may be given several times.",
 )
-@click.option(
-    "--overlay",
-    type=click.Path(path_type=Path),
-    help="Folder of labels and annotations kept beside the store.",
-)
+@OVERLAY
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     help="Folder of the results. [default: CHECKPOINT/eval-SPLIT]",
 )
-@click.option(
-    "--head",
-    help="Your own head as package.module:Class; a checkpoint never makes us import one unasked.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--batch-size", default=16, show_default=True, help="Images a forward pass.")
+@HEAD
+@DEVICE
+@BATCH_SIZE
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap and of the shuffles.")
 @click.option(
     "--angles-check/--no-angles-check",
@@ -82,9 +76,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Also write report.html, a page to look at: pictures, contours, curves.",
 )
-@click.option(
-    "--allow-unsealed", is_flag=True, help="Use what an unfinished extraction has written so far."
-)
+@ALLOW_UNSEALED
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def eval_(
     store: Place | None,

@@ -178,8 +178,16 @@ def _names_of_variants(text: str) -> tuple[str, ...]:
     help="End with an error at the first sample that cannot be used, before anything is computed, "
     "rather than set it aside.",
 )
+@click.option(
+    "--alone",
+    is_flag=True,
+    help="This process has the store to itself, whatever torchrun, srun or an array of SLURM jobs "
+    "says of others: for an array whose elements make a store each.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def extract(manifest: Path, seed: int | None, engine: str, as_json: bool, **options: Any) -> None:
+def extract(
+    manifest: Path, seed: int | None, engine: str, alone: bool, as_json: bool, **options: Any
+) -> None:
     """Run SAM 3's vision tower once over the images of MANIFEST and store its features.
 
     MANIFEST is a table with a row a sample (CSV, Parquet), a file that holds many (HDF5, .npz,
@@ -203,6 +211,9 @@ def extract(manifest: Path, seed: int | None, engine: str, as_json: bool, **opti
     from sam3cache.runtime import find_rank
 
     rank = find_rank()
+    if alone:
+        # Of the devices and cores of its machine it still has no more than its own part.
+        rank = replace(rank, number=0, num_processes=1)
     config = replace(make_config(manifest, seed=seed, engine=engine, **options), rank=rank)
     try:
         with signals_interrupt(), ExitStack() as stack:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sam3cache.commands.extract import SET_ASIDE_EXIT_CODE
+from sam3cache.commands.options import DEVICE, HEAD
 from sam3cache.commands.printing import warn_of_samples
 from sam3cache.commands.progress import Stages
 from sam3cache.errors import ConfigError
@@ -57,15 +58,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write the head as a .pt2 of torch.export; then IMAGES may be left out.",
 )
-@click.option(
-    "--head",
-    help="Your own head as package.module:Class; a checkpoint never makes us import one unasked.",
-)
+@HEAD
 @click.option("--backbone", help="sam3, sam3.1 or sam3-mini. [default: what the features are of]")
 @click.option(
     "--weights", help="Checkpoint file or hub repository of it. [default: the backbone's own]"
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@DEVICE
 @click.option(
     "--batch-size", type=int, help="Images a forward pass. [default: 8 on CUDA, 1 on a CPU]"
 )

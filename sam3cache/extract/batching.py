@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
 from sam3cache.errors import Sam3CacheError
+from sam3cache.extract.config import ExtractConfig
 from sam3cache.extract.job import Job
 from sam3cache.extract.levels import is_of_tower
 from sam3cache.extract.worker import WorkerSetup, begin_process, load_runner, spawn
@@ -37,24 +39,47 @@ def find_batch_size(job: Job) -> int | None:
     Raises:
         Sam3CacheError: what is wrong with the weights or the device.
     """
-    if job.config.batch_size is not None or _is_begun(job) or job.config.engine != "local":
+    return choose_batch_size(
+        job.config, job.state.description, job.setups()[0], job.tasks.num_to_compute()
+    )
+
+
+def choose_batch_size(
+    config: ExtractConfig,
+    description: Mapping[str, Any] | None,
+    setup: WorkerSetup,
+    num_to_compute: int,
+) -> int | None:
+    """Measure on a worker's device, if an extraction of so many images would.
+
+    Args:
+        config: what to do.
+        description: of the store, None when there is none yet.
+        setup: of the worker.
+        num_to_compute: images that lack a level.
+
+    Returns:
+        None where there is nothing to choose, as :func:`find_batch_size` says.
+
+    Raises:
+        Sam3CacheError: what is wrong with the weights or the device.
+    """
+    if config.batch_size is not None or _is_begun(description) or config.engine != "local":
         return None
-    setup = job.setups()[0]
-    if not setup.device.startswith("cuda") or not any(map(is_of_tower, job.levels)):
+    if not setup.device.startswith("cuda") or not any(map(is_of_tower, setup.levels)):
         return None
-    return measure_batch_size(setup) if job.tasks.num_to_compute() >= MIN_IMAGES else None
+    return measure_batch_size(setup) if num_to_compute >= MIN_IMAGES else None
 
 
 def with_batch_size(job: Job, batch_size: int) -> Job:
     """Return a job with the batch size that was found, unless others have begun with theirs."""
-    if _is_begun(job):
+    if _is_begun(job.state.description):
         return job
     return replace(job, settings={**job.settings, "batch_size": batch_size})
 
 
-def _is_begun(job: Job) -> bool:
+def _is_begun(description: Mapping[str, Any] | None) -> bool:
     """Return whether the store has features, and with them a batch size."""
-    description = job.state.description
     return description is not None and any(map(is_of_tower, description["levels"]))
 
 

@@ -79,6 +79,7 @@ class TimeForecast:
         decode_images_per_s: of one thread.
         write_bytes_per_s: what the disk takes, flushed.
         num_measured: images that the run put through the tower.
+        batch_size: images a forward pass of the run, as an extraction would choose it.
         total_s: of the whole extraction.
     """
 
@@ -89,6 +90,7 @@ class TimeForecast:
     decode_images_per_s: float
     write_bytes_per_s: float
     num_measured: int
+    batch_size: int
     total_s: float
 
 

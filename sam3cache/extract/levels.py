@@ -15,6 +15,9 @@ from sam3cache.images import preprocessing_fields
 
 Levels = Mapping[str, tuple[LevelSpec, Fingerprint]]
 
+ASKED_BATCH_SIZE = "asked_batch_size"
+"""The setting that says what a batch size was before memory turned out too small for it."""
+
 _NO_DIGEST = "(not looked at)"
 _HASH_DIGITS = 12
 
@@ -94,16 +97,18 @@ def find_digest(config: ExtractConfig, description: Mapping[str, Any] | None) ->
 def make_settings(
     config: ExtractConfig, seed: int, description: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the store's provenance: what its tower levels were begun with, else this run's."""
+    """Return the store's provenance: what its tower levels were begun with, else this run's.
+
+    Raises:
+        ConfigError: when the store has another batch size than the one that is asked for.
+    """
     variants = find_variants(config, description)
     # Of a store without any nothing is said: it is as it was before there were variants.
     more = {"variants": list(variants)} if variants else {}
     if description is not None and any(map(is_of_tower, description["levels"])):
         before = {k: v for k, v in description["settings"].items() if k != "variants"}
-        settings = {**before, "seed": seed, **more}
-        if config.batch_size is not None:
-            settings["batch_size"] = config.batch_size
-        return settings
+        _require_same_batch_size(config, before)
+        return {**before, "seed": seed, **more}
     on_cuda = all(device.startswith("cuda") for device in config.devices)
     numeric_path = config.numeric_path
     if numeric_path == "auto":
@@ -119,6 +124,34 @@ def make_settings(
         "environment": runtime.environment_fields(),
         **more,
     }
+
+
+def halved_batch_size(settings: Mapping[str, Any], batch_size: int) -> dict[str, int]:
+    """Return what to record of a batch size that memory was too small for.
+
+    The size that was asked for stays beside it, so that the same command still goes on.
+
+    Args:
+        settings: the store's, as they are recorded.
+        batch_size: the smallest that a worker of this process has come down to.
+
+    Returns:
+        The settings that change; none where another process has recorded as small a one.
+    """
+    recorded: int = settings["batch_size"]
+    if batch_size >= recorded:
+        return {}
+    return {"batch_size": batch_size, ASKED_BATCH_SIZE: settings.get(ASKED_BATCH_SIZE, recorded)}
+
+
+def _require_same_batch_size(config: ExtractConfig, settings: Mapping[str, Any]) -> None:
+    recorded = settings["batch_size"]
+    if config.batch_size not in (None, recorded, settings.get(ASKED_BATCH_SIZE)):
+        raise ConfigError(
+            f"--batch-size {config.batch_size}: {config.output} was made with batches of "
+            f"{recorded}, and a store keeps to one size, on which the last bits of its features "
+            "depend: leave --batch-size out to go on with it, or extract into a new folder with -o"
+        )
 
 
 def _device_name(config: ExtractConfig) -> str:

@@ -45,6 +45,7 @@ class Pilot:
         decode_images_per_s: of one thread, resizing included.
         write_bytes_per_s: what the disk takes, flushed.
         num_images: that went through the tower.
+        batch_size: images a forward pass; the smallest, where memory was too small for more.
         bytes_an_image: by level, what one took on disk, where a block of it was written.
     """
 
@@ -54,6 +55,7 @@ class Pilot:
     decode_images_per_s: float
     write_bytes_per_s: float
     num_images: int
+    batch_size: int
     bytes_an_image: Mapping[str, float]
 
 
@@ -216,5 +218,6 @@ def _evaluate(
         decode_images_per_s=1 / decode_s,
         write_bytes_per_s=write_rate,
         num_images=num_images,
+        batch_size=min(state.batch_size for state in watch.states.values()),
         bytes_an_image=bytes_an_image,
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from sam3cache import runtime
 from sam3cache.errors import ManifestError, WeightsError
+from sam3cache.extract.batching import choose_batch_size
 from sam3cache.extract.config import (
     LABEL_SET,
     ExtractConfig,
@@ -119,7 +120,14 @@ def _plan_exactly(config: ExtractConfig, report: Report, measure: bool) -> Forec
     tasks = spread(job.tasks, _NUM_PILOT_IMAGES)
     wanted = [job.plan.owners[row.row] for task in tasks for row in task.rows]
     try:
-        pilot = _run_pilot(config, state.description, job.label_set, wanted, report)
+        pilot = _run_pilot(
+            config,
+            state.description,
+            job.label_set,
+            wanted,
+            forecast.num_to_compute,
+            report,
+        )
     except WeightsError as error:
         return replace(forecast, why_no_time=str(error))
     measured = forecast_job(job, forecast.packed.having(pilot.bytes_an_image, job.levels))
@@ -132,6 +140,7 @@ def _run_pilot(
     description: Mapping[str, Any] | None,
     label_set: LabelSetSpec | None,
     wanted: Sequence[Wanted],
+    num_to_compute: int,
     report: Report,
 ) -> Pilot:
     """Measure, with the weights that a new store's plan has done without until now.
@@ -148,12 +157,16 @@ def _run_pilot(
         digest,
         max(item.info.num_channels for item in wanted if item.info),
     )
+    setups = make_setups(config, settings, levels, label_set)
+    batch_size = choose_batch_size(config, description, setups[0], num_to_compute)
+    if batch_size is not None:
+        setups = tuple(replace(setup, batch_size=batch_size) for setup in setups)
     return run_pilot(
         # What an object store takes is not measured: it would be written to.
         Path(tempfile.gettempdir())
         if isinstance(config.output, ObjectPath)
         else runtime.existing_folder(config.output),
-        make_setups(config, settings, levels, label_set),
+        setups,
         spread(wanted, _NUM_PILOT_IMAGES),
         lambda num_done, num_total: report(ExtractProgress("measuring", num_done, num_total, {})),
     )
@@ -168,6 +181,7 @@ def _time(pilot: Pilot, check_s: float, num_images: int) -> TimeForecast:
         decode_images_per_s=pilot.decode_images_per_s,
         write_bytes_per_s=pilot.write_bytes_per_s,
         num_measured=pilot.num_images,
+        batch_size=pilot.batch_size,
         total_s=check_s + pilot.start_s + num_images / pilot.images_per_s,
     )
 
@@ -265,7 +279,9 @@ def _plan_by_sample(
     if not measure or not first.num_to_compute:
         return first
     try:
-        pilot = _run_pilot(config, description, label_set, sampled.usable, report)
+        pilot = _run_pilot(
+            config, description, label_set, sampled.usable, first.num_to_compute, report
+        )
     except WeightsError as error:
         return replace(first, why_no_time=str(error))
     measured = forecast(packed.having(pilot.bytes_an_image, levels))

@@ -85,7 +85,8 @@ def cluster_devices(text: str) -> list[str]:
         "cpu" or "cuda:0", which is how each worker sees the GPU that Ray gives it.
 
     Raises:
-        ConfigError: when the text cannot be read, or there is no cluster.
+        ConfigError: when the text cannot be read, or there is no cluster, or none of its nodes
+            can have a worker.
     """
     wanted = text.strip().lower()
     if wanted.startswith("cpu:"):
@@ -125,10 +126,29 @@ class _Node:
 def _nodes() -> list[_Node]:
     import ray
 
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [
+    return usable_nodes(ray.nodes())
+
+
+def usable_nodes(described: Sequence[Mapping[str, Any]]) -> list[_Node]:
+    """Return the nodes that can have a worker.
+
+    Args:
+        described: all nodes, as ``ray.nodes()`` has them.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    resources = [node["Resources"] for node in described if node["Alive"]]
+    nodes = [
         _Node(found["CPU"], found.get("GPU", 0)) for found in resources if found.get("CPU", 0) >= 1
     ]
+    if not nodes:
+        raise ConfigError(
+            f"none of the {len(resources)} nodes of the Ray cluster that are up has a CPU, and a "
+            "worker needs one: start nodes with `ray start --num-cpus 4`, or leave --engine out to "
+            "use the devices of this machine"
+        )
+    return nodes
 
 
 def run_ray(
@@ -216,7 +236,13 @@ def _dataset(setups: Sequence[WorkerSetup], tasks: Sequence[BlockTask]) -> Any:
     nodes = _nodes()
     on_gpu = setups[0].device != "cpu"
     if on_gpu:
-        num_cpus = min(int(node.num_cpus / node.num_gpus) for node in nodes if node.num_gpus)
+        with_gpus = [node for node in nodes if node.num_gpus]
+        if not with_gpus:
+            raise WorkerError(
+                f"none of the {len(nodes)} nodes of the Ray cluster has a GPU any more; every "
+                "finished block is kept: run the same command again when one has"
+            )
+        num_cpus = min(int(node.num_cpus / node.num_gpus) for node in with_gpus)
     else:
         num_a_node = -(-len(setups) // len(nodes))
         num_cpus = min(int(node.num_cpus) for node in nodes) // num_a_node

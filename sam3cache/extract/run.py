@@ -19,6 +19,7 @@ from sam3cache.extract.config import (
 )
 from sam3cache.extract.forecast import Forecast, forecast_job
 from sam3cache.extract.job import Job, Report, Tasks, plan_job, read_request, require_folder
+from sam3cache.extract.levels import halved_batch_size, is_of_tower
 from sam3cache.extract.pool import leave_if_imported, run_pool
 from sam3cache.extract.sharing import WholeCount, next_blocks
 from sam3cache.extract.state import StoreState
@@ -30,6 +31,7 @@ from sam3cache.features import (
     interrupted_change,
     is_sealed,
     note_setting,
+    read_description,
     seal_store,
     store_lock,
 )
@@ -126,9 +128,12 @@ def extract(
             # Locked: whoever seals the store meanwhile folds the receipts that are read here.
             with store_lock(root, timeout_s=patience_s):
                 if watch.batch_size < job.settings["batch_size"] and not is_sealed(root):
-                    note_setting(root, "batch_size", watch.batch_size)
-                    settings = {**job.settings, "batch_size": watch.batch_size}
-                    job = replace(job, settings=settings)
+                    # Another process of the launch may have come down further.
+                    recorded = read_description(root)["settings"]
+                    for name, value in halved_batch_size(recorded, watch.batch_size).items():
+                        note_setting(root, name, value)
+                        recorded[name] = value
+                    job = replace(job, settings=recorded)
                 job = job.at(StoreState.read(root, LABEL_SET))
             if whole is not None:
                 num_done = max(0, whole.num_rows - job.tasks.num_rows())
@@ -220,6 +225,18 @@ def _what_to_know(job: Job) -> Iterator[str]:
     if not job.tasks.num_to_compute():
         return
     state, wanted = job.state, job.plan.wanted
+    if (
+        job.config.engine == "ray"
+        and job.config.batch_size is None
+        and job.config.devices[0] != "cpu"
+        and state.description is None
+        and any(map(is_of_tower, job.levels))
+    ):
+        yield (
+            f"with --engine ray nothing measures which batch size suits the nodes: the store takes "
+            f"batches of {job.settings['batch_size']}; sam3cache plan on a node measures the rate "
+            "of a --batch-size"
+        )
     # A table says "ok" from the seal on, and a seal that was broken in order leaves its receipts.
     num_stored = 0 if state.receipts else sum(row.status == "ok" for row in state.rows)
     if num_stored:

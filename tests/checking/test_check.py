@@ -199,7 +199,11 @@ DEFECTS = [
     ),
     (set_all(primary_angle="", secondary_angle=""), "missing-angles", "note: .*24 of 24 samples"),
     (set_all(primary_angle=30, secondary_angle=-20), "constant-angles", "30/-20 degrees in all 24"),
-    (zero_views, "zero-angles", "warning: .*s0, s1, .* and s7: 0/0 degrees in 12 of 24 samples"),
+    (
+        zero_views,
+        "zero-angles",
+        "warning: .*s0, s1, s2 and others: 0/0 degrees in 12 of 24",
+    ),
     (radians, "angles-in-radians", "warning: .*none beyond 1.20 in 24 samples.*radians"),
     (
         drop_splits("val", "test"),
@@ -320,6 +324,7 @@ def test_the_program_prints_lines_and_json_and_ends_by_severity(data, invoke, tm
 
     html = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert "where it fits better" in html
+    assert 'id="shifted-mask"' in html
     assert html.count('src="data:image/jpeg') == 1 + 18  # the overlay, and thumbnails
     assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|<script|<link""", html)
 
@@ -333,6 +338,16 @@ def test_errors_end_with_1_and_a_wrong_command_with_2(data, invoke):
     result = invoke("check", data.root / "angio.csv", "--by", "phase")
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_was_found_is_told_even_if_the_folder_cannot_be_written(data, invoke, tmp_path):
+    shift_mask(data)
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    result = invoke("check", data.write(), "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert "warning: mask fits better elsewhere: s3: " in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "file" in line]
+    assert str(tmp_path / "file") in line
 
 
 NAME = "DOE_JOHN"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam3cache.checking import best_shift
+from sam3cache.checking import Shift, best_shift, common_shift
 
 HEIGHT_PX, WIDTH_PX = 300, 400
 
@@ -65,3 +65,25 @@ def test_chance_is_not_told():
         noise = rng.integers(0, 256, (128, 128, 1), np.uint8)
         shift = best_shift(noise, vessel()[100:228, 100:228])
         assert not shift.is_clear
+
+
+def shifts(*ways_px, correlation=0.6):
+    return [Shift(down, right, correlation, 0.3, 2.0, 900) for down, right in ways_px]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (shifts(*[(0, 2)] * 6, *[(0, 0)] * 5), (0, 2, 11)),  # most of them
+        (shifts(*[(0, 2)] * 5, *[(0, 0)] * 6), None),  # fewer than most
+        (shifts(*[(0, 2)] * 9), None),  # too few
+        (shifts(*[(0, 2)] * 9) + shifts((0, 2), correlation=0.29), None),  # one is uncertain
+        ([*shifts(*[(-4, 2)] * 10), None], (-4, 2, 10)),
+    ],
+)
+def test_a_shift_that_most_masks_share_is_told(found, expected):
+    common = common_shift(found)
+    if expected is None:
+        assert common is None
+    else:
+        assert (common.down_px, common.right_px, common.num_masks) == expected

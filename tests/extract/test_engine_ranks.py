@@ -86,6 +86,7 @@ def test_a_launcher_tells_a_process_its_place(environment: Mapping[str, str], ra
         ({**TORCHRUN, "RANK": "one"}, r"RANK='one' is no number"),
         ({**TORCHRUN, "RANK": "8"}, r"RANK=8 is not below WORLD_SIZE=8"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}, r"SLURM_STEP_TASKS_PER_NODE='many'"),
+        ({**SRUN, "SLURM_CPUS_PER_TASK": "all"}, r"SLURM_CPUS_PER_TASK='all' is no number"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(environment: Mapping[str, str], reason: str) -> None:
@@ -215,6 +216,25 @@ def test_the_last_of_a_launch_seals_and_the_others_say_so(
     assert f"{store}: {NUM_IMAGES} samples, sealed; 32 computed in" in first.stdout
     assert "Extracting: 32/32 images" in first.stderr
     require_equal(store, alone)
+
+
+def test_an_element_of_an_array_can_have_a_store_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke
+) -> None:
+    folder = write_images(tmp_path / "pictures", num_images=2)
+    for name, value in ARRAY.items():
+        monkeypatch.setenv(name, value)
+    arguments = ("extract", folder, "--levels", "image_1008", "-o")
+    with one_process():
+        shared = invoke(*arguments, tmp_path / "shared.zarr")
+        own = invoke(*arguments, tmp_path / "own.zarr", "--alone")
+    # The third of four is silent about how far it is; one that is alone is not.
+    assert (shared.exit_code, shared.stderr) == (0, "")
+    assert own.exit_code == 0
+    assert "2 images to compute" in own.stderr
+    store = tmp_path / "own.zarr"
+    assert is_sealed(store)
+    assert f"{store}: 2 samples, sealed" in own.stdout
 
 
 def test_a_process_does_the_blocks_of_one_that_never_comes(folder: Path, alone: Path) -> None:

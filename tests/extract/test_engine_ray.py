@@ -20,7 +20,13 @@ from sam3cache.errors import ConfigError
 from sam3cache.extract import ExtractConfig
 from sam3cache.extract.config import LABEL_SET
 from sam3cache.extract.job import plan_job, read_request
-from sam3cache.extract.ray_engine import _BlockWriter, _pack, _Result, cluster_devices
+from sam3cache.extract.ray_engine import (
+    _BlockWriter,
+    _pack,
+    _Result,
+    cluster_devices,
+    usable_nodes,
+)
 from sam3cache.extract.state import StoreState
 from sam3cache.extract.worker import BlockTask
 from sam3cache.features import store_lock
@@ -162,6 +168,16 @@ def test_a_node_lost_and_one_added_leave_an_equal_store(folder: Path, reference:
     assert "a node was lost with" in done.stdout
     assert f"{store}: {NUM_IMAGES} samples, sealed" in done.stdout
     require_folded_and_equal(store, reference)
+
+
+def test_a_cluster_without_a_cpu_is_refused() -> None:
+    dead = {"Alive": False, "Resources": {"CPU": 4.0}}
+    head = {"Alive": True, "Resources": {"memory": 1e9}}
+    able = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
+    with pytest.raises(ConfigError, match="none of the 1 nodes of the Ray cluster that are up has"):
+        usable_nodes([dead, head])
+    (node,) = usable_nodes([dead, head, able])
+    assert (node.num_cpus, node.num_gpus) == (2, 1)
 
 
 @needs_ray

@@ -63,6 +63,7 @@ def test_what_is_planned_is_what_is_written_and_planning_leaves_nothing(tmp_path
     assert (planned.num_new, planned.num_to_compute, planned.num_looked_at) == (37, 37, None)
     assert planned.time is not None
     assert planned.time.num_measured > 0
+    assert planned.time.batch_size == 1
     assert planned.time.images_per_s > 0
 
     announced = []

@@ -6,7 +6,7 @@ import pytest
 
 from sam3cache.errors import ConfigError, FingerprintError
 from sam3cache.extract import ExtractConfig
-from sam3cache.extract.levels import find_digest, make_settings, plan_levels
+from sam3cache.extract.levels import find_digest, halved_batch_size, make_settings, plan_levels
 
 STORE = Path("features/angio.zarr")
 OURS, THEIRS = "a1" * 32, "b2" * 32
@@ -131,6 +131,32 @@ def test_the_same_settings_are_no_difference_and_levels_are_added_behind():
     assert list(levels) == ["fpn_72", "image_1008"]
     assert dict(levels["fpn_72"][1].fields) == stored["levels"]["fpn_72"]["fingerprint"]
     assert levels["image_1008"][0].shape == (3, 1008, 1008)
+
+
+def test_a_store_keeps_to_the_batch_size_that_it_was_made_with():
+    stored = describe(batch_size=2)
+    with pytest.raises(ConfigError) as failure:
+        make_settings(config(batch_size=4), 0, stored)
+    assert str(failure.value) == (
+        f"--batch-size 4: {STORE} was made with batches of 2, and a store keeps to one size, on "
+        "which the last bits of its features depend: leave --batch-size out to go on with it, or "
+        "extract into a new folder with -o"
+    )
+    for same in (None, 2):
+        assert make_settings(config(batch_size=same), 0, stored) == stored["settings"]
+
+
+def test_a_store_of_pictures_alone_takes_any_batch_size():
+    stored = describe(levels=("image_1008",), batch_size=2)
+    assert make_settings(config(batch_size=4), 0, stored)["batch_size"] == 4
+
+
+def test_the_smallest_batch_size_that_any_process_came_down_to_is_recorded():
+    settings = {"batch_size": 8}
+    settings |= halved_batch_size(settings, 4)
+    settings |= halved_batch_size(settings, 2)
+    assert settings == {"batch_size": 2, "asked_batch_size": 8}
+    assert halved_batch_size(settings, 4) == {}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from worker_thread import one_process
 
 from sam3cache.backbone import Tower
 from sam3cache.commands.interrupts import signals_interrupt, stopped_by
-from sam3cache.errors import WorkerError
+from sam3cache.errors import ConfigError, WorkerError
 from sam3cache.extract import ExtractConfig, extract
 from sam3cache.features import is_sealed, open_store
 
@@ -245,6 +245,14 @@ def test_a_batch_size_that_does_not_fit_is_halved_said_once_and_corrected_in_the
     with one_process(), memory_for(1):
         again = extract(config(folder, ("fpn_72",)), warn=said.append)
     assert (again.sealed, again.batch_size, len(said)) == (True, 1, 1)
+    # The command that began it still goes on; any other size is refused, and changes nothing.
+    with one_process(), memory_for(1):
+        assert extract(config(folder, ("fpn_72",), batch_size=3), warn=said.append).sealed
+    before = {path: path.read_bytes() for path in result.store.rglob("*.json")}
+    with pytest.raises(ConfigError, match=r"--batch-size 2: .* was made with batches of 1, and"):
+        extract(config(folder, ("fpn_72",), batch_size=2))
+    assert {path: path.read_bytes() for path in result.store.rglob("*.json")} == before
+    assert is_sealed(result.store)
 
 
 def without(*columns: str) -> Callable[[Path], None]:
