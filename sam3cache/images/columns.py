@@ -417,11 +417,14 @@ class Row:
         """Take the image's name, and look whether it is a DICOM file.
 
         Raises:
-            ImageError: a JSON file with its path that is missing or broken.
+            ImageError: a JSON file with its path that is missing or broken, or a path that can be
+                none of a file's.
             LateKeyError: as :meth:`RowReader.use_key` does.
         """
         self.image = self.value("image")
         file = split_member(self.image)[0]
+        if file and not PurePosixPath(file).name:
+            raise ImageError(f"the image {file!r} is no file's name; mend the cell")
         if not file or not may_be_dicom(file.replace("\\", "/").rpartition("/")[2]):
             return
         name, location = resolve_path(file, self.reader.root)
@@ -445,7 +448,7 @@ class Row:
 
         Raises:
             ImageError: a JSON file that is missing or broken, or that lacks the key; a damaged
-                DICOM header.
+                DICOM header; a text of several lines.
         """
         source = self.reader.column_map.fields.get(name)
         if source is None:
@@ -454,6 +457,12 @@ class Row:
         if source.key and text:
             text = self.reader.json_value(self, text, source.key)
         text = source.values.get(text, text)
+        if "\n" in text or "\r" in text:
+            # Without the text, which may be one to be hidden.
+            raise ImageError(
+                f"the {name.replace('_', ' ')} has a line break in it; mend the cell (a quote that "
+                "nothing closes swallows the lines below)"
+            )
         if not text or source.hash is False:
             return text
         return self.reader.group(text) if source.hash is None else self.reader.hashed(text, 12)

@@ -9,6 +9,7 @@ Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,6 +196,7 @@ def _open_npy(path: Path, name: str, frame: int | None, is_mask: bool) -> Pictur
 
 
 def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int, as_numbers: bool) -> Picture:
+    _require_end(tiff, name)
     series, page = tiff.series[0], tiff.series[0].keyframe
     photometric = _tag_name(page.photometric)
     if photometric not in ("MINISWHITE", "MINISBLACK", "RGB", "YCBCR", "PALETTE"):
@@ -241,6 +243,21 @@ def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int, as_numbers: 
         is_lossy=_tag_name(page.compression) in ("OJPEG", "JPEG", "JPEG_LOSSY"),
         read=read,
     )
+
+
+def _require_end(tiff: tifffile.TiffFile, name: str) -> None:
+    """Refuse a file whose list of pages comes back to one of them: tifffile would follow it on."""
+    form, file, seen = tiff.tiff, tiff.filehandle, set[int]()
+    offset = tiff.pages.first.offset
+    while 0 < offset < file.size:
+        if offset in seen:
+            raise ImageError(f"{name}: damaged (pages without end); restore the file")
+        seen.add(offset)
+        file.seek(offset)
+        (num_tags,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+        file.seek(offset + form.tagnosize + num_tags * form.tagsize)
+        next_page = file.read(form.offsetsize)
+        offset = struct.unpack(form.offsetformat, next_page)[0] if next_page else 0
 
 
 def _open_pillow(image: Image.Image, path: Path, head: bytes, as_numbers: bool) -> Picture:

@@ -44,6 +44,7 @@ DECODER_ERRORS = (
     RuntimeError,
     MemoryError,
     BufferError,
+    AssertionError,  # of tifffile
     struct.error,
     tokenize.TokenError,
     zipfile.BadZipFile,
