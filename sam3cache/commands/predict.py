@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
-    help="A feature store: images whose pixels it knows need no tower.",
+    help="A feature store: images whose pixels it knows need no tower, nor angles if it has them.",
 )
 @click.option(
     "--coco", type=click.Path(path_type=Path), help="Also write COCO JSON (run lengths) here."
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 @click.option(
     "--threshold",
     type=float,
-    help="Probability from which a pixel counts as mask. [default: the checkpoint's, mostly 0.5]",
+    help="Probability from which a pixel counts as mask, for example the one that `sam3cache eval "
+    "--threshold auto` chose. [default: the checkpoint's, mostly 0.5]",
 )
 @click.option(
     "--export",
@@ -75,6 +76,7 @@ def predict(
     output: Path | None,
     primary_angle: float | None,
     secondary_angle: float | None,
+    threshold: float | None,
     export: Path | None,
     head: str | None,
     device: str,
@@ -118,6 +120,7 @@ def predict(
             output,
             primary_angle_deg=primary_angle,
             secondary_angle_deg=secondary_angle,
+            threshold=threshold,
             head=head,
             device=device,
             overwrite=overwrite,
@@ -125,7 +128,14 @@ def predict(
         )
     exported = None
     if export is not None:
-        exported = export_head(checkpoint, export, head=head, device=device, overwrite=overwrite)
+        exported = export_head(
+            checkpoint,
+            export,
+            head=head,
+            threshold=threshold,
+            device=device,
+            overwrite=overwrite,
+        )
     result = None
     if config is not None:
         with ExitStack() as stack:
@@ -136,6 +146,13 @@ def predict(
 
             result = predict_images(config, report)
         warn_of_samples(result.set_aside)
+        if result.num_lacking_angles:
+            click.echo(
+                f"warning: {result.num_lacking_angles} of {result.num_images} images lack a view "
+                "angle, which this head reads; give --primary-angle and --secondary-angle, or a "
+                "CSV with the angles of each image",
+                err=True,
+            )
     if as_json:
         summary = {} if result is None else result.record()
         if exported is not None:
@@ -170,5 +187,7 @@ def _print(result: PredictResult | None, exported: ExportResult | None) -> None:
         )
     else:
         click.echo("Features: none, as the head reads the pictures alone.")
+    if result.num_angles_from_store:
+        click.echo(f"View angles: {result.num_angles_from_store} from the store.")
     if result.coco is not None:
         click.echo(f"COCO: {result.coco.as_posix()}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,14 @@ from sam3cache.evaluation import checkpoint_folder
 from sam3cache.features.precision import split_name
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.heads import CheckpointInfo, Head, load_checkpoint
-from sam3cache.inference.predictor import IMAGE_LEVEL, class_names, precision_of
+from sam3cache.inference.predictor import (
+    IMAGE_LEVEL,
+    class_names,
+    decision_words,
+    precision_of,
+    threshold_of,
+    trial_batch,
+)
 from sam3cache.records import Batch
 from sam3cache.runtime import write_atomic
 
@@ -85,6 +91,7 @@ def export_head(
     path: str | Path,
     *,
     head: str | None = None,
+    threshold: float | None = None,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> ExportResult:
@@ -95,27 +102,35 @@ def export_head(
 
     Args:
         checkpoint: a run's folder, whose best checkpoint is taken, or that of one checkpoint.
-        path: the file to write; its name ends in ``.pt2``.
+        path: the file to write, in a folder that is there; its name ends in ``.pt2``.
         head: the user's own head, as "package.module:Class", if the checkpoint is of one.
+        threshold: probability from which a pixel counts, for the JSON; None: the checkpoint's own.
         device: where it shall run.
         overwrite: whether to replace files that are there.
 
     Raises:
-        ConfigError: the name ends otherwise, or a file is in the way.
+        ConfigError: the name ends otherwise, its folder is not there, a file is in the way, or the
+            threshold cannot be used.
         CheckpointError: there is no such checkpoint, or it does not fit.
         HeadError: the head cannot be exported, or gives other logits then.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise ConfigError(f"{path}: expected a name that ends in .pt2, as head.pt2")
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"{path}: there is no folder {path.parent}; make it first, or name another place"
+        )
     record_path = path.with_suffix(".json")
     for one in (path, record_path):
         if one.exists() and not overwrite:
             raise ConfigError(f"{one} is there already; name another, or replace it by --overwrite")
     folder = checkpoint_folder(Path(checkpoint))
     trained, info = load_checkpoint(folder, head=head, device=device)
+    info = dataclasses.replace(info, threshold=threshold_of(info, threshold))
     module = ExportedHead(trained.requires_grad_(False)).eval()
-    trial = _trial(info, device)
+    batch = trial_batch(info, _BATCH, device)
+    trial = (dict(batch.levels), batch.angles_B2, batch.content_B2)
     try:
         with torch.no_grad():
             expected_BKSS = module(*trial)
@@ -146,25 +161,21 @@ def export_head(
     return ExportResult(path, record_path, difference, record)
 
 
-def _trial(info: CheckpointInfo, device: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return arguments of :class:`ExportedHead`: noise, with known and unknown angles."""
-    random = torch.Generator().manual_seed(0)
-    levels = {}
-    for level, entry in info.levels.items():
-        shape = (_BATCH, *entry["shape"])
-        if level == IMAGE_LEVEL:
-            value = torch.randint(256, shape, generator=random, dtype=torch.uint8)
-        else:
-            value = torch.randn(shape, generator=random)
-        levels[level] = value.to(device)
-    angles_B2 = torch.tensor([[30.0, -20.0], [math.nan, math.nan], [-90.0, math.nan]])
-    content_B2 = torch.tensor([[1008, 1008], [1008, 756], [504, 1008]])
-    return levels, angles_B2.to(device), content_B2.to(device)
-
-
 def _dynamic(trial: tuple[dict[str, Tensor], Tensor, Tensor]) -> tuple[Any, ...]:
     batch = torch.export.Dim("batch", min=1)
     return {level: {0: batch} for level in trial[0]}, {0: batch}, {0: batch}
+
+
+def _to_picture(num_cells: int) -> list[str]:
+    """Return what ``Letterbox.logits_to_grid`` does along one axis, to be done without it."""
+    return [
+        f"extent = content_px * {num_cells} / {INPUT_SIZE_PX}",
+        "last = maximum(1, ceil(extent - 0.5)) - 1",
+        "centre = clip((arange(num_pixels) + 0.5) * (extent / num_pixels) - 0.5, 0, last)",
+        "lower = floor(centre).astype(int)",
+        "upper = minimum(lower + 1, last).astype(int)",
+        "logits = (1 - (centre - lower)) * logits[lower] + (centre - lower) * logits[upper]",
+    ]
 
 
 def _record(
@@ -174,6 +185,9 @@ def _record(
     fields: dict[str, Any] = {}
     for entry in info.levels.values():
         fields |= entry["fields"]
+    content_px = f"each side * {INPUT_SIZE_PX} / the longest, rounded (halves to even), at least 1"
+    if fields.get("preprocessing.resize_mode") == "squash":
+        content_px = "all of it"
     return {
         "format_version": FORMAT_VERSION,
         "call": "torch.export.load(FILE).module()(levels, angles_B2, content_B2)",
@@ -198,13 +212,16 @@ def _record(
             "shape": ["batch", 2],
             "dtype": "int64",
             "meaning": "height and width in pixels of what is picture, at the top left of the "
-            f"{INPUT_SIZE_PX} px square",
+            f"{INPUT_SIZE_PX} px square: {content_px}",
         },
         "logits": {
             "shape": ["batch", *logits_shape],
             "dtype": "float32",
-            "meaning": "on the padded square: resize to it, bilinear, align_corners=False; cut the "
-            "content out; resize that to the picture",
+            "meaning": "on cells of the padded square, with the picture at its top left; "
+            "to_picture carries each line of them to the picture's own pixels, first along its "
+            "height, then along its width, by content_px of content_B2 and num_pixels of the "
+            "picture (functions are NumPy's)",
+            "to_picture": _to_picture(logits_shape[-1]),
         },
         "preprocessing": {
             name.removeprefix("preprocessing."): value
@@ -217,9 +234,7 @@ def _record(
             if name in ("weights_sha256", "numeric_path") or name.startswith("architecture.")
         },
         "task": info.task,
-        "decide": "sigmoid(logit) >= threshold, each plane by itself"
-        if info.task == "multilabel"
-        else "the plane with the highest logit; the first is none of the classes",
+        "decide": decision_words(info),
         "threshold": info.threshold if info.task == "multilabel" else None,
         "classes": list(class_names(info)),
         "label_set": info.label_set,

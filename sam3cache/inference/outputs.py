@@ -6,10 +6,12 @@ Shape legend: C classes, H height, W width.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from sam3cache.tasks import Task
 ProbabilityFormat = Literal["npy", "png"]
 
 MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
+LEGEND_FILE = "legend.svg"
 
 COLOURS = (
     (255, 109, 0),
@@ -32,7 +35,7 @@ COLOURS = (
     (0, 114, 178),
     (213, 94, 0),
 )
-"""Of contours, by class, in turn; they differ for every kind of colour vision (Okabe and Ito)."""
+"""Of contours, by class; they differ for every kind of colour vision (Okabe and Ito)."""
 
 _PIXELS_A_LINE = 700
 """Longest side of a picture for each pixel that its contours are wide."""
@@ -76,6 +79,12 @@ class OutputLayout:
     classes: tuple[str, ...]
     overlay: bool = False
     probabilities: ProbabilityFormat | None = None
+
+    @property
+    def legend(self) -> Path | None:
+        """Where the legend of the overlays goes; None where there is nothing to tell apart."""
+        is_needed = self.overlay and len(self.classes) > 1
+        return self.folder / LEGEND_FILE if is_needed else None
 
     def files(self, name: str) -> OutputFiles:
         """Return the files of an image, by its name from ``names.output_names``."""
@@ -138,17 +147,43 @@ def class_numbers(mask_CHW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return numbers_HW
 
 
-def draw_outlines(
-    pixels_HWC: NDArray[np.uint8],
-    mask_CHW: NDArray[np.bool_],
-    colours: Sequence[tuple[int, int, int]] = COLOURS,
-) -> NDArray[np.uint8]:
+def class_colours(num_classes: int) -> list[tuple[int, int, int]]:
+    """Return a colour for each class: those of ``COLOURS``, then paler and paler ones."""
+    num_turns = math.ceil(num_classes / len(COLOURS))
+    colours = []
+    for number in range(num_classes):
+        turn, place = divmod(number, len(COLOURS))
+        whiteness = 0.75 * turn / num_turns
+        red, green, blue = (round(v + (255 - v) * whiteness) for v in COLOURS[place])
+        colours.append((red, green, blue))
+    return colours
+
+
+def legend_svg(classes: Sequence[str]) -> str:
+    """Return a picture of which colour is which class; SVG, as it has letters of any script."""
+    line_px, font_px = 24, 14
+    width_px = 2 * line_px + font_px * max(map(len, classes))
+    height_px = line_px * len(classes)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width_px}" height="{height_px}" '
+        f'font-family="sans-serif" font-size="{font_px}">',
+        f'<rect width="{width_px}" height="{height_px}" fill="#ffffff"/>',
+    ]
+    for number, (name, colour) in enumerate(zip(classes, class_colours(len(classes)), strict=True)):
+        top_px = number * line_px
+        lines += [
+            f'<rect x="4" y="{top_px + 4}" width="16" height="16" fill="#{bytes(colour).hex()}"/>',
+            f'<text x="{line_px + 4}" y="{top_px + 17}">{escape(name)}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def draw_outlines(pixels_HWC: NDArray[np.uint8], mask_CHW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Draw the borders of masks on their picture: just outside, so that thin vessels stay to see.
 
     Args:
         pixels_HWC: uint8 (H, W, 1 or 3).
         mask_CHW: a plane a class.
-        colours: by class, in turn.
 
     Returns:
         uint8 (H, W, 3).
@@ -156,8 +191,8 @@ def draw_outlines(
     height_px, width_px = pixels_HWC.shape[:2]
     drawn_HW3 = np.broadcast_to(pixels_HWC, (height_px, width_px, 3)).copy()
     line_px = max(1, round(max(height_px, width_px) / _PIXELS_A_LINE))
-    for number, mask_HW in enumerate(mask_CHW):
-        drawn_HW3[_grown(mask_HW, line_px) & ~mask_HW] = colours[number % len(colours)]
+    for mask_HW, colour in zip(mask_CHW, class_colours(len(mask_CHW)), strict=True):
+        drawn_HW3[_grown(mask_HW, line_px) & ~mask_HW] = colour
     return drawn_HW3
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,7 +21,7 @@ from torch import Tensor
 from sam3cache.backbone import BACKBONES, Tower, load_tower
 from sam3cache.errors import CheckpointError, ConfigError, FingerprintError, ImageError
 from sam3cache.evaluation import checkpoint_folder, fingerprints_of
-from sam3cache.features import FeatureStore, open_store
+from sam3cache.features import FeatureStore, StoredSample, open_store
 from sam3cache.features.precision import Precision, decode, encode, from_words, split_name
 from sam3cache.geometry import Letterbox, ResizeMode
 from sam3cache.heads import CheckpointInfo, Head, check_fingerprints, load_checkpoint
@@ -46,12 +46,12 @@ class PreparedImage:
     Attributes:
         letterbox: where it lies on the square.
         square_CSS: uint8, C 1 or 3; None where nothing reads it.
-        row: of the store that has its features; None where the tower has to make them.
+        stored: the store's sample of the same pixels; None where the tower has to make features.
     """
 
     letterbox: Letterbox
     square_CSS: Tensor | None
-    row: int | None
+    stored: StoredSample | None
 
 
 class Predictor:
@@ -61,9 +61,11 @@ class Predictor:
         head: in evaluation mode.
         info: what its checkpoint records.
         folder: of the checkpoint.
-        task: "multilabel" or "multiclass".
+        task: "multilabel", each class decided by itself, so that one class is a binary mask; or
+            "multiclass", where each pixel is of one class or of none.
         classes: names of what is predicted, in order.
-        threshold: probability from which a pixel counts; "multiclass" has no use for it.
+        threshold: probability from which a pixel counts; "multiclass" has no use for it. It may
+            be set to another.
         store: where features are taken from if it has them, or None.
         resize_mode: how images are laid on the square.
         device: where head and tower run.
@@ -90,9 +92,9 @@ class Predictor:
         self.device = device
         self._make_tower = make_tower
         self._tower: Tower | None = None
-        self._rows: dict[str, int] = {}
-        if store is not None and make_tower is not None:
-            self._rows = {sample.pixel_sha256: sample.row for sample in store.samples}
+        self._stored: dict[str, StoredSample] = {}
+        if store is not None:
+            self._stored = {sample.pixel_sha256: sample for sample in store.samples}
 
     @property
     def tower(self) -> Tower | None:
@@ -185,10 +187,11 @@ class Predictor:
         Raises:
             ImageError: the head reads grey pictures, and this one has colours.
         """
-        row = self._rows.get(pixel_hash(pixels_HWC)) if self._rows else None
-        if row is not None and IMAGE_LEVEL not in self.info.levels:
+        stored = self._stored.get(pixel_hash(pixels_HWC)) if self._stored else None
+        if stored is not None and IMAGE_LEVEL not in self.info.levels:
             height_px, width_px = pixels_HWC.shape[:2]
-            return PreparedImage(Letterbox.fit(height_px, width_px, self.resize_mode), None, row)
+            letterbox = Letterbox.fit(height_px, width_px, self.resize_mode)
+            return PreparedImage(letterbox, None, stored)
         square_CSS, letterbox = letterbox_image(pixels_HWC, self.resize_mode)
         if IMAGE_LEVEL in self.info.levels:
             num_channels = self.info.levels[IMAGE_LEVEL]["shape"][0]
@@ -198,13 +201,13 @@ class Predictor:
                 )
             if num_channels == 1:
                 square_CSS = square_CSS[:1]
-        return PreparedImage(letterbox, square_CSS, row)
+        return PreparedImage(letterbox, square_CSS, stored)
 
     def origin(self, image: PreparedImage) -> Origin:
         """Return where the features of an image come from."""
         if self._make_tower is None:
             return "picture"
-        return "tower" if image.row is None else "store"
+        return "tower" if image.stored is None else "store"
 
     def batch(
         self, images: Sequence[PreparedImage], angles_deg: Sequence[tuple[float, float]]
@@ -249,6 +252,13 @@ class Predictor:
                 for image, logits_KSS in zip(images, logits_BKSS, strict=True)
             ]
 
+    def reads_angles(self) -> bool:
+        """Return whether the head's logits depend on view angles, by a trial on noise."""
+        known = trial_batch(self.info, 1, self.device)
+        unknown = replace(known, angles_B2=torch.full_like(known.angles_B2, math.nan))
+        with torch.inference_mode():
+            return not torch.allclose(self.head(known), self.head(unknown))
+
     def _logits_many(
         self,
         images: Sequence[Image],
@@ -273,7 +283,7 @@ class Predictor:
 
     def _levels(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """Return by level what the head reads, (B, C, S, S) each."""
-        made = self._made_by_tower([image for image in images if image.row is None])
+        made = self._made_by_tower([image for image in images if image.stored is None])
         levels: dict[str, Tensor] = {}
         for level, entry in self.info.levels.items():
             if level == IMAGE_LEVEL:
@@ -282,7 +292,7 @@ class Predictor:
                 continue
             fresh = iter(made.get(level, ()))
             parts = [
-                next(fresh) if image.row is None else self._stored(level, image.row)
+                next(fresh) if image.stored is None else self._read(level, image.stored.row)
                 for image in images
             ]
             # The tower's float32 or bfloat16 beside a store's float16.
@@ -300,7 +310,7 @@ class Predictor:
             if level != IMAGE_LEVEL
         }
 
-    def _stored(self, level: str, row: int) -> Tensor:
+    def _read(self, level: str, row: int) -> Tensor:
         assert self.store is not None
         return torch.from_numpy(self.store.read(level, row)).to(self.device)
 
@@ -401,6 +411,33 @@ def check_angles(primary_angle_deg: float, secondary_angle_deg: float) -> None:
             )
 
 
+def check_threshold(threshold: float) -> None:
+    """Refuse what is no probability, or would make a mask of all pixels or of none.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not 0 < threshold < 1:
+        raise ConfigError(f"threshold {threshold}: expected a probability above 0, below 1")
+
+
+def threshold_of(info: CheckpointInfo, given: float | None) -> float:
+    """Return the probability from which a pixel counts: as given, else the checkpoint's own.
+
+    Raises:
+        ConfigError: it is no probability, or the head's task has no use for one.
+    """
+    if given is None:
+        return info.threshold
+    check_threshold(given)
+    if info.task == "multiclass":
+        raise ConfigError(
+            f"threshold {given}: a head of task multiclass gives each pixel the class with the "
+            "highest logit, or none; leave --threshold out"
+        )
+    return given
+
+
 def class_names(info: CheckpointInfo) -> tuple[str, ...]:
     """Return what a head predicts, in order; numbered where its checkpoint does not say."""
     if info.classes:
@@ -409,6 +446,37 @@ def class_names(info: CheckpointInfo) -> tuple[str, ...]:
     if num_classes == 1:
         return (info.label_set,)
     return tuple(f"class {number}" for number in range(1, num_classes + 1))
+
+
+def decision_words(info: CheckpointInfo) -> str:
+    """Return how logits become a mask, for people: what a task is called is for programs."""
+    if info.task == "multiclass":
+        return "the plane with the highest logit; the first is none of the classes"
+    if info.num_classes == 1:
+        return "binary: sigmoid(logit) >= threshold"
+    return "sigmoid(logit) >= threshold, each class by itself"
+
+
+def trial_batch(info: CheckpointInfo, num_images: int, device: str) -> Batch:
+    """Return noise that a head can read; angles known, unknown and known by half, in turn.
+
+    Args:
+        info: of the head's checkpoint.
+        num_images: B, from 1 to 3.
+        device: where it shall be.
+    """
+    random = torch.Generator().manual_seed(0)
+    levels = {}
+    for level, entry in info.levels.items():
+        shape = (num_images, *entry["shape"])
+        if level == IMAGE_LEVEL:
+            value = torch.randint(256, shape, generator=random, dtype=torch.uint8)
+        else:
+            value = torch.randn(shape, generator=random)
+        levels[level] = value.to(device)
+    angles_B2 = torch.tensor([[30.0, -20.0], [math.nan, math.nan], [-90.0, math.nan]])
+    content_B2 = torch.tensor([[1008, 1008], [1008, 756], [504, 1008]])
+    return Batch(levels, angles_B2[:num_images].to(device), content_B2[:num_images].to(device))
 
 
 def precision_of(entry: Mapping[str, Any]) -> Precision:

@@ -14,9 +14,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,17 +24,26 @@ from numpy.typing import NDArray
 
 from sam3cache.backbone import ignore_warnings_of_sam3
 from sam3cache.errors import ConfigError, ImageError
+from sam3cache.features import StoredSample
 from sam3cache.images import read_image
 from sam3cache.inference.coco import CocoImage, annotations_of, coco_json
 from sam3cache.inference.inputs import find_images
 from sam3cache.inference.names import output_names
-from sam3cache.inference.outputs import OutputFiles, OutputLayout, ProbabilityFormat
+from sam3cache.inference.outputs import (
+    OutputFiles,
+    OutputLayout,
+    ProbabilityFormat,
+    legend_svg,
+)
 from sam3cache.inference.predictor import (
     Origin,
     Predictor,
     PreparedImage,
     check_angles,
+    check_threshold,
+    decision_words,
     load_without_tower,
+    threshold_of,
 )
 from sam3cache.records import Sample, SetAside
 from sam3cache.runtime import environment_fields, write_atomic
@@ -42,6 +51,9 @@ from sam3cache.tasks import class_probabilities, decide
 
 Report = Callable[[int, int], None]
 """Called with images done and images in all."""
+
+AnglesOrigin = Literal["given", "store", "unknown"]
+"""Where the view angles of an image come from: the user, or the store's sample of its pixels."""
 
 TABLE_FILE, SUMMARY_FILE = "predictions.csv", "summary.json"
 _NUM_THREADS = 4
@@ -56,9 +68,10 @@ class PredictConfig:
         images: paths and patterns; see ``inputs.find_images``.
         output: folder of the results.
         columns: TOML file that says which column of the manifests is what, or None.
-        primary_angle_deg: of images whose manifest has none; None: unknown.
+        primary_angle_deg: of images whose manifest has none; None: as the store has it, or unknown.
         secondary_angle_deg: likewise.
-        store: a feature store, whose features of the same pixels are used; or None.
+        store: a feature store, whose features of the same pixels are used, and its view angles
+            where none are given; or None.
         coco: COCO JSON file to write, or None.
         overlay: also draw contours on the pictures.
         probabilities: also write them, as "npy" (float32) or "png" (16 bits); or None.
@@ -97,10 +110,8 @@ class PredictConfig:
         """
         if not self.images:
             raise ConfigError("no images are named; give files, folders, patterns or a manifest")
-        if self.threshold is not None and not 0 < self.threshold < 1:
-            raise ConfigError(
-                f"threshold {self.threshold}: expected a probability above 0, below 1"
-            )
+        if self.threshold is not None:
+            check_threshold(self.threshold)
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch size {self.batch_size}: expected at least 1")
         check_angles(*_or_nan(self.primary_angle_deg, self.secondary_angle_deg))
@@ -111,9 +122,10 @@ class ImageResult:
     """What became of one image.
 
     Attributes:
-        sample: which it is.
+        sample: which it is, with the view angles that were used.
         files: what was written.
-        origin: where its features came from; empty if it was set aside.
+        origin: where its features came from; None if it was set aside.
+        angles_origin: where its view angles came from; None if it was set aside.
         height_px: of the image; 0 if it was set aside.
         width_px: likewise.
         num_pixels: by class, how many are of it.
@@ -123,6 +135,7 @@ class ImageResult:
     sample: Sample
     files: OutputFiles
     origin: Origin | None = None
+    angles_origin: AnglesOrigin | None = None
     height_px: int = 0
     width_px: int = 0
     num_pixels: tuple[int, ...] = ()
@@ -141,10 +154,13 @@ class PredictResult:
         task: "multilabel" or "multiclass".
         classes: names of what was predicted, in order.
         threshold: probability from which a pixel counted; None of the task "multiclass".
+        decide: how logits became masks, in words.
         store: where features were taken from, or None.
         num_images: predicted.
         num_from_store: of them, with features from the store.
         num_from_tower: of them, with features that the tower made.
+        num_angles_from_store: of them, with view angles from the store, as none were given.
+        num_lacking_angles: of them, with an unknown angle; 0 if the head reads no angles.
         set_aside: images that could not be used, each with its reason.
         coco: the file written, or None.
         elapsed_s: time taken, loading included.
@@ -159,10 +175,13 @@ class PredictResult:
     task: str
     classes: tuple[str, ...]
     threshold: float | None
+    decide: str
     store: Path | None
     num_images: int
     num_from_store: int
     num_from_tower: int
+    num_angles_from_store: int
+    num_lacking_angles: int
     set_aside: tuple[SetAside, ...]
     coco: Path | None
     elapsed_s: float
@@ -212,18 +231,12 @@ def predict_images(
         device=config.device,
         store=config.store,
     )
-    if config.threshold is not None:
-        if predictor.task == "multiclass":
-            raise ConfigError(
-                f"threshold {config.threshold}: a head of task multiclass gives each pixel the "
-                "class with the highest logit, or none; leave --threshold out"
-            )
-        predictor.threshold = config.threshold
+    predictor.threshold = threshold_of(predictor.info, config.threshold)
     layout = OutputLayout(
         config.output, predictor.task, predictor.classes, config.overlay, config.probabilities
     )
     files = [layout.files(name) for name in output_names(inputs.samples)]
-    _require_free(config, inputs.samples, files)
+    _require_free(config, layout, inputs.samples, files)
     _prepare(config.output)
     if config.store is None:
         _ = predictor.tower  # Before any image is read: it may not be there.
@@ -239,7 +252,13 @@ def predict_images(
         report(len(results), len(inputs.samples))
 
     origins = Counter(result.origin for result in results)
+    angles_origins = Counter(result.angles_origin for result in results)
+    num_lacking_angles = sum(not r.reason and _lacks_angle(r.sample) for r in results)
+    if num_lacking_angles and not predictor.reads_angles():
+        num_lacking_angles = 0
     set_aside = [SetAside(r.sample.id, r.sample.source, r.reason) for r in results if r.reason]
+    if layout.legend is not None:
+        write_atomic(layout.legend, legend_svg(predictor.classes).encode())
     if config.coco is not None:
         write_atomic(config.coco, coco_json(coco, predictor.classes).encode())
     made = PredictResult(
@@ -250,10 +269,13 @@ def predict_images(
         task=predictor.task,
         classes=predictor.classes,
         threshold=None if predictor.task == "multiclass" else predictor.threshold,
+        decide=decision_words(predictor.info),
         store=config.store,
         num_images=len(results) - len(set_aside),
         num_from_store=origins["store"],
         num_from_tower=origins["tower"],
+        num_angles_from_store=angles_origins["store"],
+        num_lacking_angles=num_lacking_angles,
         set_aside=(*inputs.set_aside, *set_aside),
         coco=config.coco,
         elapsed_s=time.monotonic() - start_s,
@@ -267,13 +289,15 @@ def predict_images(
 
 
 def _require_free(
-    config: PredictConfig, samples: Sequence[Sample], files: Sequence[OutputFiles]
+    config: PredictConfig,
+    layout: OutputLayout,
+    samples: Sequence[Sample],
+    files: Sequence[OutputFiles],
 ) -> None:
     """Refuse, before anything is computed, to write over what is there."""
     own = [config.output / TABLE_FILE, config.output / SUMMARY_FILE]
     outputs = [*(path for one in files for path in one.all), *own]
-    if config.coco is not None:
-        outputs.append(config.coco)
+    outputs += [path for path in (layout.legend, config.coco) if path is not None]
     given = {
         path.resolve()
         for sample in samples
@@ -318,6 +342,8 @@ def _prepare(folder: Path) -> None:
 class _Decoded:
     """An image as it was read; a reason in its place where it could not be."""
 
+    sample: Sample
+    angles_origin: AnglesOrigin | None = None
     pixels_HWC: NDArray[np.uint8] | None = None
     prepared: PreparedImage | None = None
     reason: str = ""
@@ -341,12 +367,12 @@ def _predict(
     def decode(sample: Sample) -> _Decoded:
         try:
             pixels_HWC = read_image(sample)
-            return _Decoded(pixels_HWC, predictor.prepare(pixels_HWC))
+            prepared = predictor.prepare(pixels_HWC)
         except ImageError as error:
-            return _Decoded(reason=str(error))
+            return _Decoded(sample, reason=str(error))
+        return _Decoded(*_with_angles(sample, prepared.stored), pixels_HWC, prepared)
 
     def write(
-        sample: Sample,
         at: OutputFiles,
         decoded: _Decoded,
         mask_CHW: NDArray[np.bool_],
@@ -358,7 +384,9 @@ def _predict(
         num_pixels = tuple(mask_CHW.sum(axis=(1, 2)).tolist())
         origin = predictor.origin(decoded.prepared)
         height_px, width_px = mask_CHW.shape[1:]
-        result = ImageResult(sample, at, origin, height_px, width_px, num_pixels)
+        result = ImageResult(
+            decoded.sample, at, origin, decoded.angles_origin, height_px, width_px, num_pixels
+        )
         annotations = annotations_of(mask_CHW, probability_CHW) if config.coco else ()
         return result, annotations
 
@@ -374,17 +402,13 @@ def _predict(
     def infer(begun: tuple[slice, list[Future[_Decoded]]]) -> list[Future[_Outcome]]:
         place, reads = begun
         decoded = [read.result() for read in reads]
-        good = [
-            (sample, one.prepared)
-            for sample, one in zip(samples[place], decoded, strict=True)
-            if one.prepared is not None
-        ]
+        good = [(one.sample, one.prepared) for one in decoded if one.prepared is not None]
         found = iter(_infer(predictor, good, batch_size))
         return [
-            pool.submit(put_aside, sample, at, one.reason)
+            pool.submit(put_aside, one.sample, at, one.reason)
             if one.reason
-            else pool.submit(write, sample, at, one, *next(found))
-            for sample, at, one in zip(samples[place], files[place], decoded, strict=True)
+            else pool.submit(write, at, one, *next(found))
+            for at, one in zip(files[place], decoded, strict=True)
         ]
 
     places = [slice(at, at + batch_size) for at in range(0, len(samples), batch_size)]
@@ -434,6 +458,28 @@ def _infer(
     return found
 
 
+def _with_angles(sample: Sample, stored: StoredSample | None) -> tuple[Sample, AnglesOrigin]:
+    """Give a sample without angles those of the store's; with one, both might be of two views."""
+    if sample.primary_angle_deg is not None or sample.secondary_angle_deg is not None:
+        return sample, "given"
+    if stored is None:
+        return sample, "unknown"
+    primary_angle_deg, secondary_angle_deg = (
+        None if math.isnan(angle_deg) else angle_deg
+        for angle_deg in (stored.primary_angle_deg, stored.secondary_angle_deg)
+    )
+    if primary_angle_deg is None and secondary_angle_deg is None:
+        return sample, "unknown"
+    filled = replace(
+        sample, primary_angle_deg=primary_angle_deg, secondary_angle_deg=secondary_angle_deg
+    )
+    return filled, "store"
+
+
+def _lacks_angle(sample: Sample) -> bool:
+    return sample.primary_angle_deg is None or sample.secondary_angle_deg is None
+
+
 def _or_nan(
     primary_angle_deg: float | None, secondary_angle_deg: float | None
 ) -> tuple[float, float]:
@@ -449,7 +495,8 @@ def _table(result: PredictResult, set_aside: Sequence[SetAside]) -> str:
     fixed = ("id", "source", "frame", "primary_angle_deg", "secondary_angle_deg")
     pixels = [f"{name}_px" for name in result.classes]
     writer = csv.writer(table)
-    writer.writerow([*fixed, "features", "height_px", "width_px", *pixels, "mask", "reason"])
+    made_of = ("angles", "features", "height_px", "width_px")
+    writer.writerow([*fixed, *made_of, *pixels, "mask", "reason"])
     for image in result.images:
         sample = image.sample
         known = [
@@ -460,12 +507,12 @@ def _table(result: PredictResult, set_aside: Sequence[SetAside]) -> str:
             sample.secondary_angle_deg,
         ]
         if image.reason:
-            made: list[object] = [""] * (4 + len(pixels))
+            made: list[object] = [""] * (len(made_of) + len(pixels) + 1)
         else:
             masks = [path.relative_to(result.output).as_posix() for path in image.files.masks]
             sizes = (image.height_px, image.width_px, *image.num_pixels)
-            made = [image.origin, *sizes, ";".join(masks)]
+            made = [image.angles_origin, image.origin, *sizes, ";".join(masks)]
         writer.writerow([*known, *made, image.reason])
     for aside in set_aside:
-        writer.writerow([aside.id, aside.source, *[""] * (7 + len(pixels)), aside.reason])
+        writer.writerow([aside.id, aside.source, *[""] * (8 + len(pixels)), aside.reason])
     return table.getvalue()

@@ -123,9 +123,48 @@ def test_angles_and_several_labels(here, invoke):
     assert invoke(*common, "-o", "a", "--primary-angle", "-30").exit_code == 0
     for row in table_of(Path("a")):
         assert (row["primary_angle_deg"], row["secondary_angle_deg"]) == ("-30.0", "")
+        assert row["angles"] == "given"
         assert row["mask"] == f"masks/LAD/{row['id']}.png;masks/a_b/{row['id']}.png"
         assert all((Path("a") / name).is_file() for name in row["mask"].split(";"))
     assert json.loads(Path("a/summary.json").read_bytes())["threshold"] == 0.3
+
+
+def test_angles_that_nobody_gives_are_the_stores_or_unknown_with_a_warning(here, invoke):
+    common = ("--store", "two.zarr", "--probabilities", "npy")
+    result = invoke("predict", "first", "data/images", *common, "-o", "out")
+    assert result.exit_code == 0, result.output
+    columns = ("angles", "primary_angle_deg", "secondary_angle_deg")
+    assert [tuple(row[column] for column in columns) for row in table_of(here / "out")] == [
+        ("store", "-17.0", "17.0"),
+        ("store", "-16.0", "16.0"),
+        ("unknown", "", ""),
+    ]
+    assert "View angles: 2 from the store." in result.stdout.splitlines()
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("warning: "))
+    assert line == (
+        "warning: 1 of 3 images lack a view angle, which this head reads; give --primary-angle and "
+        "--secondary-angle, or a CSV with the angles of each image"
+    )
+    summary = json.loads(Path("out/summary.json").read_bytes())
+    assert (summary["num_angles_from_store"], summary["num_lacking_angles"]) == (2, 1)
+    assert summary["decide"] == "binary: sigmoid(logit) >= threshold"
+    assert invoke("predict", "first", "data/two.csv", *common, "-o", "given").exit_code == 0
+    for name in ("00", "01"):
+        found = np.load(here / "out" / "probabilities" / f"{name}.npy")
+        np.testing.assert_array_equal(
+            found, np.load(here / "given" / "probabilities" / f"s{name}.npy")
+        )
+
+
+def test_a_head_without_angles_warns_of_none_and_classes_have_a_legend(here, invoke):
+    common = ("predict", "labels", "data/images/02.png", "--store", "two.zarr", "--overlay")
+    result = invoke(*common, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    assert [row["angles"] for row in table_of(here / "out")] == ["unknown"]
+    assert ">a/b<" in (here / "out" / "legend.svg").read_text(encoding="utf-8")
+    again = invoke(*common, "-o", "out")
+    assert "(and 5 more files)" in again.stderr
 
 
 def test_a_bad_image_is_set_aside_and_its_earlier_mask_removed(here, invoke):
@@ -257,6 +296,7 @@ def test_a_head_is_exported_with_or_without_images(here, invoke):
         (["first", "data", "-o", "out", "--coco", "out/masks/s00.png"], 2, "written twice"),
         (["first", "data", "-o", "out", "--columns", "nowhere.toml"], 1, "nowhere.toml"),
         (["first", "--export", "head.onnx"], 2, "ends in .pt2"),
+        (["first", "--export", "absent/head.pt2"], 2, "there is no folder absent; make it first"),
         (["first", "data", "-o", "out", "--head", "linear"], 1, "checkpoint of head film-conv"),
     ],
 )
@@ -294,6 +334,6 @@ def test_the_document_is_true(here, monkeypatch, capsys):
             result = CliRunner().invoke(main, arguments)
             assert result.exit_code == 0, result.output
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "('vessel',) multilabel 0.48 (1, 480, 512)"
-    assert len(printed) == 4
-    assert printed[-1] == "['vessel'] (2, 1, 512, 512)"
+    assert printed[0] == "('vessel',) 0.48 (1, 480, 512)"
+    assert len(printed) == 5
+    assert printed[3:] == ["['vessel'] (1, 96, 128)", "['vessel'] (1, 128, 96)"]

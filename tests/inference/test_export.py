@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from head_runs import levels_of_nothing, write_run
+from head_runs import levels_of, levels_of_nothing, write_run
 from torch import Tensor, nn
 
 from sam3cache.errors import ConfigError, HeadError
+from sam3cache.features import open_store
+from sam3cache.geometry import Letterbox
 from sam3cache.heads import HEADS, Head, load_checkpoint
-from sam3cache.inference import export_head
+from sam3cache.inference import PredictConfig, export_head, predict_images
 from sam3cache.inference.export import RECORD_IN_FILE, TOLERANCE
 from sam3cache.records import Batch
 
 NAN = math.nan
+DOCUMENT = Path(__file__).parents[2] / "docs" / "predict.md"
+SNIPPET = re.findall(
+    r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+)[-1]
 
 
 def inputs_of(record: dict, num_images: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -101,6 +108,67 @@ print(json.dumps(logits.sum().item()))
     assert json.loads(done.stdout) == pytest.approx(expected.sum().item(), rel=1e-4)
 
 
+def carried(
+    steps: list[str], logits_KSS: np.ndarray, content_px: list[int], size_px: tuple[int, int]
+) -> np.ndarray:
+    """Do with logits what the record says, one line of cells at a time."""
+    code = compile("\n".join(steps), "head.json", "exec")
+    for axis, (content, num_pixels) in enumerate(zip(content_px, size_px, strict=True), start=1):
+
+        def along(line: np.ndarray, content: int = content, num_pixels: int = num_pixels):
+            names = {"logits": line, "content_px": content, "num_pixels": num_pixels}
+            exec(code, dict(vars(np)), names)
+            return names["logits"]
+
+        logits_KSS = np.apply_along_axis(along, axis, logits_KSS)
+    return logits_KSS
+
+
+def test_documented_steps_and_recorded_ones_lead_to_what_predict_writes(
+    store_path: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = write_run(levels_of(open_store(store_path)), tmp_path / "run", "film-conv")
+    steps = export_head(run, "head.pt2").record["logits"]["to_picture"]
+    predict_images(PredictConfig(run, (pictures,), tmp_path, store=store_path, probabilities="npy"))
+    here: dict = {}
+    text = SNIPPET.replace("features/angio.zarr", store_path.as_posix()).replace("[:2]", "[:3]")
+    exec(compile(text, str(DOCUMENT), "exec"), here)
+    assert here["sizes"] == [(96, 128), (128, 96), (112, 112)]
+    for number, size_px in enumerate(here["sizes"]):
+        expected = np.load(tmp_path / "probabilities" / f"s0{number}.npy")
+        found = here["pictures"][number].sigmoid().numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        recorded = carried(steps, here["logits"][number].numpy(), here["content"][number], size_px)
+        np.testing.assert_allclose(recorded, here["pictures"][number], rtol=0, atol=1e-5)
+    # Pictures that end within a cell, and one that is thinner than a cell.
+    logits = torch.randn(2, *here["logits"].shape[2:], generator=torch.Generator().manual_seed(0))
+    for size_px in ((97, 131), (480, 333), (2, 700)):
+        box = Letterbox.fit(*size_px)
+        content_px = [box.content_height_px, box.content_width_px]
+        expected = box.logits_to_grid(logits, *size_px)
+        found = here["to_picture"](logits, content_px, size_px)
+        assert (found - expected).abs().max() <= 1e-5
+        np.testing.assert_allclose(
+            carried(steps, logits.numpy(), content_px, size_px), expected, rtol=0, atol=1e-5
+        )
+
+
+def test_a_threshold_that_is_given_is_recorded_and_a_binary_mask_called_so(tmp_path: Path) -> None:
+    run = write_run(levels_of_nothing(), tmp_path / "run", "linear")
+    record = export_head(run, tmp_path / "head.pt2", threshold=0.35).record
+    assert (record["threshold"], record["decide"]) == (0.35, "binary: sigmoid(logit) >= threshold")
+    with pytest.raises(ConfigError, match=r"threshold 1\.5: expected"):
+        export_head(run, tmp_path / "other.pt2", threshold=1.5)
+    classes = ("LAD", "RCA")
+    run = write_run(
+        levels_of_nothing(), tmp_path / "run", "linear", task="multiclass", classes=classes
+    )
+    with pytest.raises(ConfigError, match="leave --threshold out"):
+        export_head(run, tmp_path / "other.pt2", threshold=0.35)
+    assert not (tmp_path / "other.pt2").exists()
+
+
 class Own(Head):
     """A head of a user's own, which cuts the padding off."""
 
@@ -161,6 +229,9 @@ def test_files_that_are_there_stay_unless_told_otherwise(tmp_path: Path) -> None
         export_head(run, tmp_path / "head.pt2")
     with pytest.raises(ConfigError, match=r"ends in \.pt2"):
         export_head(run, tmp_path / "head.onnx")
+    with pytest.raises(ConfigError, match=r"there is no folder .*absent; make it first"):
+        export_head(run, tmp_path / "absent" / "head.pt2")
     assert not (tmp_path / "head.pt2").exists()
+    assert not (tmp_path / "absent").exists()
     export_head(run, tmp_path / "head.pt2", overwrite=True)
     assert json.loads((tmp_path / "head.json").read_bytes())["format_version"] == 1

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +14,13 @@ from pycocotools import mask as coco_mask
 
 from sam3cache.images import read_mask
 from sam3cache.inference.coco import CocoImage, annotations_of, coco_json
-from sam3cache.inference.outputs import COLOURS, OutputLayout, draw_outlines
+from sam3cache.inference.outputs import (
+    COLOURS,
+    OutputLayout,
+    class_colours,
+    draw_outlines,
+    legend_svg,
+)
 from sam3cache.records import Sample
 
 # Of pycocotools' decoder, which is used here alone.
@@ -76,6 +83,26 @@ def test_contours_lie_around_the_mask_and_nowhere_else() -> None:
         assert (drawn[border] == COLOURS[number]).all()
         changed &= ~border
     assert not changed.any()
+
+
+def test_a_legend_names_each_class_in_the_colour_of_its_contours() -> None:
+    classes = ("a < b & c", "右冠状动脉")
+    svg = "{http://www.w3.org/2000/svg}"
+    legend = ElementTree.fromstring(legend_svg(classes))
+    assert tuple(text.text for text in legend.iter(f"{svg}text")) == classes
+    _, *patches = legend.iter(f"{svg}rect")
+    drawn = draw_outlines(PIXELS, MASK)
+    for patch, plane in zip(patches, MASK, strict=True):
+        left_of_it = np.roll(plane, -1, axis=1) & ~plane
+        assert {f"#{bytes(colour).hex()}" for colour in drawn[left_of_it]} == {patch.get("fill")}
+
+
+def test_no_two_classes_have_one_colour() -> None:
+    assert tuple(class_colours(7)) == COLOURS
+    for num_classes in (1, 8, 14, 26):
+        colours = class_colours(num_classes)
+        assert len(set(colours)) == num_classes
+        assert tuple(colours[:7]) == COLOURS[:num_classes]
 
 
 @given(arrays(np.bool_, st.tuples(st.just(1), st.integers(1, 9), st.integers(1, 9))))

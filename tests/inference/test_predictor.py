@@ -172,6 +172,14 @@ def test_a_head_that_reads_the_picture_alone_needs_neither_tower_nor_store(
     assert predictor.predict(pixels_of(store, pictures, 0)).shape == (1, 96, 128)
 
 
+@pytest.mark.parametrize(("head", "reads"), [("film-conv", True), ("linear", False)])
+def test_whether_a_head_reads_angles_is_tried(
+    store: FeatureStore, tmp_path: Path, head: str, reads: bool
+) -> None:
+    run = write_run(levels_of(store), tmp_path / "run", head)
+    assert load(run, store=store).reads_angles() is reads
+
+
 @pytest.mark.parametrize(
     ("images", "options", "error", "words"),
     [
