@@ -27,6 +27,11 @@ def num_outputs(task: Task, num_classes: int) -> int:
     return num_classes + (task == "multiclass")
 
 
+def default_loss(task: Task) -> str:
+    """Return the name of the loss that a task is learned with unless told otherwise."""
+    return "dice-bce" if task == "multilabel" else "dice-ce"
+
+
 def class_probabilities(logits_KHW: Tensor, task: Task) -> Tensor:
     """Return what a head gives every class, in [0, 1]: (C, H, W), "none" left out.
 

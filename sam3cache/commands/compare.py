@@ -123,6 +123,8 @@ def compare(
 
 def _print(result: Comparison) -> None:
     """Print the tables and the sentences, for people."""
+    from sam3cache.evaluation import MEAN_OVER_CLASSES
+
     console = plain_console()
     console.print(
         f"Split {result.split}: {result.num_images} images of {result.num_groups} groups, "
@@ -131,9 +133,12 @@ def _print(result: Comparison) -> None:
     for notice in result.notices:
         console.print(f"Note: {notice}")
     console.print(_runs_table(result))
+    if len(result.presence) > 1:
+        console.print(MEAN_OVER_CLASSES)
+        console.print(_presence_table(result))
     for pair in result.comparisons:
         for name in pair.measures:
-            console.print(_measures_table(pair, name, result.baseline))
+            console.print(_measures_table(result, pair, name))
     for pair in result.comparisons:
         console.print(pair.sentence)
     console.print(
@@ -146,9 +151,9 @@ def _print(result: Comparison) -> None:
 def _runs_table(result: Comparison) -> Table:
     from sam3cache.evaluation import interval_text, number_text
 
-    rows = table("run", "trainings", "Dice", "95% interval", "Dice of each training")
+    rows = table("run", "trainings", "Dice", "95% interval", "Dice of each seed")
     for one in result.experiments:
-        dice = sorted(value for value in one.dice_of_runs if value is not None)
+        dice = sorted(value for value in one.dice_of_seeds if value is not None)
         each = f"{number_text(dice[0])} to {number_text(dice[-1])}" if len(dice) > 1 else "–"
         rows.add_row(
             one.name,
@@ -160,14 +165,28 @@ def _runs_table(result: Comparison) -> Table:
     return rows
 
 
-def _measures_table(pair: PairComparison, name: str, baseline: str) -> Table:
+def _presence_table(result: Comparison) -> Table:
+    """Return a line a class: the images that have it, and who marks it on the others."""
+    names = [one.name for one in result.experiments]
+    rows = table("class", "have it", "lack it", *(f"marked by {name}" for name in names))
+    rows.title = "Images that have a class, that lack it, and that it is marked on all the same"
+    rows.title_justify = "left"
+    for one in result.presence[1:]:
+        marked = (str(one.num_marked[name]) for name in names)
+        rows.add_row(one.name, str(one.num_with), str(one.num_without), *marked)
+    return rows
+
+
+def _measures_table(result: Comparison, pair: PairComparison, name: str) -> Table:
     from sam3cache.evaluation import measure_rows
 
     columns = ("images", "base", "run", "diff.", "95% interval", "better", "worse")
     rows = table("measure", *columns)
     # Not a column's heading: a long name would take the room of the figures.
-    rows.title = f"{pair.name} against {baseline}"
-    rows.title += "" if len(pair.measures) == 1 else f", {name}"
+    rows.title = f"{pair.name} against {result.baseline}"
+    if len(result.presence) > 1:
+        over_all = name == result.presence[0].name
+        rows.title += f", {name}" if over_all else f", {name}: images that have it"
     rows.title_justify = "left"
     # Eight columns in the 80 of a narrow terminal.
     rows.collapse_padding = True

@@ -173,6 +173,8 @@ def _threshold(text: str | None) -> Any:
 
 def _print(result: EvalResult) -> None:
     """Print the tables and the sentences, for people."""
+    from sam3cache.evaluation import MEAN_OVER_CLASSES
+
     console = plain_console()
     console.print(
         f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {result.store}, "
@@ -187,7 +189,10 @@ def _print(result: EvalResult) -> None:
         console.print(_metrics_table(next(iter(result.classes)), result.overall))
     else:
         console.print(_metrics_table("all classes", result.overall))
-        console.print(_short_table("class", result.classes.items(), unit))
+        console.print(MEAN_OVER_CLASSES)
+        num_with = {name: result.num_images_with(name) for name in result.classes}
+        console.print(_short_table("class", result.classes.items(), unit, num_with))
+        console.print("Have it: images whose mask has the class; marked elsewhere it is Dice 0.")
     for column, values in result.strata.items():
         parts = ((value or "unknown", stratum.overall) for value, stratum in values.items())
         console.print(_short_table(column, parts, unit))
@@ -197,7 +202,8 @@ def _print(result: EvalResult) -> None:
             console.print(_angles_table(result.angle_use))
             console.print(
                 f"{result.angle_use.num_images} images of {result.angle_use.num_groups} groups "
-                "compared; shuffling changes probabilities by up to "
+                "compared; the constant angles are the mean on the circle of these images'; "
+                "shuffling changes probabilities by up to "
                 f"{result.angle_use.max_probability_change:.2g}"
             )
     if result.feature_use is not None:
@@ -229,19 +235,35 @@ def _metrics_table(name: str, summaries: Mapping[str, Summary]) -> Table:
     return rows
 
 
-def _short_table(by: str, parts: Iterable[tuple[str, Mapping[str, Summary]]], unit: str) -> Table:
-    """Return a line a part of the images: Dice with its interval, and two means more."""
+def _short_table(
+    by: str,
+    parts: Iterable[tuple[str, Mapping[str, Summary]]],
+    unit: str,
+    num_with: Mapping[str, int] | None = None,
+) -> Table:
+    """Return a line a part of the images: Dice with its interval, and two means more.
+
+    Args:
+        by: what the parts are.
+        parts: name and summaries of each.
+        unit: of distances.
+        num_with: of classes, the images that have each.
+    """
     from sam3cache.evaluation import METRICS, interval_text, number_text
 
     distance = f"hd95_{unit}"
+    counts = ("images", "have it") if num_with else ("images",)
     rows = table(
-        by, "images", "Dice", "95% interval", "median", METRICS["cldice"], METRICS[distance]
+        by, *counts, "Dice", "95% interval", "median", METRICS["cldice"], METRICS[distance]
     )
+    # Eight columns in the 80 of a narrow terminal.
+    rows.collapse_padding = True
     for name, summaries in parts:
         dice = summaries["dice"]
         rows.add_row(
             name,
             str(dice.num_values),
+            *((str(num_with[name]),) if num_with else ()),
             number_text(dice.mean),
             interval_text(dice.interval),
             number_text(dice.median),
@@ -252,7 +274,7 @@ def _short_table(by: str, parts: Iterable[tuple[str, Mapping[str, Summary]]], un
 
 
 def _features_table(use: FeatureUse) -> Table:
-    from sam3cache.evaluation import interval_text, number_text
+    from sam3cache.evaluation import gain_text, interval_text, number_text
 
     rows = table("levels", "Dice", "own gain", "95% interval")
     rows.add_row("the image's own", number_text(use.dice_true, 4), "", "")
@@ -262,14 +284,14 @@ def _features_table(use: FeatureUse) -> Table:
             rows.add_row(
                 f"{', '.join(part.levels)} of another",
                 number_text(part.dice_shuffled, 4),
-                f"{gain.mean:+.4f}",
+                gain_text(gain.mean, 4),
                 interval_text(gain.interval, 4),
             )
     return rows
 
 
 def _angles_table(use: AngleUse) -> Table:
-    from sam3cache.evaluation import interval_text, number_text
+    from sam3cache.evaluation import gain_text, interval_text, number_text
     from sam3cache.views import format_view
 
     assert use.constant_angles_deg is not None
@@ -285,6 +307,6 @@ def _angles_table(use: AngleUse) -> Table:
     ):
         assert gain is not None
         rows.add_row(
-            name, number_text(dice, 4), f"{gain.mean:+.4f}", interval_text(gain.interval, 4)
+            name, number_text(dice, 4), gain_text(gain.mean, 4), interval_text(gain.interval, 4)
         )
     return rows

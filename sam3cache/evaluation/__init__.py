@@ -2,6 +2,7 @@
 
 from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.comparing import (
+    ClassPresence,
     CompareConfig,
     Compared,
     Comparison,
@@ -20,12 +21,13 @@ from sam3cache.evaluation.evaluate import (
 from sam3cache.evaluation.feature_use import FeatureUse, PartUse
 from sam3cache.evaluation.notices import notices_of_features
 from sam3cache.evaluation.report import EvalResult
-from sam3cache.evaluation.scores import DISTANCES, METRICS, ImageScore
+from sam3cache.evaluation.scores import DISTANCES, MEAN_OVER_CLASSES, METRICS, ImageScore
 from sam3cache.evaluation.shuffling import Difference
 from sam3cache.evaluation.statistics import (
     Interval,
     Summary,
     bootstrap_interval,
+    gain_text,
     interval_text,
     number_text,
     summarise,
@@ -35,8 +37,10 @@ from sam3cache.evaluation.threshold import ThresholdChoice
 
 __all__ = [
     "DISTANCES",
+    "MEAN_OVER_CLASSES",
     "METRICS",
     "AngleUse",
+    "ClassPresence",
     "CompareConfig",
     "Compared",
     "Comparison",
@@ -57,6 +61,7 @@ __all__ = [
     "compare",
     "evaluate",
     "fingerprints_of",
+    "gain_text",
     "interval_text",
     "measure_rows",
     "notices_of_features",

@@ -1,6 +1,8 @@
 """Does a head use the view angle? Dice with true, shuffled and constant angles, and a verdict.
 
-Shape legend: B batch, C classes, N images, S shuffles.
+Dice of an image is that of the evaluation: the mean over its classes that are there or predicted.
+
+Shape legend: B batch, N images, S shuffles.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from sam3cache.evaluation.shuffling import (
     Wording,
     derangement,
     difference,
-    over_classes,
     verdict,
 )
 from sam3cache.features import StoredSample
@@ -44,7 +45,8 @@ class AngleUse:
         num_images: images compared: both angles known, and a mask that is not empty.
         num_groups: groups that these belong to.
         num_shuffles: shuffles that the shuffled Dice is averaged over.
-        constant_angles_deg: (primary, secondary) mean angles, given to every image in turn.
+        constant_angles_deg: (primary, secondary), given to every image: the mean on the circle of
+            the angles of the images here that have a mask.
         dice_true: mean Dice with the images' own angles.
         dice_shuffled: mean Dice with the angles of other views.
         dice_constant: mean Dice with the constant angles.
@@ -120,9 +122,9 @@ def mean_angles_deg(angles_N2: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def judge(
     trial: AngleTrial,
-    true_NC: NDArray[np.float64],
-    shuffled_SNC: NDArray[np.float64],
-    constant_NC: NDArray[np.float64],
+    true_N: NDArray[np.float64],
+    shuffled_SN: NDArray[np.float64],
+    constant_N: NDArray[np.float64],
     groups: Sequence[str],
     max_probability_change: float,
     seed: int,
@@ -131,28 +133,24 @@ def judge(
 
     Args:
         trial: the angles that were used.
-        true_NC: Dice with the true angles; NaN where there is nothing to compare.
-        shuffled_SNC: Dice with shuffled angles; NaN where there is nothing to compare.
-        constant_NC: Dice with the constant angles; NaN where there is nothing to compare.
+        true_N: Dice with the true angles; NaN where there is nothing to compare.
+        shuffled_SN: Dice with shuffled angles; NaN where there is nothing to compare.
+        constant_N: Dice with the constant angles; NaN where there is nothing to compare.
         groups: by image, its group.
         max_probability_change: largest change of any probability under shuffling.
         seed: of the bootstrap.
     """
-    counted_SNC = np.isfinite(shuffled_SNC)
-    num_NC = counted_SNC.sum(axis=0)
-    compared_NC = np.isfinite(true_NC) & np.isfinite(constant_NC) & (num_NC > 0)
-    if not compared_NC.any():
+    was_shuffled_N = np.isfinite(shuffled_SN).any(axis=0)
+    images = np.flatnonzero(np.isfinite(true_N) & np.isfinite(constant_N) & was_shuffled_N)
+    if not len(images):
         return AngleUse(
             "undecided",
             "Whether the head uses the view angle cannot be told: no image here has both known "
             "angles and a mask that is not empty.",
         )
-    sum_NC = np.where(counted_SNC, shuffled_SNC, 0.0).sum(axis=0)
-    true, shuffled, constant = (
-        over_classes(dice_NC, compared_NC)
-        for dice_NC in (true_NC, sum_NC / np.maximum(num_NC, 1), constant_NC)
-    )
-    groups_here = [groups[i] for i in np.flatnonzero(compared_NC.any(axis=1))]
+    true, constant = true_N[images], constant_N[images]
+    shuffled = np.nanmean(shuffled_SN[:, images], axis=0)
+    groups_here = [groups[i] for i in images]
     against_shuffled = difference(true - shuffled, groups_here, seed)
     num_groups = len(set(groups_here))
     judged, sentence = verdict(
@@ -185,20 +183,19 @@ class AngleCheck:
     Args:
         samples: the images.
         has_mask: by image.
-        num_classes: C.
         seed: of the shuffles.
     """
 
     def __init__(
-        self, samples: Sequence[StoredSample], has_mask: Sequence[bool], num_classes: int, seed: int
+        self, samples: Sequence[StoredSample], has_mask: Sequence[bool], seed: int
     ) -> None:
         angles_N2 = np.array([(s.primary_angle_deg, s.secondary_angle_deg) for s in samples])
         angles_N2[~np.array(has_mask)] = np.nan
         self._takes_part_N = np.isfinite(angles_N2).all(axis=1)
         self._trial = plan_trial(angles_N2, seed)
-        self._true_NC = np.full((len(samples), num_classes), np.nan)
-        self._constant_NC = self._true_NC.copy()
-        self._shuffled_SNC = np.stack([self._true_NC] * NUM_SHUFFLES)
+        self._true_N = np.full(len(samples), np.nan)
+        self._constant_N = self._true_N.copy()
+        self._shuffled_SN = np.stack([self._true_N] * NUM_SHUFFLES)
         self._max_change = 0.0
 
     def compare(
@@ -232,13 +229,13 @@ class AngleCheck:
             }
 
         for i in here:
-            self._true_NC[i] = true[i].dice()
-        constant_N2 = np.broadcast_to(self._trial.constant_2, (len(self._true_NC), 2))
+            self._true_N[i] = true[i].dice()
+        constant_N2 = np.broadcast_to(self._trial.constant_2, (len(self._true_N), 2))
         for i, prediction in with_angles(constant_N2).items():
-            self._constant_NC[i] = prediction.dice()
-        for shuffled_N2, dice_NC in zip(self._trial.shuffled_SN2, self._shuffled_SNC, strict=True):
+            self._constant_N[i] = prediction.dice()
+        for shuffled_N2, dice_N in zip(self._trial.shuffled_SN2, self._shuffled_SN, strict=True):
             for i, prediction in with_angles(shuffled_N2).items():
-                dice_NC[i] = prediction.dice()
+                dice_N[i] = prediction.dice()
                 change = (prediction.probability_CHW - true[i].probability_CHW).abs().max()
                 self._max_change = max(self._max_change, float(change))
 
@@ -248,9 +245,9 @@ class AngleCheck:
             return self._trial
         return judge(
             self._trial,
-            self._true_NC,
-            self._shuffled_SNC,
-            self._constant_NC,
+            self._true_N,
+            self._shuffled_SN,
+            self._constant_N,
             groups,
             self._max_change,
             seed,

@@ -154,11 +154,11 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     chosen = _choose_threshold(config, store, label_set, head, info, report, samples)
     rule, num_before = chosen.rule, chosen.num_images_read
     cached = _cached(store, samples, info, label_set, config.device)
-    angles = AngleCheck(samples, has_mask, len(classes), config.seed)
+    angles = AngleCheck(samples, has_mask, config.seed)
     features = None
     if config.check_features:
         features = FeatureCheck(
-            *(store, cached, tuple(info.levels), has_mask, len(classes)),
+            *(store, cached, tuple(info.levels), has_mask),
             batch_size=config.batch_size,
             seed=config.seed,
             device=config.device,
@@ -381,14 +381,17 @@ def _choose_threshold(
 def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[StoredSample]:
     samples = [sample for sample in store.samples if split in ("all", sample.split)]
     num_folds, fold = info.settings.get("folds"), info.settings.get("fold")
-    if split in ("train", "val") and num_folds and _deals_the_same_folds(store, info):
+    if split in ("train", "val") and num_folds:
         # Of cross-validation, which divides both splits anew: what was held out, or was not.
         pool = [sample for sample in store.samples if sample.split in ("train", "val")]
-        fold_of = fold_of_groups(
-            pool, num_folds, info.settings["fold_seed"], info.settings["stratify"]
-        )
-        held_out = split == "val"
-        samples = [sample for sample in pool if (fold_of[sample.group] == fold) == held_out]
+        if not _is_of_other_images(pool, info):
+            fold_of = fold_of_groups(
+                pool, num_folds, info.settings["fold_seed"], info.settings["stratify"]
+            )
+            held_out = [sample for sample in pool if fold_of[sample.group] == fold]
+            _check_held_out(store, held_out, info)
+            learned = [sample for sample in pool if fold_of[sample.group] != fold]
+            samples = held_out if split == "val" else learned
     if not samples:
         present = Counter(sample.split for sample in store.samples)
         counts = ", ".join(f"{num} {name}" for name, num in present.items()) or "none"
@@ -399,8 +402,44 @@ def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[Store
     return samples
 
 
-def _deals_the_same_folds(store: FeatureStore, info: CheckpointInfo) -> bool:
-    """Return whether the images, splits and groups are those that a head's folds were made of."""
+def _is_of_other_images(pool: Sequence[StoredSample], info: CheckpointInfo) -> bool:
+    """Return whether a head is known to have learned from none of these: its folds are not here."""
+    return _num_known(info, "images", [sample.pixel_sha256 for sample in pool]) == 0
+
+
+def _check_held_out(
+    store: FeatureStore, held_out: Sequence[StoredSample], info: CheckpointInfo
+) -> None:
+    """Refuse folds that come out otherwise than those that a head was trained with.
+
+    Images of split test may have come or gone since, which change no fold. What the checkpoint
+    lists as learned from decides; without such a list, hashes over all images have to be the same.
+
+    Raises:
+        ConfigError: images were learned from that would count as held out, or may have been.
+    """
+    num_images = _num_known(info, "images", [sample.pixel_sha256 for sample in held_out])
+    num_in_groups = _num_known(info, "groups", [sample.group for sample in held_out])
+    if num_images is None or num_in_groups is None:
+        if _has_same_images(store, info):
+            return
+        found = "the checkpoint does not list what it learned from, and images changed since"
+    elif num_images or num_in_groups:
+        found = (
+            f"of {len(held_out)} images of fold {info.settings['fold']} it learned from "
+            f"{num_images}, and from the groups of {num_in_groups}"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"{store.path} no longer has the folds that the head was trained with ({found}), so that "
+        "no images are known to be held out; evaluate on split test with a threshold that is "
+        "given, or train the folds again"
+    )
+
+
+def _has_same_images(store: FeatureStore, info: CheckpointInfo) -> bool:
+    """Return whether the images, splits and groups are those that a head was trained among."""
     here = dataclasses.asdict(record_data(store, info.label_set))
     there = info.data
     return bool(there) and all(
@@ -475,6 +514,7 @@ def _image_scores(
             **dataclasses.asdict(shapes[k]),
             predicted_px=prediction.predicted_px[k],
             true_px=prediction.true_px[k] if prediction.true_px else None,
+            pixels=short_hash(sample.pixel_sha256),
             annotations=annotations_of(sample, by),
         )
         for k, name in enumerate(classes)

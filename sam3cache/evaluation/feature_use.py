@@ -2,9 +2,10 @@
 
 A head with a stem of its own on the picture can learn to do without the tower's features, which
 then cost their extraction for nothing. So each image is predicted again with its own angles and
-its own picture, but with the features of an image of another group; and the other way round.
+its own picture, but with the features of an image of another group; and the other way round. Dice
+of an image is that of the evaluation: the mean over its classes that are there or predicted.
 
-Shape legend: B batch, C classes, N images, S shuffles.
+Shape legend: N images, S shuffles.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from sam3cache.evaluation.shuffling import (
     Wording,
     derangement,
     difference,
-    over_classes,
     verdict,
 )
 from sam3cache.features import FeatureStore
@@ -92,7 +92,7 @@ class _Part:
 
     levels: tuple[str, ...]
     wording: Wording
-    dice_SNC: NDArray[np.float64]
+    dice_SN: NDArray[np.float64]
     max_change: float = field(default=0.0)
 
 
@@ -107,7 +107,6 @@ class FeatureCheck:
         cached: the images.
         levels: that the head reads.
         has_mask: by image; without one it takes no part.
-        num_classes: C.
         batch_size: that ``cached`` is iterated by.
         seed: of the shuffles.
         device: where batches are made.
@@ -119,18 +118,15 @@ class FeatureCheck:
         cached: CachedSamples,
         levels: Sequence[str],
         has_mask: Sequence[bool],
-        num_classes: int,
         *,
         batch_size: int,
         seed: int,
         device: torch.device | str,
     ) -> None:
         self._cached = cached
-        self._true_NC = np.full((len(cached), num_classes), np.nan)
-        shuffled_SNC = np.stack([self._true_NC] * NUM_FEATURE_SHUFFLES)
-        self._parts = [
-            _Part(part, wording, shuffled_SNC.copy()) for part, wording in _parts(levels)
-        ]
+        self._true_N = np.full(len(cached), np.nan)
+        shuffled_SN = np.stack([self._true_N] * NUM_FEATURE_SHUFFLES)
+        self._parts = [_Part(part, wording, shuffled_SN.copy()) for part, wording in _parts(levels)]
         self._reads_features = any(not name.startswith(IMAGE_LEVEL_PREFIX) for name in levels)
         self._donors: list[tuple[NDArray[np.intp], Iterator[Batch]]] = []
         among_whom = exchanges(cached, np.flatnonzero(has_mask))
@@ -158,7 +154,7 @@ class FeatureCheck:
         """
         for i, prediction in true.items():
             if prediction.scores is not None:
-                self._true_NC[i] = prediction.dice()
+                self._true_N[i] = prediction.dice()
         for s, (donor_N, donors) in enumerate(self._donors):
             given = next(donors)
             here = {i for i in true if donor_N[i] >= 0}
@@ -172,7 +168,7 @@ class FeatureCheck:
                         continue
                     letterbox, own = self._cached.letterbox(i), true[i]
                     prediction = predict(logits_KSS, letterbox, own.mask_CHW, rule)
-                    part.dice_SNC[s, i] = prediction.dice()
+                    part.dice_SN[s, i] = prediction.dice()
                     change = (prediction.probability_CHW - own.probability_CHW).abs().max()
                     part.max_change = max(part.max_change, float(change))
 
@@ -192,10 +188,9 @@ class FeatureCheck:
             )
         judged = [self._judge(part, groups, seed) for part in self._parts]
         # What is compared is the same in all parts: the images decide, not the levels.
-        compared_NC = self._compared(self._parts[0])
-        if not compared_NC.any():
+        images = np.flatnonzero(self._compared(self._parts[0]))
+        if not len(images):
             return FeatureUse("undecided", f"{unknown}all masks here are empty.")
-        images = np.flatnonzero(compared_NC.any(axis=1))
         main = [judged[0], *(p for p in judged[1:] if p.levels == _pictures(p.levels))]
         sentence = " ".join(part.sentence for part in main)
         if not self._reads_features:
@@ -205,24 +200,19 @@ class FeatureCheck:
             sentence,
             num_images=len(images),
             num_groups=len({groups[i] for i in images}),
-            dice_true=float(over_classes(self._true_NC, compared_NC).mean()),
+            dice_true=float(self._true_N[images].mean()),
             parts=tuple(judged),
         )
 
     def _compared(self, part: _Part) -> NDArray[np.bool_]:
-        num_known_NC = np.isfinite(part.dice_SNC).sum(axis=0)
-        return np.asarray(np.isfinite(self._true_NC) & (num_known_NC > 0))
+        return np.asarray(np.isfinite(self._true_N) & np.isfinite(part.dice_SN).any(axis=0))
 
     def _judge(self, part: _Part, groups: Sequence[str], seed: int) -> PartUse:
-        compared_NC = self._compared(part)
-        if not compared_NC.any():
+        images = np.flatnonzero(self._compared(part))
+        if not len(images):
             return PartUse(part.levels, "undecided", "")
-        counted_SNC = np.isfinite(part.dice_SNC)
-        sum_NC = np.where(counted_SNC, part.dice_SNC, 0.0).sum(axis=0)
-        shuffled_NC = sum_NC / np.maximum(counted_SNC.sum(axis=0), 1)
-        true = over_classes(self._true_NC, compared_NC)
-        shuffled = over_classes(shuffled_NC, compared_NC)
-        groups_here = [groups[i] for i in np.flatnonzero(compared_NC.any(axis=1))]
+        true, shuffled = self._true_N[images], np.nanmean(part.dice_SN[:, images], axis=0)
+        groups_here = [groups[i] for i in images]
         gain = difference(true - shuffled, groups_here, seed)
         judged, sentence = verdict(
             part.wording,

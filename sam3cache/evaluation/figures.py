@@ -162,8 +162,8 @@ def view_map_svg(
         axes.set_ylim(-y_limit, y_limit)
         axes.axhline(0, color=MUTED, linewidth=1)
         axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_xlabel("RAO − primary angle, degrees + LAO")
-        axes.set_ylabel("caudal − secondary + cranial")
+        axes.set_xlabel("RAO  ←  primary angle, degrees  →  LAO")
+        axes.set_ylabel("caudal  ←  secondary  →  cranial")
         dots = axes.scatter(
             primary,
             secondary,

@@ -22,13 +22,15 @@ from sam3cache.evaluation import figures
 from sam3cache.evaluation import page_parts as parts
 from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.cases import Case, shown_size_px, stored_picture
+from sam3cache.evaluation.notices import OWN_WEIGHTS
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import EvalResult
-from sam3cache.evaluation.scores import METRICS, by_image
+from sam3cache.evaluation.scores import MEAN_OVER_CLASSES, METRICS, by_image
 from sam3cache.evaluation.statistics import (
     LEVEL,
     NUM_RESAMPLES,
     Summary,
+    gain_text,
     interval_text,
     number_text,
 )
@@ -37,6 +39,7 @@ from sam3cache.geometry import Letterbox
 from sam3cache.heads import CheckpointInfo
 from sam3cache.records import IGNORE_LABEL
 from sam3cache.runtime import installed_version
+from sam3cache.tasks import default_loss
 from sam3cache.views import format_view
 
 PAGE_FILE = "report.html"
@@ -185,6 +188,7 @@ def _numbers(result: EvalResult) -> dict[str, Any]:
         "num_scored": overall.num_values,
         "threshold": result.threshold_choice.sentence,
         "several_classes": several,
+        "mean_over_classes": MEAN_OVER_CLASSES,
         "in_mm": result.num_with_spacing > 0,
         "tables": tables,
         "spreads": spreads,
@@ -275,13 +279,13 @@ def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
             use.true_minus_shuffled,
         ),
         (
-            f"The same for all, {format_view(*use.constant_angles_deg)}",
+            f"One view for all, the mean of these images: {format_view(*use.constant_angles_deg)}",
             use.dice_constant,
             use.true_minus_constant,
         ),
     ):
         shown["rows"].append(
-            (name, number_text(dice, 4), f"{gain.mean:+.4f}", interval_text(gain.interval, 4))
+            (name, number_text(dice, 4), gain_text(gain.mean, 4), interval_text(gain.interval, 4))
         )
     shown["num_images"], shown["num_groups"] = use.num_images, use.num_groups
     shown["max_change"] = f"{use.max_probability_change:.2g}"
@@ -357,7 +361,12 @@ def _settings(
 ) -> dict[str, Any]:
     folder = Path(result.checkpoint).resolve()
     is_of_run = folder.name in _RUN_FOLDERS
-    stored = store.settings
+    stored = dict(store.settings)
+    if stored.get("weights") == OWN_WEIGHTS:
+        stored["weights"] = "those that the backbone comes with"
+    training = dict(info.settings)
+    if "loss" in training and not training["loss"]:
+        training["loss"] = f"{default_loss(info.task)} (the default)"
     return {
         "measured": [
             ("Checkpoint", f"{folder.parent.name}/{folder.name}" if is_of_run else folder.name),
@@ -383,7 +392,7 @@ def _settings(
             (name, f"{number:,}") for name, number in parameters.items() if name != "total"
         ],
         "total_parameters": f"{parameters['total']:,}",
-        "training": list(_flat(info.settings)),
+        "training": list(_flat(training)),
         "levels": [
             {
                 "name": level,

@@ -12,7 +12,7 @@ from sam3cache.evaluation.feature_use import FeatureUse, PartUse
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import NONE_NAME, EvalResult
 from sam3cache.evaluation.scores import METRICS, by_image, class_mean
-from sam3cache.evaluation.statistics import Summary, interval_text, number_text
+from sam3cache.evaluation.statistics import Summary, gain_text, interval_text, number_text
 from sam3cache.evaluation.strata import UNKNOWN, VIEW
 
 MAX_VALUES = 40
@@ -38,32 +38,33 @@ class ShortTable:
 
 def short_table(
     by: str,
-    parts: Iterable[tuple[str, int | None, Mapping[str, Summary]]],
+    parts: Iterable[tuple[str, int, Mapping[str, Summary]]],
     level_percent: str,
     *,
     in_mm: bool,
+    counted: str = "Groups",
     num_left_out: int = 0,
 ) -> ShortTable:
     """Tell Dice with its interval and median, and the means of three more.
 
     Args:
         by: what the parts are.
-        parts: name, groups (None: not told) and summaries of each.
+        parts: name, a count and summaries of each.
         level_percent: of the intervals.
         in_mm: whether distances are told in millimetres.
+        counted: title of the count.
         num_left_out: parts that are not told.
     """
     unit = "mm" if in_mm else "px"
     others = ("cldice", f"hd95_{unit}", f"assd_{unit}")
-    rows, has_groups = [], False
-    for name, num_groups, summaries in parts:
+    rows = []
+    for name, num_counted, summaries in parts:
         dice = summaries["dice"]
-        has_groups = num_groups is not None
         rows.append(
             (
                 name,
                 str(dice.num_values),
-                *(() if num_groups is None else (str(num_groups),)),
+                str(num_counted),
                 number_text(dice.mean),
                 interval_text(dice.interval),
                 number_text(dice.median),
@@ -71,7 +72,7 @@ def short_table(
             )
         )
     columns = (
-        *(by, "Images", *(("Groups",) if has_groups else ()), "Dice", f"{level_percent} interval"),
+        *(by, "Images", counted, "Dice", f"{level_percent} interval"),
         *("Median", *(METRICS[metric] for metric in others)),
     )
     return ShortTable(by, columns, tuple(rows), num_left_out)
@@ -83,9 +84,13 @@ def class_table(result: EvalResult, level_percent: str) -> ShortTable | None:
         return None
     return short_table(
         "Class",
-        [(name, None, summaries) for name, summaries in result.classes.items()],
+        [
+            (name, result.num_images_with(name), summaries)
+            for name, summaries in result.classes.items()
+        ],
         level_percent,
         in_mm=result.num_with_spacing > 0,
+        counted="Have it",
     )
 
 
@@ -172,7 +177,7 @@ def feature_use(use: FeatureUse | None) -> dict[str, Any] | None:
         (
             f"{part_name(part)} of another image",
             number_text(part.dice_shuffled, 4),
-            f"{part.true_minus_shuffled.mean:+.4f}",
+            gain_text(part.true_minus_shuffled.mean, 4),
             interval_text(part.true_minus_shuffled.interval, 4),
         )
         for part in use.parts

@@ -61,14 +61,12 @@ class Prediction:
     true_px: list[int] | None
     scores: list[MaskScores] | None
 
-    def dice(self) -> list[float]:
-        """Return the Dice of each class; NaN where the mask is empty."""
+    def dice(self) -> float:
+        """Return the mean Dice over classes as ``scores.class_mean``; NaN of an empty mask."""
         assert self.scores is not None
         assert self.true_px is not None
-        return [
-            s.dice if s.dice is not None and num_px else math.nan
-            for s, num_px in zip(self.scores, self.true_px, strict=True)
-        ]
+        values = [score.dice for score in self.scores if score.dice is not None]
+        return math.fsum(values) / len(values) if any(self.true_px) else math.nan
 
 
 def logits_of(head: Head, batch: Batch) -> Tensor:

@@ -117,6 +117,10 @@ class EvalResult:
     environment: Mapping[str, str]
     elapsed_s: float
 
+    def num_images_with(self, class_name: str) -> int:
+        """Count the images whose mask has a class."""
+        return sum(bool(i.true_px) for i in self.images if i.class_name == class_name)
+
     def record(self) -> dict[str, Any]:
         """Return everything but the single images, as plain JSON values."""
         record = dataclasses.asdict(dataclasses.replace(self, images=()))

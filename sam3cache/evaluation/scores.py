@@ -22,6 +22,12 @@ METRICS = {
 DISTANCES = frozenset({"hd95_px", "assd_px", "hd95_mm", "assd_mm"})
 """Those of which less is better; they have no upper bound."""
 
+MEAN_OVER_CLASSES = (
+    "Dice of an image: the mean over its classes that are there or marked, 0 for a class that is "
+    "marked and not there."
+)
+"""What ``class_mean`` comes to, for whoever reads a figure of several classes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageScore:
@@ -49,6 +55,7 @@ class ImageScore:
         predicted_px: predicted pixels, on the mask's grid and not where it says ignore; without a
             mask, on the picture's own grid.
         true_px: the mask's pixels; None without a mask.
+        pixels: short hash of the picture's pixels, by which a comparison tells other pictures.
         annotations: by column that results are asked by, the image's value.
     """
 
@@ -72,6 +79,7 @@ class ImageScore:
     assd_mm: float | None
     predicted_px: int
     true_px: int | None
+    pixels: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 

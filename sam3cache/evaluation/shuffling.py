@@ -4,7 +4,7 @@ A head can be given an input and learn to ignore it, and nothing in its losses o
 tells. So each image is predicted again with the input of others: what changes is what the head
 takes from it.
 
-Shape legend: N images, C classes.
+Shape legend: N images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.evaluation.statistics import Interval, bootstrap_interval
+from sam3cache.evaluation.statistics import Interval, bootstrap_interval, interval_text
 
 SAME_OUTPUT = 1e-6
 """Change of a probability that is float32 rounding rather than a use of the input."""
@@ -89,15 +89,6 @@ def derangement(kind_N: NDArray[np.intp], rng: np.random.Generator) -> NDArray[n
     return donor_N
 
 
-def over_classes(
-    values_NC: NDArray[np.float64], compared_NC: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Return, of each image with a class that is compared, the mean over those classes."""
-    here_NC = compared_NC[compared_NC.any(axis=1)]
-    sum_N = np.where(here_NC, values_NC[compared_NC.any(axis=1)], 0.0).sum(axis=1)
-    return np.asarray(sum_N / here_NC.sum(axis=1), dtype=np.float64)
-
-
 def difference(values: NDArray[np.float64], groups: Sequence[str], seed: int) -> Difference:
     """Return the mean of paired differences with its interval."""
     return Difference(float(values.mean()), bootstrap_interval(values, groups, seed))
@@ -140,12 +131,12 @@ def verdict(
         return "undecided", (
             f"Whether the head gains from {subject} cannot be told from {num_groups} "
             f"{'group' if num_groups == 1 else 'groups'} of images, at least {MIN_GROUPS} are "
-            f"needed: shuffling the {shuffled} changes Dice by {-mean:+.4f}, and {changes}."
+            f"needed: shuffling the {shuffled} changes Dice by {-mean:+z.4f}, and {changes}."
         )
-    bounds = f"95% interval {interval.low:.4f} to {interval.high:.4f}"
+    bounds = f"95% interval {interval_text(interval, 4)}"
     if max(-interval.low, interval.high) <= NEGLIGIBLE_DICE:
         return "negligible", (
-            f"The head hardly uses {subject}: true {shuffled} change Dice by {mean:+.4f} against "
+            f"The head hardly uses {subject}: true {shuffled} change Dice by {mean:+z.4f} against "
             f"shuffled ones ({bounds}, within ±{NEGLIGIBLE_DICE}), although {changes}."
         )
     if interval.low > 0:
@@ -160,5 +151,5 @@ def verdict(
         )
     return "undecided", (
         f"Whether the head gains from {subject} cannot be told: true {shuffled} change Dice by "
-        f"{mean:+.4f} against shuffled ones ({bounds}), and {changes}."
+        f"{mean:+z.4f} against shuffled ones ({bounds}), and {changes}."
     )

@@ -182,11 +182,17 @@ def _draws(num_groups: int, seed: int) -> NDArray[np.uint16]:
 
 def number_text(value: float | None, num_digits: int = 3) -> str:
     """Write a number for people; a dash where there is none."""
-    return "–" if value is None else f"{value:.{num_digits}f}"
+    # What rounds to nothing has no sign: "-0.000" beside "0.000" would be read as another figure.
+    return "–" if value is None else f"{value:z.{num_digits}f}"
 
 
 def interval_text(interval: Interval | None, num_digits: int = 3) -> str:
     """Write an interval for people; a dash where there is none."""
     if interval is None:
         return "–"
-    return f"{interval.low:.{num_digits}f} to {interval.high:.{num_digits}f}"
+    return f"{number_text(interval.low, num_digits)} to {number_text(interval.high, num_digits)}"
+
+
+def gain_text(value: float, num_digits: int = 3) -> str:
+    """Write a difference for people, with its sign."""
+    return f"{value:+z.{num_digits}f}"

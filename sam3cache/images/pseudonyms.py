@@ -25,7 +25,15 @@ _PATIENCE_S = 2.0
 
 def pseudonym(text: str, length: int = 12) -> str:
     """Return a short hash of a text: the same for the same text, and not readable back."""
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(_as_bytes(text)).hexdigest()[:length]
+
+
+def _as_bytes(text: str) -> bytes:
+    """Return a text as UTF-8; names of files that are none, and halves of a character, too."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # A half that stands for no byte, as names of Windows may have.
+        return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Key:
 
     def pseudonym(self, text: str, length: int = 16) -> str:
         """Return a keyed hash (BLAKE2b, RFC 7693) of a text, as hex."""
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), key=self.secret)
+        digest = hashlib.blake2b(_as_bytes(text), key=self.secret)
         return digest.hexdigest()[:length]
 
     @property

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from sam3cache.errors import ConfigError, ImageError
 from sam3cache.images import read_manifest
+from sam3cache.images.dicom import read_facts
 from sam3cache.images.files import SUFFIXES, open_picture
+from sam3cache.images.readers import FOLDER, find_reader
 from sam3cache.records import Sample, SetAside
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt")
@@ -41,12 +43,14 @@ def find_images(
     """Find the images that paths and patterns stand for.
 
     Args:
-        names: pictures of any format that extraction reads; folders of pictures, or with images/
-            in them; CSV manifests; patterns with * ? [ for any of these, ** for folders of any
-            depth. What is named twice is taken once. Of a cine that no manifest speaks of, every
-            frame is taken.
+        names: pictures; folders of them, or with images/ in them; anything else that extraction
+            reads: tables, containers, COCO files, DICOM files and folders of these; patterns with
+            * ? [ for any of these, ** for folders of any depth. What is named twice is taken once.
+            Of a cine that no manifest speaks of, every frame is taken; of a DICOM file, the frame
+            that extraction takes.
         columns: a ``columns.toml`` for the manifests.
-        primary_angle_deg: of all images; None: as the manifest says, or unknown.
+        primary_angle_deg: of all images, before what a DICOM header says; None: as the manifest or
+            header says, or unknown.
         secondary_angle_deg: likewise.
 
     Raises:
@@ -66,22 +70,34 @@ def find_images(
         if angle_deg is not None
     }
     paths = [path for name in names for path in _matches(name)]
-    tables = [path for path in paths if _is_table(path)]
-    if columns is not None and not tables:
+    is_table = {path: _is_table(path, columns) for path in dict.fromkeys(paths)}
+    if columns is not None and not any(is_table.values()):
         raise ConfigError(f"--columns {columns}: no manifest is named whose columns it could say")
-    for path in dict.fromkeys(paths):
-        if not _is_table(path) and not path.is_dir():
+    num_empty = 0
+    for number, path in enumerate(is_table, 1):
+        if _is_empty_dicom(path):
+            num_empty += 1
+            # A DICOM file's name may be a patient's, so its place among the named files is said.
+            place = f"file {number}"
+            reason = "a DICOM file without a picture; leave it out"
+            set_aside.append(SetAside(place, place, reason))
+            continue
+        if not is_table[path] and not path.is_dir():
             files.append(path)
             continue
-        manifest = read_manifest(path, columns if _is_table(path) else None)
-        if clash := [name for name in given if name in manifest.fields]:
+        used_columns = columns if is_table[path] else None
+        manifest = read_manifest(path, used_columns)
+        has_columns = find_reader(path, used_columns)[1] != "dicom"
+        if clash := [name for name in given if has_columns and name in manifest.fields]:
             raise ConfigError(
-                f"--{clash[0].replace('_', '-')} is for images without angles, and {path} has a "
-                f"column of {clash[0].replace('_', ' ')}s; leave it out"
+                f"--{clash[0].replace('_', '-')} is for images without angles, and {path} has "
+                f"{clash[0].replace('_', ' ')}s of its own; leave it out"
             )
         found = manifest.samples
-        samples += found if _is_table(path) else _with_frames(found)
+        samples += found if is_table[path] else _with_frames(found)
         set_aside += manifest.set_aside
+    if num_empty == len(is_table):
+        raise ConfigError("no DICOM file that is named holds a picture; name one that does")
     samples += _with_frames(_of_files(files))
     angles = {f"{name}_deg": angle_deg for name, angle_deg in given.items()}
     if angles:
@@ -94,24 +110,44 @@ def _matches(name: str | Path) -> list[Path]:
     path = Path(name)
     if path.exists():
         return [path]
+    file, separator, _ = str(name).partition("::")
+    if separator and Path(file).is_file():
+        raise ConfigError(
+            f"{name}: a part of a file cannot be named alone; name {file}, whose images are then "
+            f"all taken, or a CSV with {name} in its column of images"
+        )
     if not set(_WILDCARDS) & set(str(name)):
         raise ConfigError(f"{name}: no such file or folder; check the path")
     # Not every shell does this, and Windows' own never.
     found = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207
-    kept = [p for p in found if _is_table(p) or p.suffix.lower() in SUFFIXES]
+    # Beside pictures lie JSON files of any kind: one of COCO is named by itself.
+    found = [p for p in found if p.suffix.lower() != ".json"]
+    kept = [p for p in found if p.suffix.lower() in SUFFIXES or _is_table(p)]
     if not kept:
         raise ConfigError(
             f"{name}: the pattern matches no picture and no manifest; known are "
-            f"{', '.join(sorted(SUFFIXES))} and {', '.join(MANIFEST_SUFFIXES)}"
+            f"{', '.join(sorted(SUFFIXES))}, {', '.join(MANIFEST_SUFFIXES)}, Parquet, "
+            "HDF5, .npz and DICOM"
         )
     return kept
 
 
-def _is_table(path: Path) -> bool:
-    """Return whether a path is that of a CSV; a folder with one counts, as its columns matter."""
+def _is_table(path: Path, columns: Path | None = None) -> bool:
+    """Return whether a reader makes a table of a path, as extraction would have it."""
     if path.is_dir():
-        return (path / "manifest.csv").is_file()
-    return path.suffix.lower() in MANIFEST_SUFFIXES
+        return find_reader(path, columns)[1] != FOLDER
+    # To a reader all is a CSV that is nothing else, pictures too.
+    return path.suffix.lower() in MANIFEST_SUFFIXES or find_reader(path, None)[1] != "csv"
+
+
+def _is_empty_dicom(path: Path) -> bool:
+    """Return whether a path is that of a DICOM file without a picture, as reports are."""
+    if path.is_dir() or find_reader(path, None)[1] != "dicom":
+        return False
+    try:
+        return read_facts(path, "") is None
+    except ImageError:
+        return False  # Its own reader says what is wrong.
 
 
 def _of_files(files: Sequence[Path]) -> list[Sample]:

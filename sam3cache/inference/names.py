@@ -64,8 +64,11 @@ def _folded(name: str) -> str:
 
 
 def _hash(sample: Sample) -> str:
-    # The id and the picture's name alone would be the same for two folders of like content.
-    text = f"{sample.id}\n{sample.image_path.absolute().as_posix()}\n{sample.frame}"
+    # The id and the picture's name alone would be the same for two folders of like content. A path
+    # that is kept out of names must not be guessed from a hash without a key either.
+    is_apart = sample.image_location is not None
+    place = sample.source if is_apart else sample.image_path.absolute().as_posix()
+    text = f"{sample.id}\n{place}\n{sample.frame}"
     return hashlib.sha256(text.encode()).hexdigest()[:_HASH_CHARS]
 
 

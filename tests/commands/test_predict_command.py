@@ -286,7 +286,7 @@ def test_a_head_is_exported_with_or_without_images(here, invoke):
         (["first", "data", "-o", "out", "--store", "nowhere.zarr"], 1, "nowhere.zarr"),
         (["first", "data", "-o", "out", "--weights", "nowhere.pt"], 1, "nowhere.pt"),
         (["first", "data", "-o", "out", "--weights", "random"], 1, "weights_sha256"),
-        (["first", "data", "-o", "out", "--primary-angle", "30"], 2, "column of primary angles"),
+        (["first", "data", "-o", "out", "--primary-angle", "30"], 2, "primary angles of its own"),
         (["first", "data/images", "-o", "out", "--primary-angle", "181"], 2, "primary angle 181"),
         (["first", "data", "-o", "out", "--threshold", "1"], 2, "threshold 1.0"),
         (["numbers", "data", "-o", "out", "--threshold", "0.4"], 2, "leave --threshold out"),

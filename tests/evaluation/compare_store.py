@@ -43,6 +43,7 @@ def write_shifted(
     *,
     num_classes: int = 1,
     settings: Mapping[str, Any] | None = None,
+    trained_on: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a run with a best checkpoint of a head of so many cells."""
     opened = open_store(store)
@@ -64,6 +65,7 @@ def write_shifted(
         label_set="mask",
         epoch=3,
         settings=settings or {},
+        trained_on=trained_on or {},
         data=dataclasses.asdict(record_data(opened, "mask")),
     )
     save_checkpoint(folder / "best", built, info)

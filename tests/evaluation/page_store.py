@@ -48,6 +48,7 @@ class Drawn:
         shift: Dice is 1 - shift / 4.
         id: of the sample; None for "s" and its number.
         group: None for "g" and its number.
+        pixels: what stands for the picture where its hash is told; None for its number.
         angles_deg: primary and secondary.
         has_mask: whether there is a mask.
         is_empty: whether mask and prediction are empty.
@@ -58,6 +59,7 @@ class Drawn:
     shift: int = 0
     id: str | None = None
     group: str | None = None
+    pixels: int | None = None
     angles_deg: tuple[float | None, float | None] = (30.0, -25.0)
     has_mask: bool = True
     is_empty: bool = False
@@ -115,7 +117,7 @@ def write_page_store(
             height_px=HEIGHT_PX,
             width_px=WIDTH_PX,
             num_channels=num_channels,
-            pixel_sha256=f"{i:064x}",
+            pixel_sha256=f"{i if image.pixels is None else image.pixels:064x}",
             status="pending",
         )
         for i, image in enumerate(drawn)

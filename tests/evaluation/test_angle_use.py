@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sam3cache.evaluation import gain_text, interval_text
 from sam3cache.evaluation.angle_use import (
     NUM_SHUFFLES,
     AngleTrial,
@@ -82,11 +83,11 @@ def judged(
 ) -> AngleUse:
     """Judge images whose Dice falls by ``gain_N`` when their angles are shuffled."""
     num_images = len(gain_N)
-    true_NC = np.full((num_images, 1), 0.7)
+    true_N = np.full(num_images, 0.7)
     trial = AngleTrial(np.zeros((NUM_SHUFFLES, num_images, 2)), np.array([20.0, -5.0]))
-    shuffled_SNC = np.stack([true_NC - gain_N[:, None]] * NUM_SHUFFLES)
+    shuffled_SN = np.stack([true_N - gain_N] * NUM_SHUFFLES)
     groups = [f"g{i % (num_groups or num_images)}" for i in range(num_images)]
-    return judge(trial, true_NC, shuffled_SNC, true_NC - 0.01, groups, max_change, seed=0)
+    return judge(trial, true_N, shuffled_SN, true_N - 0.01, groups, max_change, seed=0)
 
 
 NOISE = np.random.default_rng(0).standard_normal(40)
@@ -118,20 +119,19 @@ def test_the_verdict_follows_from_the_interval(
 
 
 def test_a_head_that_finds_nothing_is_not_said_to_ignore_the_angle() -> None:
-    nothing_NC = np.zeros((10, 1))
+    nothing_N = np.zeros(10)
     trial = AngleTrial(np.zeros((2, 10, 2)), np.zeros(2))
     groups = [f"g{i}" for i in range(10)]
-    shuffled_SNC = np.stack([nothing_NC] * 2)
-    use = judge(trial, nothing_NC, shuffled_SNC, nothing_NC, groups, 0.01, seed=0)
+    use = judge(trial, nothing_N, np.stack([nothing_N] * 2), nothing_N, groups, 0.01, seed=0)
     assert use.verdict == "undecided"
     assert "cannot be told: it finds next to nothing" in use.sentence
 
 
 def test_the_figures_are_paired_means_over_what_can_be_compared() -> None:
     trial = AngleTrial(np.zeros((2, 4, 2)), np.array([20.0, -5.0]))
-    true_NC = np.array([[0.8], [0.6], [NAN], [0.9]])  # the third has an empty mask
-    shuffled_SNC = np.array([[[0.7], [NAN], [NAN], [NAN]], [[0.5], [0.2], [NAN], [NAN]]])
-    use = judge(trial, true_NC, shuffled_SNC, true_NC - 0.05, ["a", "b", "c", "d"], 0.5, seed=0)
+    true_N = np.array([0.8, 0.6, NAN, 0.9])  # the third has an empty mask
+    shuffled_SN = np.array([[0.7, NAN, NAN, NAN], [0.5, 0.2, NAN, NAN]])
+    use = judge(trial, true_N, shuffled_SN, true_N - 0.05, ["a", "b", "c", "d"], 0.5, seed=0)
     assert (use.num_images, use.num_groups) == (2, 2)
     assert use.dice_true == pytest.approx(0.7)
     assert use.dice_shuffled == pytest.approx((0.6 + 0.2) / 2)
@@ -143,9 +143,17 @@ def test_the_figures_are_paired_means_over_what_can_be_compared() -> None:
     assert use.constant_angles_deg == (20.0, -5.0)
 
 
+def test_what_rounds_to_nothing_has_no_sign_of_its_own() -> None:
+    use = judged(np.full(40, -1e-6), num_groups=2)
+    assert "changes Dice by +0.0000" in use.sentence
+    assert use.true_minus_shuffled is not None
+    assert gain_text(use.true_minus_shuffled.mean, 4) == "+0.0000"
+    assert interval_text(use.true_minus_shuffled.interval, 4) == "0.0000 to 0.0000"
+
+
 def test_masks_that_are_all_empty_leave_the_question_open() -> None:
     trial = AngleTrial(np.zeros((2, 1, 2)), np.zeros(2))
-    nothing = np.full((1, 1), NAN)
+    nothing = np.full(1, NAN)
     use = judge(trial, nothing, np.stack([nothing] * 2), nothing, ["a"], 0.0, seed=0)
     assert use.verdict == "undecided"
     assert "mask that is not empty" in use.sentence

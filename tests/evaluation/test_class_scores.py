@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from page_store import Drawn, write_page_store, write_run
+from test_page import Page
 
 from sam3cache.errors import CheckpointError, ConfigError
-from sam3cache.evaluation import EvalConfig, EvalResult, evaluate
+from sam3cache.evaluation import MEAN_OVER_CLASSES, EvalConfig, EvalResult, evaluate
 from sam3cache.features import open_store
 
 NAME = "page_store:FromFeatures"
@@ -100,6 +101,32 @@ def test_over_all_classes_an_image_counts_once(tmp_path: Path) -> None:
     assert result.classes["LCX"]["dice"].mean == 0.5
     assert result.confusion is None
     assert not (result.output / "confusion.csv").exists()
+
+
+def test_the_checks_speak_of_the_dice_of_the_table(tmp_path: Path) -> None:
+    """Also where a class is marked that is not there, which makes an image's mean lower."""
+
+    def without_second(row: int, mask_2HW: np.ndarray) -> np.ndarray:
+        mask_2HW[1] = 0
+        return mask_2HW
+
+    drawn = [Drawn(i % 3, angles_deg=(float(i), 1.0)) for i in range(6)]
+    store = write_page_store(tmp_path / "a.zarr", drawn, classes=CLASSES, edit_mask=without_second)
+    run = write_run(tmp_path / "run", store, num_classes=2, settings={"loss": None})
+    result = evaluate(EvalConfig(store, run, head=NAME))
+    assert result.overall["dice"].mean == pytest.approx((1 + 0.75 + 0.5) / 3 / 2)
+    assert result.angle_use is not None
+    assert result.feature_use is not None
+    for dice_true in (result.angle_use.dice_true, result.feature_use.dice_true):
+        assert dice_true == pytest.approx(result.overall["dice"].mean)
+    assert result.num_images_with("LAD") == 6
+    assert result.num_images_with("LCX") == 0
+    assert result.page is not None
+    page = Page(result.page.read_text(encoding="utf-8"))
+    assert MEAN_OVER_CLASSES in page.text
+    assert "LCX 6 0 0.000" in page.text
+    assert "loss dice-bce (the default)" in page.text
+    assert "RAO  ←  primary angle" in result.page.read_text(encoding="utf-8")
 
 
 def test_the_angles_check_works_on_class_numbers(tmp_path: Path) -> None:

@@ -124,15 +124,15 @@ def test_seeds_of_one_experiment_are_averaged_image_by_image(tmp_path: Path, hea
     result = comparison(tmp_path / "old", tmp_path / "new")
     new = result.experiments[1]
     assert (new.name, new.runs) == ("new", ("new-seed0", "new-seed1"))
-    assert new.dice_of_runs == pytest.approx((0.75, 23 / 24))
+    assert new.dice_of_seeds == pytest.approx((0.75, 23 / 24))
     assert new.dice == pytest.approx(41 / 48)
     with (result.output / "differences.csv").open(encoding="utf-8", newline="") as file:
         by_image = [float(line["dice_run"]) for line in csv.DictReader(file)]
     assert by_image == pytest.approx([1 - abs(s) / 8 - abs(s - 1) / 8 for s in SHIFTS])
-    assert any(sentence.startswith("One training each: old.") for sentence in result.notices)
+    assert any(sentence.startswith("One seed each: old.") for sentence in result.notices)
     # 0.85 against 0.75: less than what the two seeds differ by.
     assert any(
-        sentence == "The trainings of new differ by 0.208 Dice among themselves, which is more "
+        sentence == "The seeds of new differ by 0.208 Dice among themselves, which is more "
         "than new differs from old."
         for sentence in result.notices
     )
@@ -186,20 +186,58 @@ def test_marking_what_is_not_there_counts_against_a_head(head: Head) -> None:
     )
 
 
-def test_means_over_classes_are_of_the_same_classes_on_both_sides(tmp_path: Path) -> None:
+def test_what_is_marked_of_a_class_that_is_not_there_counts_and_is_told_by_class(
+    tmp_path: Path,
+) -> None:
     store = write_store(tmp_path / "two.zarr", classes=("LAD", "RCA"))
     silent, loud = (evaluated(tmp_path / name, store, 0, num_classes=2) for name in "ab")
 
-    def without_rca(line: dict[str, str], *, dice: str) -> None:
-        if line["class_name"] == "RCA" and line["id"] == "s0":
+    def without_rca(line: dict[str, str], *, dice: str, images: Sequence[str]) -> None:
+        if line["class_name"] == "RCA" and line["id"] in images:
             line["true_px"], line["dice"] = "0", dice
 
-    edit_scores(silent, lambda line: without_rca(line, dice=""))
-    edit_scores(loud, lambda line: without_rca(line, dice="0.0"))
-    (pair,) = comparison(silent, loud).comparisons
-    # In the image both find the LAD to 0.75, and one finds an RCA that is not there.
-    assert pair.dice.mean == pytest.approx(-0.5 / 12)
+    edit_scores(silent, lambda line: without_rca(line, dice="", images=["s0"]))
+    edit_scores(loud, lambda line: without_rca(line, dice="0.0", images=["s0"]))
+    result = comparison(silent, loud)
+    (pair,) = result.comparisons
+    # In the image both find the LAD to 0.75, and one finds an RCA that is not there: as in an
+    # evaluation its mean is over both classes, and the other's of the LAD alone.
+    assert pair.dice.mean == pytest.approx((0.75 / 2 - 0.75) / 12)
     assert (pair.dice.num_better, pair.dice.num_worse) == (0, 1)
+    assert (pair.measures["RCA"]["dice"].num_images, pair.measures["RCA"]["dice"].mean) == (11, 0)
+    assert [(one.name, one.num_with, one.num_without) for one in result.presence] == [
+        ("all classes", 12, 0),
+        ("LAD", 12, 0),
+        ("RCA", 11, 1),
+    ]
+    assert result.presence[2].num_marked == {"a": 0, "b": 1}
+    told = "Images lack a class in 1 of 24 cases, and it is marked all the same by a on 0, b on 1 "
+    assert any(sentence.startswith(told) for sentence in result.notices)
+
+
+def test_a_class_that_no_image_has_is_no_gain(tmp_path: Path) -> None:
+    def without_rca(row: int, mask_2HW: np.ndarray) -> np.ndarray:
+        mask_2HW[1] = 0
+        return mask_2HW
+
+    store = write_store(tmp_path / "two.zarr", classes=("LAD", "RCA"), edit_mask=without_rca)
+    first, second = (evaluated(tmp_path / f"h{c}", store, c, num_classes=2) for c in (0, 1))
+
+    def silent(line: dict[str, str]) -> None:
+        if line["class_name"] == "RCA" and line["id"] == "s4":
+            line["dice"] = ""
+
+    edit_scores(second, silent)
+    page, result = page_of(first, second)
+    (pair,) = result.comparisons
+    assert list(pair.measures) == ["all classes", "LAD"]
+    assert "No image here has RCA: no differences are told of that." in result.notices
+    assert result.presence[2].num_marked == {"h0": 12, "h1": 11}
+    assert "RCA 0 12 12 11" in page.text
+    # The mean of LAD and RCA, but of s4, of which no RCA is marked, the LAD alone.
+    summary = json.loads((first / "eval-test" / "summary.json").read_text(encoding="utf-8"))
+    assert result.experiments[0].dice == pytest.approx(summary["overall"]["dice"]["mean"])
+    assert pair.dice.other == pytest.approx((10 * 0.5 + 0.75 / 2 + 0.75) / 12)
 
 
 def test_corrected_masks_are_evaluated_anew_and_other_stores_refused(tmp_path: Path) -> None:
@@ -227,7 +265,7 @@ def test_corrected_masks_are_evaluated_anew_and_other_stores_refused(tmp_path: P
 
 def test_folds_are_put_together_each_image_once(tmp_path: Path) -> None:
     names = [f"image{i}" for i in range(12)]
-    drawn = [Drawn(s, id=name) for s, name in zip(SHIFTS, names, strict=True)]
+    drawn = [Drawn(s, id=names[i], pixels=i) for i, s in enumerate(SHIFTS)]
     whole = write_page_store(tmp_path / "whole.zarr", drawn)
     parts = [
         write_page_store(tmp_path / f"{k}.zarr", part)
@@ -247,6 +285,40 @@ def test_folds_are_put_together_each_image_once(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "new-fold2" / "eval-test")
     with pytest.raises(ConfigError, match=r"the runs of new share 12 images .* but not all"):
         comparison(tmp_path / "old", tmp_path / "new")
+
+
+def test_folds_of_several_seeds_have_a_mean_of_each_seed(tmp_path: Path) -> None:
+    names = [f"image{i}" for i in range(12)]
+    drawn = [Drawn(s, id=name) for s, name in zip(SHIFTS, names, strict=True)]
+    for fold, part in enumerate((drawn[:5], drawn[5:])):
+        store = write_page_store(tmp_path / f"{fold}.zarr", part)
+        for cells in (0, 1):
+            evaluated(tmp_path / f"new-seed{cells}-fold{fold}", store, cells)
+            if cells == 0:
+                evaluated(tmp_path / f"old-fold{fold}", store, 2)
+    result = comparison(tmp_path / "old", tmp_path / "new")
+    old, new = result.experiments
+    assert len(new.runs) == 4
+    assert new.dice_of_seeds == pytest.approx((0.75, 23 / 24))
+    assert old.dice_of_seeds == pytest.approx((old.dice,))
+    assert any(sentence.startswith("One seed each: old. What") for sentence in result.notices)
+
+
+def test_seeds_are_taken_together_at_thresholds_of_one_kind(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "angio.zarr", [*SHIFTS, 1, 1], splits=("test", "val"))
+    auto = evaluated(tmp_path / "new-seed0", store, 1, threshold="auto")
+    write_shifted(tmp_path / "new-seed1", store, 1)
+    old = evaluated(tmp_path / "old", store, 0)
+    # What was not evaluated is as its other seed was.
+    result = comparison(old, tmp_path / "new")
+    other = tmp_path / "new-seed1" / "eval-test" / "summary.json"
+    assert json.loads(other.read_text(encoding="utf-8"))["threshold_choice"]["source"] == "auto"
+    assert len(result.experiments[1].dice_of_seeds) == 2
+    evaluate(EvalConfig(store, auto, head=HEAD, check_angles=False, check_features=False))
+    with pytest.raises(
+        ConfigError, match=r"0\.5 of new-seed0; auto of new-seed1.* --threshold 0\.5"
+    ):
+        comparison(old, tmp_path / "new")
 
 
 def test_runs_of_other_settings_are_no_seeds_of_one_experiment(tmp_path: Path, store: Path) -> None:
@@ -284,6 +356,12 @@ def other_pixels(tmp_path: Path) -> Path:
     )
 
 
+def other_pixels_and_one_more(tmp_path: Path) -> Path:
+    return write_page_store(
+        tmp_path / "o.zarr", [Drawn(s, id=f"s{12 - i}") for i, s in enumerate([*SHIFTS, 0])]
+    )
+
+
 def other_masks(tmp_path: Path) -> Path:
     drawn = [Drawn(s, is_empty=i in (2, 5)) for i, s in enumerate(SHIFTS)]
     return write_page_store(tmp_path / "o.zarr", drawn)
@@ -298,6 +376,7 @@ def other_classes(tmp_path: Path) -> Path:
     [
         (other_images, "a and b have no image in common"),
         (other_pixels, "a and b were evaluated on images of the same names but with other pixels"),
+        (other_pixels_and_one_more, "a and b were evaluated on .* but with other pixels"),
         (other_masks, r"a and b were measured against other masks of 2 images \(s2, s5\)"),
         (other_classes, r"other classes \(a has vessel; b has catheter\)"),
     ],
@@ -307,6 +386,22 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, head: Head, write, m
     with pytest.raises(ConfigError, match=message) as refused:
         comparison(first, second)
     assert "\n" not in str(refused.value)
+
+
+def test_where_pixels_were_not_recorded_and_images_differ_that_is_said(
+    tmp_path: Path, head: Head
+) -> None:
+    shorter = write_store(tmp_path / "shorter.zarr", SHIFTS[:6])
+    first, second = head(0, "a"), evaluated(tmp_path / "b", shorter, 1)
+    table = second / "eval-test" / "per_image.csv"
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    with table.open("w", encoding="utf-8", newline="") as file:
+        names = [name for name in lines[0] if name != "pixels"]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
+    said = "Whether the images have the same pixels could not be checked of b, "
+    assert any(sentence.startswith(said) for sentence in comparison(first, second).notices)
 
 
 def test_other_thresholds_and_stores_are_said(tmp_path: Path, store: Path, head: Head) -> None:

@@ -1,5 +1,6 @@
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from sam3cache.heads.film_conv import FilmConv
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.folds import fold_of_groups
 from sam3cache.training import TrainConfig, train
+from sam3cache.training.division import trained_on
 
 VIEWS: list[View] = [(-30.0 + 70.0 * (i % 2), float(i)) for i in range(12)]
 SIDED = "view_store:Sided"
@@ -362,10 +364,48 @@ def test_folds_are_dealt_again_only_on_the_images_that_they_were_made_of(tmp_pat
     held_out = {s.id for s in open_store(store).samples if fold_of[s.group] == 1}
     assert ids(store, "val") == held_out
     assert ids(store, "train") == {f"s{i}" for i in range(12)} - held_out
-    assert ids(other, "val") == {"s2", "s5", "s8"}
+    with pytest.raises(ConfigError, match="no longer has the folds"):
+        ids(other, "val")
     chosen = "The checkpoint is that of the epoch with the highest Dice on split val"
     notices = evaluate(EvalConfig(store, run, split="val", **quick)).notices  # type: ignore[arg-type]
     assert any(sentence.startswith(chosen) for sentence in notices)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_of_a_fold_no_image_that_was_learned_from_counts_as_held_out(
+    tmp_path: Path, split: str
+) -> None:
+    def write(name: str, splits: str, ids: Sequence[int] = ()) -> Path:
+        # With a group each that stays with its image, whatever the row.
+        drawn = [Drawn(0, id=f"s{i}", group=f"g{i}") for i in ids or range(len(splits))]
+        named = tuple({"t": "train", "v": "val", "x": "test"}[letter] for letter in splits)
+        return write_page_store(tmp_path / name, drawn, splits=named)
+
+    store = write("x.zarr", "ttvttvttvttvx")
+    samples = open_store(store).samples[:12]
+    fold_of = fold_of_groups(samples, 3, 0, None)
+    held_out = {sample.id for sample in samples if fold_of[sample.group] == 1}
+    settings = {"folds": 3, "fold": 1, "fold_seed": 0, "stratify": None}
+    learned = trained_on([sample for sample in samples if sample.id not in held_out])
+    run = write_shifted(tmp_path / "run", store, 0, settings=settings, trained_on=learned)
+
+    def found(where: Path) -> EvalResult:
+        output = tmp_path / f"of-{where.stem}"
+        threshold = "auto" if split == "test" else None
+        return evaluate(
+            figures_alone(where, run, split=split, output=output, threshold=threshold, head=SHIFTED)
+        )
+
+    # One more picture to test on changes no fold.
+    result = found(write("more.zarr", "ttvttvttvttvxx"))
+    if split == "val":
+        assert {image.id for image in result.images} == held_out
+    else:
+        assert result.threshold_choice.num_images == len(held_out)
+    # Other groups are dealt otherwise.
+    with pytest.raises(ConfigError, match="no longer has the folds") as refused:
+        found(write("fewer.zarr", "ttvttvttx"))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("empty_mask_rows", [(), (4,)], ids=["all-filled", "one-empty"])

@@ -94,8 +94,7 @@ def test_the_figures_are_those_of_a_plain_loop(
     def dice(i: int, donor: int) -> float:
         (logits_KSS,) = logits_of(head, cached.batch([donor]))
         mask_CHW = planes(cached, i, rule)
-        (value,) = predict(logits_KSS, cached.letterbox(i), mask_CHW, rule).dice()
-        return value
+        return predict(logits_KSS, cached.letterbox(i), mask_CHW, rule).dice()
 
     rng = np.random.default_rng(3)
     donors = [derangement(groups, rng) for _ in range(NUM_FEATURE_SHUFFLES)]

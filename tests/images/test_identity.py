@@ -9,11 +9,13 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import angiogram, write_dicom
+from head_runs import levels_of, write_run
 from pyarrow import parquet
 
 from sam3cache.features import open_store
 from sam3cache.images import read_manifest
-from sam3cache.images.pseudonyms import KEY_FILE_VARIABLE
+from sam3cache.images.pseudonyms import KEY_FILE_VARIABLE, Key, pseudonym
+from sam3cache.inference.inputs import find_images
 
 REAL = Path(pydicom.__file__).parent / "data" / "test_files" / "JPEG2000.dcm"
 
@@ -95,6 +97,40 @@ def test_nobody_is_named_in_what_an_extraction_writes_and_says(
     assert "put the old key back" in other.stderr
 
 
+@pytest.mark.parametrize("named", [["study"], ["study/*/*"]], ids=["folder", "files"])
+def test_nobody_is_named_in_what_a_prediction_writes_and_says(
+    tmp_path, monkeypatch, key_file, invoke, named
+):
+    monkeypatch.chdir(tmp_path)
+    study = write_study(tmp_path / "study")
+    made = invoke("extract", "study", "-o", "x.zarr", "--levels", "fpn_72", *EXTRACT[2:])
+    assert made.exit_code == 3, made.output
+    write_run(levels_of(open_store(tmp_path / "x.zarr")), tmp_path / "run", "linear")
+    options = (
+        "--store",
+        "x.zarr",
+        "-o",
+        "out",
+        "--coco",
+        "out/coco.json",
+        "--overlay",
+        "--device",
+        "cpu",
+    )
+    result = invoke("predict", "run", *named, *options)
+    assert result.exit_code == 3, result.output
+    shown = invoke("predict", "run", *named, *options, "--overwrite", "--json")
+    written = [result.output.encode(), shown.output.encode()]
+    written += everything_written(tmp_path / "out", but=study)
+    for text in written:
+        for name in PLANTED:
+            assert name.lower().encode() not in text.lower()
+    found = find_images(named).samples
+    assert [sample.primary_angle_deg for sample in found].count(30) >= 2
+    given = find_images(named, primary_angle_deg=-5).samples
+    assert {sample.primary_angle_deg for sample in given} == {-5}
+
+
 def test_nobody_is_named_by_a_check_of_a_manifest_that_bears_the_name(
     tmp_path, monkeypatch, key_file, invoke
 ):
@@ -126,6 +162,12 @@ def test_names_inside_a_container_stay_there_where_paths_are_hidden(tmp_path):
         with pytest.raises(ImageError, match=r"no such|no parts") as caught:
             probe(sample)
         assert not any(name in str(caught.value) for name in PLANTED)
+
+
+@pytest.mark.parametrize("text", ["a\udcff", "\udcff\ud800"])
+def test_a_name_that_is_no_unicode_has_a_pseudonym(text):
+    assert len(pseudonym(text)) == 12
+    assert len(Key(b"k" * 32, Path("k")).pseudonym(text)) == 16
 
 
 def test_without_a_home_for_the_key_one_line_says_so(tmp_path, monkeypatch, invoke):

@@ -95,9 +95,10 @@ def test_every_frame_of_a_cine_is_taken_where_no_manifest_says_which(here: Path)
         (["c.png"], {}, ConfigError, "c.png: no such file"),
         (["a/*.tif"], {}, ConfigError, "matches no picture"),
         (["b/*.md"], {}, ConfigError, "matches no picture"),
-        (["views.csv"], {"primary_angle_deg": 1.0}, ConfigError, "views.csv has a column"),
+        (["views.csv"], {"primary_angle_deg": 1.0}, ConfigError, "views.csv has primary angles of its own"),
         (["a/1.png"], {"columns": Path("c.toml")}, ConfigError, "no manifest is named"),
         (["."], {}, ManifestError, "no pictures"),
+        (["a/1.png::x"], {}, ConfigError, "a part of a file cannot be named alone"),
     ],
 )
 def test_what_cannot_be_found_is_refused(

@@ -1,6 +1,7 @@
 """Runs against a baseline: their scores paired image by image, with intervals and a verdict."""
 
 from sam3cache.evaluation.comparing.compare import (
+    ClassPresence,
     CompareConfig,
     Compared,
     Comparison,
@@ -11,6 +12,7 @@ from sam3cache.evaluation.comparing.page import measure_rows
 from sam3cache.evaluation.comparing.statistics import PairedDifference
 
 __all__ = [
+    "ClassPresence",
     "CompareConfig",
     "Compared",
     "Comparison",

@@ -31,6 +31,7 @@ from sam3cache.evaluation.comparing.runs import (
     Ground,
     Run,
     Scores,
+    by_seed,
     check_same_training,
     combine,
     find_experiments,
@@ -118,6 +119,23 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class ClassPresence:
+    """Where a class is, and who marks it where it is not.
+
+    Attributes:
+        name: of the class.
+        num_with: images whose mask has it.
+        num_without: images whose mask does not.
+        num_marked: by experiment, images of the latter that any of its runs marks it on.
+    """
+
+    name: str
+    num_with: int
+    num_without: int
+    num_marked: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Compared:
     """One of the experiments that were compared, on the images that all of them scored.
 
@@ -129,7 +147,8 @@ class Compared:
         thresholds: probability from which a pixel counts as mask, of each run.
         dice: mean Dice of the images.
         dice_interval: of the mean, by group; None for fewer than two groups.
-        dice_of_runs: the mean of each run that scored all the images; of a single run its own.
+        dice_of_seeds: the mean of each seed, of folds all of its parts together; of a single run
+            its own.
     """
 
     name: str
@@ -139,7 +158,7 @@ class Compared:
     thresholds: tuple[float | None, ...]
     dice: float | None
     dice_interval: Interval | None
-    dice_of_runs: tuple[float | None, ...]
+    dice_of_seeds: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -152,7 +171,8 @@ class PairComparison:
         sentence: the verdict and its reason in plain words.
         dice: difference of Dice, over an image's classes where there are several.
         p_corrected: its p-value, corrected by Holm's method for the number of comparisons.
-        measures: by class, by measure, the difference; intervals of these are not corrected.
+        measures: by class that any image has, by measure, the difference, of several classes over
+            the images that have each; intervals of these are not corrected.
     """
 
     name: str
@@ -174,6 +194,7 @@ class Comparison:
         num_groups: groups they belong to.
         experiments: the baseline first.
         comparisons: of all others, in the order they were named.
+        presence: of each class; of several, first of ``OVER_CLASSES``: images with any of them.
         left_out: by experiment, ids of images that it scored and another did not.
         notices: what a reader has to know before the figures, in whole sentences.
         seed: of the bootstrap.
@@ -187,6 +208,7 @@ class Comparison:
     num_groups: int
     experiments: tuple[Compared, ...]
     comparisons: tuple[PairComparison, ...]
+    presence: tuple[ClassPresence, ...]
     left_out: Mapping[str, tuple[str, ...]]
     notices: tuple[str, ...]
     seed: int
@@ -260,13 +282,15 @@ def compare(
     classes, metrics = _in_common(evaluated)
     aligned = [one.together.of(ids, classes, metrics) for one in evaluated]
     notices += _check_masks(evaluated, aligned)
-    notices += _of_empty_masks(evaluated, aligned)
+    presence = _presence(evaluated, aligned)
+    notices += _of_absent_classes(presence)
     ground = Ground.of(aligned)
     scores = [ground.settle(one) for one in aligned]
     groups = scores[0].groups
     notices += _of_groups(evaluated, scores)
 
-    pairs = _pairs(evaluated, scores, config.seed)
+    told = [one.name for one in presence if one.num_with or one.name == presence[0].name]
+    pairs = _pairs(evaluated, scores, told, config.seed)
     compared = tuple(
         _compared(one, of, ground, (ids, classes, metrics), config.seed)
         for one, of in zip(evaluated, scores, strict=True)
@@ -279,6 +303,7 @@ def compare(
         num_groups=len(set(groups)),
         experiments=compared,
         comparisons=tuple(pairs),
+        presence=tuple(presence),
         left_out={name: names for name, names in left_out.items() if names},
         notices=tuple(notices),
         seed=config.seed,
@@ -350,6 +375,7 @@ def _evaluate(
 ) -> _Evaluated:
     """Read what an experiment's runs scored, evaluating what has not been."""
     check_same_training(experiment)
+    evaluated = [run for run in experiment.runs if is_evaluated(run)]
     for run in experiment.runs:
         info, stale_store = run.info(), None
         if is_evaluated(run):
@@ -367,6 +393,8 @@ def _evaluate(
                 )
         if run.folder is None or info is None:
             raise ConfigError(f"{run.evaluation} lacks a part of an evaluation; write it anew")
+        # As before, or as the other seeds and folds were: they are to be taken together.
+        like = run if stale_store is not None else next(iter(evaluated), None)
         store = config.store or stale_store or _known_store(run, all_of_them)
         if store is None:
             raise ConfigError(
@@ -386,7 +414,7 @@ def _evaluate(
                 allow_unsealed=config.allow_unsealed,
                 overlay=config.overlay,
                 output=run.evaluation,
-                **({} if stale_store is None else _asked_before(run)),
+                **({} if like is None else _asked_before(like)),
                 check_angles=False,
                 check_features=False,
                 page=False,
@@ -394,6 +422,7 @@ def _evaluate(
             partial(report, run.name),
         )
     summaries = tuple(read_summary(run.evaluation) for run in experiment.runs)
+    _check_same_threshold(experiment, summaries, config.split)
     scores = tuple(
         read_scores(run.evaluation, summary)
         for run, summary in zip(experiment.runs, summaries, strict=True)
@@ -436,6 +465,28 @@ def _asked_before(run: Run) -> dict[str, Any]:
     return {"label_set": summary.get("label_set"), "threshold": threshold}
 
 
+def _check_same_threshold(
+    experiment: Experiment, summaries: Sequence[Mapping[str, Any]], split: str
+) -> None:
+    """Refuse a mean over seeds of which some had their threshold chosen, and others not."""
+    runs_by_rule: dict[str, list[Run]] = {}
+    for run, summary in zip(experiment.runs, summaries, strict=True):
+        is_auto = (summary.get("threshold_choice") or {}).get("source") == "auto"
+        rule = "auto" if is_auto else str(summary.get("threshold"))
+        runs_by_rule.setdefault(rule, []).append(run)
+    if len(runs_by_rule) > 1:
+        (rule, _), (_, (other, *_)) = list(runs_by_rule.items())[:2]
+        told = "; ".join(
+            f"{of} of {listed([run.name for run in runs])}" for of, runs in runs_by_rule.items()
+        )
+        raise ConfigError(
+            f"the runs of {experiment.name} were evaluated at thresholds of more than one kind "
+            f"({told}), which no mean can be of; evaluate all alike, by `sam3cache eval "
+            f"{summaries[0].get('store')} {other.folder or 'CHECKPOINT'} --split {split} "
+            f"--threshold {rule}` and so on"
+        )
+
+
 def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
     """Return the store that another evaluation tells of, or one of the name the run learned on."""
     for other in itertools.chain.from_iterable(e.runs for e in experiments):
@@ -450,19 +501,7 @@ def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
 
 def _check_alike(evaluated: Sequence[_Evaluated]) -> list[str]:
     """Refuse other pixels of the same images; say which settings of the evaluations differ."""
-    seen: dict[frozenset[str], tuple[str, object]] = {}
-    for one in evaluated:
-        for run, summary, scores in zip(
-            one.experiment.runs, one.summaries, one.scores, strict=True
-        ):
-            pixels = summary.get("data_sha256")
-            other, there = seen.setdefault(frozenset(scores.ids), (run.name, pixels))
-            if there != pixels:
-                raise ConfigError(
-                    f"{other} and {run.name} were evaluated on images of the same names but with "
-                    "other pixels; evaluate both on one store"
-                )
-    sentences = []
+    sentences = _check_pixels(evaluated)
     for name, title in (
         ("threshold", "thresholds"),
         ("split", "splits"),
@@ -475,11 +514,43 @@ def _check_alike(evaluated: Sequence[_Evaluated]) -> list[str]:
     return sentences
 
 
+def _check_pixels(evaluated: Sequence[_Evaluated]) -> list[str]:
+    """Refuse other pixels of the same images; say of which evaluations that cannot be known."""
+    of_set: dict[frozenset[str], tuple[str, object]] = {}
+    of_image: dict[str, tuple[str, str]] = {}
+    unknown = []
+    for one in evaluated:
+        for run, summary, scores in zip(
+            one.experiment.runs, one.summaries, one.scores, strict=True
+        ):
+            # One hash over all images is there always, and can be compared where they are the same.
+            whole = summary.get("data_sha256")
+            pairs = [(of_set.setdefault(frozenset(scores.ids), (run.name, whole)), whole)]
+            pairs += [
+                (of_image.setdefault(name, (run.name, pixels)), pixels)
+                for name, pixels in scores.pixels.items()
+            ]
+            for (other, there), here in pairs:
+                if there != here:
+                    raise ConfigError(
+                        f"{other} and {run.name} were evaluated on images of the same names but "
+                        "with other pixels; evaluate both on one store"
+                    )
+            if not scores.pixels:
+                unknown.append(run.name)
+    if not unknown or len(of_set) == 1:
+        return []
+    return [
+        f"Whether the images have the same pixels could not be checked of {listed(unknown)}, "
+        "evaluated before that was recorded image by image; evaluate anew to know."
+    ]
+
+
 def _in_common(evaluated: Sequence[_Evaluated]) -> tuple[tuple[str, ...], list[str]]:
     """Return the classes, which have to be the same, and the measures that all have."""
     together = [one.together for one in evaluated]
     if len({frozenset(of.classes) for of in together}) > 1:
-        told = "; ".join(f"{of.name} has {', '.join(of.together.classes)}" for of in evaluated)
+        told = "; ".join(f"{of.name} has {', '.join(of.together.own_classes)}" for of in evaluated)
         raise ConfigError(f"the runs were measured on other classes ({told}); compare like heads")
     metrics = [m for m in together[0].metrics if all(m in of.metrics for of in together)]
     if HEADLINE not in metrics:
@@ -517,20 +588,49 @@ def _check_masks(evaluated: Sequence[_Evaluated], scores: Sequence[Scores]) -> l
     return sentences
 
 
-def _of_empty_masks(evaluated: Sequence[_Evaluated], aligned: Sequence[Scores]) -> list[str]:
-    """Say who marks something where there is nothing."""
-    empty_N = (aligned[0].true_px_NC == 0).all(axis=1)
-    marked = {}
-    for one, of in zip(evaluated, aligned, strict=True):
-        dice_NC = of.value_NCM[..., of.metrics.index(HEADLINE)]
-        marked[one.name] = int((dice_NC[empty_N] < 1).any(axis=1).sum())
-    if not any(marked.values()):
-        return []
-    told = ", ".join(f"{name} on {number}" for name, number in marked.items())
+def _presence(evaluated: Sequence[_Evaluated], aligned: Sequence[Scores]) -> list[ClassPresence]:
+    """Count, class by class, the images that have it, and who marks it on the others."""
+    true_px_NC = aligned[0].true_px_NC
     return [
-        f"The masks of {int(empty_N.sum())} images are empty; something is marked by {told} of "
-        "them: that is Dice 0, and marking nothing, where another marks something, Dice 1."
+        ClassPresence(
+            name,
+            int((true_px_NC[:, k] > 0).sum()),
+            int((true_px_NC[:, k] == 0).sum()),
+            {
+                one.name: int((of.values(name, HEADLINE)[true_px_NC[:, k] == 0] < 1).sum())
+                for one, of in zip(evaluated, aligned, strict=True)
+            },
+        )
+        for k, name in enumerate(aligned[0].classes)
     ]
+
+
+def _of_absent_classes(presence: Sequence[ClassPresence]) -> list[str]:
+    """Say who marks something where there is nothing."""
+    sentences = []
+    images, *classes = presence
+    if any(images.num_marked.values()):
+        sentences.append(
+            f"The masks of {images.num_without} images are empty; something is marked by "
+            f"{_told(images.num_marked)} of them: that is Dice 0, and marking nothing, where "
+            "another marks something, Dice 1."
+        )
+    marked = {name: sum(one.num_marked[name] for one in classes) for name in images.num_marked}
+    if any(marked.values()):
+        num_lacking = sum(one.num_without for one in classes)
+        num_cases = num_lacking + sum(one.num_with for one in classes)
+        sentences.append(
+            f"Images lack a class in {num_lacking} of {num_cases} cases, and it is marked all the "
+            f"same by {_told(marked)} of them: that is Dice 0 in the mean over an image's classes. "
+            "Tables of single classes are of the images that have them."
+        )
+    if absent := [one.name for one in classes if not one.num_with]:
+        sentences.append(f"No image here has {listed(absent)}: no differences are told of that.")
+    return sentences
+
+
+def _told(num_marked: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} on {number}" for name, number in num_marked.items())
 
 
 def _of_images(left_out: Mapping[str, Sequence[str]], num_images: int) -> list[str]:
@@ -576,10 +676,10 @@ def _of_training(
             "which are among these: all scores are a little too high, and most so of heads whose "
             "Dice goes up and down."
         )
-    single = [one.name for one in compared if len(one.dice_of_runs) < 2]
+    single = [one.name for one in compared if len(one.dice_of_seeds) < 2]
     if single:
         sentences.append(
-            f"One training each: {listed(single)}. What another seed would have given is not in "
+            f"One seed each: {listed(single)}. What another seed would have given is not in "
             "the intervals, which are over images; train several seeds to see it."
         )
     for pair in pairs:
@@ -587,19 +687,19 @@ def _of_training(
             (one.name, max(known) - min(known))
             for one in compared
             if one.name in (pair.name, compared[0].name)
-            if len(known := [dice for dice in one.dice_of_runs if dice is not None]) > 1
+            if len(known := [dice for dice in one.dice_of_seeds if dice is not None]) > 1
         ]
         name, spread = max(spreads, key=lambda of: of[1], default=("", 0.0))
         if pair.verdict != "equal" and abs(pair.dice.mean or 0.0) < spread:
             sentences.append(
-                f"The trainings of {name} differ by {spread:.3f} Dice among themselves, which is "
+                f"The seeds of {name} differ by {spread:.3f} Dice among themselves, which is "
                 f"more than {pair.name} differs from {compared[0].name}."
             )
     return sentences
 
 
 def _pairs(
-    evaluated: Sequence[_Evaluated], scores: Sequence[Scores], seed: int
+    evaluated: Sequence[_Evaluated], scores: Sequence[Scores], classes: Sequence[str], seed: int
 ) -> list[PairComparison]:
     first, groups = scores[0], scores[0].groups
     headline = first.classes[0]
@@ -615,7 +715,7 @@ def _pairs(
                 )
                 for metric in first.metrics
             }
-            for name in first.classes
+            for name in classes
         }
         for of in scores[1:]
     ]
@@ -647,12 +747,11 @@ def _compared(
     headline = scores.classes[0]
     values = [None if np.isnan(v) else float(v) for v in scores.values(headline, HEADLINE)]
     summary = summarise(values, scores.groups, seed)
-    of_runs = []
-    for of in one.scores:
-        if set(ids) <= set(of.ids):
-            dice_N = ground.settle(of.of(ids, classes, metrics)).values(headline, HEADLINE)
-            known = dice_N[np.isfinite(dice_N)]
-            of_runs.append(float(known.mean()) if len(known) else None)
+    of_seeds = []
+    for of in by_seed([of.of(of.ids, classes, metrics) for of in one.scores]):
+        dice_N = ground.settle(of.of(ids, classes)).values(headline, HEADLINE)
+        known = dice_N[np.isfinite(dice_N)]
+        of_seeds.append(float(known.mean()) if len(known) else None)
     return Compared(
         name=one.name,
         head=", ".join(dict.fromkeys(str(s.get("head")) for s in one.summaries)),
@@ -661,7 +760,7 @@ def _compared(
         thresholds=tuple(s.get("threshold") for s in one.summaries),
         dice=summary.mean,
         dice_interval=summary.interval,
-        dice_of_runs=tuple(of_runs),
+        dice_of_seeds=tuple(of_seeds),
     )
 
 

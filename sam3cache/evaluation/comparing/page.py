@@ -17,10 +17,11 @@ from sam3cache.evaluation.comparing.cases import ComparedCase
 from sam3cache.evaluation.comparing.runs import OVER_CLASSES
 from sam3cache.evaluation.comparing.statistics import Differences, PairedDifference
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE
-from sam3cache.evaluation.scores import DISTANCES, METRICS
+from sam3cache.evaluation.scores import DISTANCES, MEAN_OVER_CLASSES, METRICS
 from sam3cache.evaluation.statistics import (
     LEVEL,
     NUM_RESAMPLES,
+    gain_text,
     interval_text,
     number_text,
 )
@@ -75,6 +76,8 @@ def comparison_html(
             for pair in result.comparisons
         ],
         several_classes=OVER_CLASSES in result.comparisons[0].measures,
+        mean_over_classes=MEAN_OVER_CLASSES,
+        presence=result.presence,
         cases=[_case(case) for case in cases],
         case_sentences=sentences,
         colours={"true": pages.TRUE_COLOUR, "predicted": pages.PREDICTED_COLOUR},
@@ -103,7 +106,7 @@ def measure_rows(
                 str(d.num_images),
                 number_text(d.baseline, digits),
                 number_text(d.other, digits),
-                "–" if d.mean is None else f"{d.mean:+.{digits}f}",
+                "–" if d.mean is None else gain_text(d.mean, digits),
                 interval_text(d.interval, digits),
                 str(d.num_better),
                 str(d.num_worse),
@@ -111,7 +114,7 @@ def measure_rows(
 
 
 def _run(one: Compared) -> dict[str, Any]:
-    known = [dice for dice in one.dice_of_runs if dice is not None]
+    known = [dice for dice in one.dice_of_seeds if dice is not None]
     return {
         "name": one.name,
         "head": one.head,
@@ -119,7 +122,7 @@ def _run(one: Compared) -> dict[str, Any]:
         "num_runs": len(one.runs),
         "dice": number_text(one.dice),
         "interval": interval_text(one.dice_interval),
-        "of_runs": ", ".join(number_text(dice) for dice in known) if len(known) > 1 else "–",
+        "of_seeds": ", ".join(number_text(dice) for dice in known) if len(known) > 1 else "–",
     }
 
 
@@ -146,7 +149,7 @@ def _case(case: ComparedCase) -> dict[str, Any]:
         "view": "view unknown" if any(map(math.isnan, angles_deg)) else format_view(*angles_deg),
         # By default the file's own path, which has no business on a page that travels.
         "group": "" if sample.group == sample.source else sample.group,
-        "difference": f"{case.difference:+.3f}",
+        "difference": gain_text(case.difference),
         "runs": shown,
         "width": size_px[1],
         "height": size_px[0],

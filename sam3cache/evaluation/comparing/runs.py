@@ -33,7 +33,7 @@ OVER_CLASSES = "all classes"
 HEADLINE = "dice"
 """The measure that decides."""
 
-SILENCE_IS_RIGHT = (HEADLINE, "iou")
+SILENCE_IS_RIGHT = (HEADLINE, "iou", "cldice")
 """Measures that are 1, rather than undefined, where the mask is empty and nothing is marked.
 
 An evaluation leaves such images out. Between two heads that would reward the one that marks what is
@@ -95,10 +95,13 @@ class Scores:
     Attributes:
         ids: of the images.
         groups: by image.
-        classes: of the masks; of several, once settled, the first is ``OVER_CLASSES``.
+        classes: of the masks; of several the first is ``OVER_CLASSES``.
         metrics: names of the measures.
-        value_NCM: NaN where an image has none; see ``SILENCE_IS_RIGHT``.
-        true_px_NC: pixels of the mask; NaN without a mask, and for ``OVER_CLASSES``.
+        value_NCM: NaN where an image has none; see ``SILENCE_IS_RIGHT``. Of ``OVER_CLASSES`` those
+            measures are as in the evaluation, and all others NaN until ``Ground.settle``.
+        true_px_NC: pixels of the mask; NaN without a mask.
+        pixels: by image a short hash of its picture, as one evaluation read it; none where that
+            was written before there was such a column.
     """
 
     ids: tuple[str, ...]
@@ -107,6 +110,12 @@ class Scores:
     metrics: tuple[str, ...]
     value_NCM: NDArray[np.float64]
     true_px_NC: NDArray[np.float64]
+    pixels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def own_classes(self) -> tuple[str, ...]:
+        """The classes without ``OVER_CLASSES``."""
+        return tuple(name for name in self.classes if name != OVER_CLASSES)
 
     def values(self, class_name: str, metric: str) -> NDArray[np.float64]:
         """Return one measure of one class, a value an image."""
@@ -136,48 +145,37 @@ class Ground:
     """What of the images counts for all experiments alike.
 
     Attributes:
-        silent_NC: where the mask is empty and no experiment marks anything: nothing to compare.
-        known_NCM: where, beyond these, all experiments have a value: what means over an image's
-            classes are taken of, so that all are of the same classes.
+        nothing_NC: where there is nothing to compare: the mask is empty and no experiment marks
+            anything. A single class of several counts where it is; who marks it elsewhere loses by
+            it in the mean over classes.
+        known_NCM: where all experiments have a value: what means over an image's classes are taken
+            of in measures that are not defined everywhere (distances), so that all are of the same
+            classes. A head that misses a class would else gain by having no distance there.
     """
 
-    silent_NC: NDArray[np.bool_]
+    nothing_NC: NDArray[np.bool_]
     known_NCM: NDArray[np.bool_]
 
     @classmethod
     def of(cls, scores: Sequence[Scores]) -> Ground:
         """Find it, given what experiments scored of the same images, classes and measures."""
-        silent_NC = np.logical_and.reduce(
-            [
-                (one.true_px_NC == 0) & (one.value_NCM[..., one.metrics.index(HEADLINE)] == 1)
-                for one in scores
-            ]
-        )
-        ground = cls(silent_NC, np.ones(scores[0].value_NCM.shape, bool))
-        known_NCM = np.logical_and.reduce(
-            [np.isfinite(ground._without_silence(one)) for one in scores]
-        )
-        return cls(silent_NC, known_NCM)
+        is_empty_NC = scores[0].true_px_NC == 0
+        dice_NC = [one.value_NCM[..., one.metrics.index(HEADLINE)] for one in scores]
+        nothing_NC = is_empty_NC & np.logical_and.reduce([of == 1 for of in dice_NC])
+        # The first is the only class, or stands for all.
+        nothing_NC[:, 1:] = is_empty_NC[:, 1:]
+        known_NCM = np.logical_and.reduce([np.isfinite(one.value_NCM) for one in scores])
+        return cls(nothing_NC, known_NCM)
 
     def settle(self, scores: Scores) -> Scores:
-        """Leave out where nobody marks anything, and add the mean over an image's classes."""
-        value_NCM, true_px_NC = self._without_silence(scores), scores.true_px_NC
-        classes = scores.classes
-        if len(classes) > 1:
-            known_NCM = np.where(self.known_NCM, value_NCM, np.nan)
-            classes = (OVER_CLASSES, *classes)
-            value_NCM = np.concatenate((_mean_over_classes(known_NCM), value_NCM), axis=1)
-            true_px_NC = np.pad(true_px_NC, ((0, 0), (1, 0)), constant_values=np.nan)
-        return dataclasses.replace(
-            scores, classes=classes, value_NCM=value_NCM, true_px_NC=true_px_NC
-        )
-
-    def _without_silence(self, scores: Scores) -> NDArray[np.float64]:
+        """Fill in means over an image's classes, and leave out where nothing is to compare."""
         value_NCM = scores.value_NCM.copy()
-        for metric in SILENCE_IS_RIGHT:
-            if metric in scores.metrics:
-                value_NCM[..., scores.metrics.index(metric)][self.silent_NC] = np.nan
-        return value_NCM
+        if scores.classes[0] == OVER_CLASSES:
+            known_NCM = np.where(self.known_NCM, value_NCM, np.nan)[:, 1:]
+            is_known = [metric in SILENCE_IS_RIGHT for metric in scores.metrics]
+            value_NCM[:, :1] = np.where(is_known, value_NCM[:, :1], _mean_over_classes(known_NCM))
+        value_NCM[self.nothing_NC] = np.nan
+        return dataclasses.replace(scores, value_NCM=value_NCM)
 
 
 def find_experiments(paths: Sequence[Path], split: str) -> list[Experiment]:
@@ -284,17 +282,18 @@ def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
     have no image in common are put one after the other.
 
     Raises:
-        ConfigError: they share some images, but not all; or they share no class.
+        ConfigError: they share some images, but not all; or they are of other classes, or share no
+            measure.
     """
-    classes = [name for name in scores[0].classes if all(name in s.classes for s in scores)]
+    classes = scores[0].classes
     metrics = [name for name in scores[0].metrics if all(name in s.metrics for s in scores)]
-    if not classes or not metrics:
-        raise ConfigError(f"the runs of {experiment.name} have no class and measure in common")
-    by_images: dict[frozenset[str], list[Scores]] = {}
-    for one in scores:
-        by_images.setdefault(frozenset(one.ids), []).append(one)
+    if not metrics or any(set(s.classes) != set(classes) for s in scores):
+        raise ConfigError(
+            f"the runs of {experiment.name} were measured on other classes or have no measure in "
+            "common; evaluate them anew on one label set"
+        )
     parts = []
-    for same in by_images.values():
+    for same in _by_images(scores):
         aligned = [one.of(same[0].ids, classes, metrics) for one in same]
         mean_NCM = np.mean([one.value_NCM for one in aligned], axis=0)
         parts.append(dataclasses.replace(aligned[0], value_NCM=mean_NCM))
@@ -306,13 +305,35 @@ def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
             "all: seeds score the same images, folds none in common; evaluate them on one split "
             "of one store, or give them by themselves"
         )
-    return Scores(
-        tuple(ids),
-        tuple(group for part in parts for group in part.groups),
-        tuple(classes),
-        tuple(metrics),
-        np.concatenate([part.value_NCM for part in parts]),
-        np.concatenate([part.true_px_NC for part in parts]),
+    return _joined(parts)
+
+
+def by_seed(scores: Sequence[Scores]) -> list[Scores]:
+    """Return what each seed of an experiment scored, of folds all of its parts together.
+
+    Args:
+        scores: of its runs, in the order of their names, all of the same classes and measures.
+    """
+    # A seed that lacks a fold lacks images, and is left out.
+    return [_joined(parts) for parts in zip(*_by_images(scores), strict=False)]
+
+
+def _by_images(scores: Sequence[Scores]) -> list[list[Scores]]:
+    """Group runs that scored the same images."""
+    found: dict[frozenset[str], list[Scores]] = {}
+    for one in scores:
+        found.setdefault(frozenset(one.ids), []).append(one)
+    return list(found.values())
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Put the scores of parts of the images one after the other."""
+    return dataclasses.replace(
+        parts[0],
+        ids=tuple(name for part in parts for name in part.ids),
+        groups=tuple(group for part in parts for group in part.groups),
+        value_NCM=np.concatenate([part.value_NCM for part in parts]),
+        true_px_NC=np.concatenate([part.true_px_NC for part in parts]),
     )
 
 
@@ -406,9 +427,12 @@ def _read_table(
 ) -> Scores:
     """Read per_image.csv: a line an image and class, in any order."""
     groups: dict[str, str] = {}
+    pixels: dict[str, str] = {}
     values: dict[tuple[str, str], list[float]] = {}
     for line in lines:
         groups[line["id"]] = line["group"]
+        if line.get("pixels"):
+            pixels[line["id"]] = line["pixels"]
         values[line["id"], line["class_name"]] = [
             float(line[name]) if line[name] else np.nan for name in (*metrics, "true_px")
         ]
@@ -417,11 +441,20 @@ def _read_table(
     if not len(table):
         raise ValueError("it has no images")
     value_NCM, true_px_NC = table[..., :-1], table[..., -1]
+    if len(classes) > 1:
+        classes = (OVER_CLASSES, *classes)
+        # Before silence becomes 1: here a class that is neither there nor marked has no say.
+        in_image = [m in SILENCE_IS_RIGHT for m in metrics]
+        over_N1M = np.where(in_image, _mean_over_classes(value_NCM), np.nan)
+        value_NCM = np.concatenate((over_N1M, value_NCM), axis=1)
+        true_px_NC = np.concatenate((true_px_NC.sum(axis=1, keepdims=True), true_px_NC), axis=1)
     for metric in SILENCE_IS_RIGHT:
         if metric in metrics:
             value_NC = value_NCM[..., metrics.index(metric)]
             value_NC[np.isnan(value_NC) & (true_px_NC == 0)] = 1.0
-    return Scores(tuple(groups), tuple(groups.values()), classes, metrics, value_NCM, true_px_NC)
+    return Scores(
+        tuple(groups), tuple(groups.values()), classes, metrics, value_NCM, true_px_NC, pixels
+    )
 
 
 def _mean_over_classes(value_NCM: NDArray[np.float64]) -> NDArray[np.float64]:

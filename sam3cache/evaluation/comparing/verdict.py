@@ -6,7 +6,7 @@ from typing import Literal
 
 from sam3cache.evaluation.comparing.statistics import PairedDifference
 from sam3cache.evaluation.shuffling import MIN_GROUPS
-from sam3cache.evaluation.statistics import LEVEL
+from sam3cache.evaluation.statistics import LEVEL, gain_text, interval_text
 
 SMALL_DICE = 0.01
 """Difference of mean Dice that hardly matters: an interval within it shows that two are alike."""
@@ -44,7 +44,7 @@ def judge(
     if difference.num_better == difference.num_worse == 0:
         return "equal", f"{name} and {baseline} are equal: the same {measure} on all {over}."
     digits = 3 if abs(difference.mean) >= 0.001 else 5
-    found = f"{difference.mean:+.{digits}f} {measure}"
+    found = f"{gain_text(difference.mean, digits)} {measure}"
     over = f"over {over}; {difference.num_better} images better, {difference.num_worse} worse"
     interval = difference.interval
     if interval is None or difference.num_groups < MIN_GROUPS:
@@ -53,7 +53,7 @@ def judge(
             f"Whether {name} is better than {baseline} cannot be told from {groups}, at least "
             f"{MIN_GROUPS} are needed: {found} {over}."
         )
-    bounds = f"({LEVEL:.0%} interval {interval.low:.{digits}f} to {interval.high:.{digits}f})"
+    bounds = f"({LEVEL:.0%} interval {interval_text(interval, digits)})"
     corrected = ""
     if num_comparisons > 1 and p_corrected is not None:
         p = f"p = {p_corrected:.3f}" if p_corrected >= 0.001 else "p < 0.001"
