@@ -68,14 +68,15 @@ class Finding:
     advice: str
 
     def __str__(self) -> str:
-        """Write it as one line."""
+        """Write what was met as one line, and below it what was expected and what to do."""
         said = "; ".join(str(case) for case in self.cases[:_NUM_SAID])
         num_more = len(self.cases) - _NUM_SAID
         more = f"; and {num_more} more" if num_more > 0 else ""
         number = f" ({len(self.cases)})" if len(self.cases) > 1 else ""
         return (
-            f"{self.severity}: {self.title}{number}: {said}{more}. Expected {self.expected}; "
-            f"{self.advice}"
+            f"{self.severity}: {self.title}{number}: {said}{more}.\n"
+            f"    Expected: {self.expected}.\n"
+            f"    What to do: {self.advice}."
         )
 
 

@@ -74,7 +74,11 @@ def findings_of(
         "unusable",
         "error",
         "cannot be used",
-        tuple(Case((p.id,), p.reason) for p in (*manifest.set_aside, *problems)),
+        tuple(
+            # A row without an id is called by its line, with which its reason may begin, too.
+            Case((p.id,), p.reason.removeprefix(f"{p.id}: "))
+            for p in (*manifest.set_aside, *problems)
+        ),
         "files that can be read, and values in their range",
         "mend or remove them; extract would set these samples aside and go on",
     )
@@ -122,7 +126,7 @@ def _duplicates(looked: Sequence[Looked], limits: Limits) -> Iterator[Finding]:
         elif len(files) > 1:
             groups = {sample.group for sample in samples}
             of = "" if len(groups) == 1 else f", of {len(groups)} groups"
-            within.append(Case(_names(samples), f"the same pixels in {len(files)} files{of}"))
+            within.append(Case(_names(samples), f"the same pixels in {len(files)} places{of}"))
     yield Finding(
         "picture-in-several-splits",
         _unless(limits.allow_leak),
@@ -134,7 +138,7 @@ def _duplicates(looked: Sequence[Looked], limits: Limits) -> Iterator[Finding]:
     yield Finding(
         "duplicate",
         "warning",
-        "one picture in several files",
+        "one picture in several places",
         tuple(within),
         "each picture once",
         "remove all but one: it counts several times, and if its masks differ, one is wrong",
@@ -188,8 +192,8 @@ def _empty_masks(with_mask: Sequence[Looked]) -> Finding:
             if not item.look.marked_share
         ),
         "some marked pixels",
-        "check that it is the right file; if there is nothing to mark, leave it: an empty mask has "
-        "no Dice",
+        "check that it is the right file; if there is nothing to mark, leave it: Dice is then 0 "
+        "where a head marks anything, and not defined where it marks nothing",
     )
 
 
@@ -236,8 +240,8 @@ def _all_shifted(with_mask: Sequence[Looked]) -> Finding:
         else (
             Case(
                 (),
-                f"{common.num_masks} masks fit best {_way(common.down_px, common.right_px)}, "
-                "the median",
+                f"{common.num_masks} masks fit best "
+                f"{_way(common.down_px, common.right_px, common.reach_px)}, the median",
             ),
         ),
         "the best fit where they lie",
@@ -273,18 +277,25 @@ def _size(size_px: tuple[int, int]) -> str:
 def shift_text(shift: Shift) -> str:
     """Say where a mask fits better."""
     return (
-        f"fits better {_way(shift.down_px, shift.right_px)} (correlation {shift.correlation:.2f}, "
-        f"where it lies {shift.correlation_here:.2f})"
+        f"fits better {_way(shift.down_px, shift.right_px, shift.reach_px)} (correlation "
+        f"{shift.correlation:.2f}, where it lies {shift.correlation_here:.2f})"
     )
 
 
-def _way(down_px: float, right_px: float) -> str:
-    """Write a shift: "3 px up and 2 px left"."""
-    return " and ".join(
-        f"{abs(distance_px):.0f} px {words[distance_px < 0]}"
+def _way(down_px: float, right_px: float, reach_px: float) -> str:
+    """Write a shift: "3 px up and 2 px left"; one as far as is looked may be larger."""
+
+    def distance_text(distance_px: float, words: tuple[str, str]) -> str:
+        text = f"{abs(distance_px):.0f} px {words[distance_px < 0]}"
+        return f"at least {text}" if abs(distance_px) >= reach_px else text
+
+    way = " and ".join(
+        distance_text(distance_px, words)
         for distance_px, words in ((down_px, ("down", "up")), (right_px, ("right", "left")))
         if distance_px
     )
+    is_at_edge = max(abs(down_px), abs(right_px)) >= reach_px
+    return f"{way}, the edge of the search" if is_at_edge else way
 
 
 def _pictures(looked: Sequence[Looked]) -> Iterator[Finding]:

@@ -79,6 +79,11 @@ class Shift:
     num_marked: float
 
     @property
+    def reach_px(self) -> float:
+        """Largest shift that was looked for, in pixels of the picture."""
+        return REACH_PX * self.grid_px
+
+    @property
     def is_certain(self) -> bool:
         """Whether the mask fits too well there for chance."""
         evidence = self.correlation * math.sqrt(self.num_marked)
@@ -102,11 +107,13 @@ class CommonShift:
         down_px: median, over the masks, of the pixels that they would have to go down.
         right_px: likewise to the right.
         num_masks: that could be told of.
+        reach_px: median of the largest shifts that were looked for.
     """
 
     down_px: float
     right_px: float
     num_masks: int
+    reach_px: float
 
 
 def common_shift(shifts: Iterable[Shift | None]) -> CommonShift | None:
@@ -123,7 +130,9 @@ def common_shift(shifts: Iterable[Shift | None]) -> CommonShift | None:
         return None
     down_px = median(shift.down_px for shift in certain)
     right_px = median(shift.right_px for shift in certain)
-    return CommonShift(down_px, right_px, len(certain)) if down_px or right_px else None
+    if not (down_px or right_px):
+        return None
+    return CommonShift(down_px, right_px, len(certain), median(shift.reach_px for shift in certain))
 
 
 def best_shift(picture_HWC: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> Shift | None:

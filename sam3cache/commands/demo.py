@@ -203,7 +203,7 @@ def _print_summary(out: Path, summary: dict[str, Any], measured: EvalResult, siz
         (
             f"a 1x1 convolution on the features, the floor to compare Dice {dice} with:",
             "floor",
-            "--head linear --lr 1e-2",
+            "--head linear",
         ),
         (
             "the demo's head without the features, to see what they are worth:",

@@ -296,9 +296,11 @@ def _print_summary(result: ExtractResult) -> None:
         for number, what in (
             (result.num_computed, f"computed in {result.elapsed_s:.1f} s"),
             (result.num_kept, "kept" + _renamed(result.num_renamed)),
-            (result.num_relabelled, "with a new mask"),
+            (result.num_relabelled, "with another mask"),
+            (result.num_unmasked, "without the mask they had"),
             (result.num_reannotated, "with new annotations"),
-            (result.num_removed, "changed, mended or no longer in the manifest"),
+            (result.num_replaced, "replaced, being changed or mended"),
+            (result.num_removed - result.num_replaced, "no longer in the manifest"),
             (len(result.set_aside), "set aside"),
         )
         if number
@@ -323,7 +325,12 @@ def _print_what_it_is_good_for(result: ExtractResult) -> None:
     from sam3cache.features import open_store
     from sam3cache.heads import HEADS, fitting_heads
 
-    click.echo(f"{result.num_with_mask} have a mask, {result.num_with_angles} both view angles.")
+    kept = ""
+    if result.num_with_mask and not result.are_masks_of_manifest:
+        kept = " (as they had: the manifest names none)"
+    click.echo(
+        f"{result.num_with_mask} have a mask{kept}, {result.num_with_angles} both view angles."
+    )
     if not result.num_with_mask:
         click.echo(
             "Without masks nothing can be trained: give a manifest that names them, or a folder "

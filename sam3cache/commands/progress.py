@@ -55,10 +55,10 @@ class Bar:
         if not self.live and now_s >= self._line_due_s:
             self.write_line()
 
-    def report(self, num_done: int, num_total: int) -> None:
-        """Take absolute counts, as the callbacks of long functions give them."""
+    def report(self, num_done: int, num_total: int, note: str | None = None) -> None:
+        """Take absolute counts, as the callbacks of long functions give them, and a note."""
         self._total = num_total
-        self.update(num_done - self._num_done)
+        self.update(num_done - self._num_done, note)
 
     def rows(self, rows: Iterable[tuple[str, str]]) -> None:
         """Replace the rows under the bar, such as ("cuda:0", "31.2 GB, 98 % busy")."""
@@ -157,8 +157,7 @@ class Stages:
             self._bar = self._stack.enter_context(
                 progress(title, total=num_total, unit="images", num_done=num_done)
             )
-        self._bar.report(num_done, num_total)
-        self._bar.update(0, note)
+        self._bar.report(num_done, num_total, note)
         return self._bar
 
 

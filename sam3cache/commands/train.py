@@ -20,11 +20,14 @@ from sam3cache.errors import ConfigError
 
 if TYPE_CHECKING:
     from sam3cache.features import Place
-    from sam3cache.training import Progress, RunOutcome, TrainConfig, TrainResult
+    from sam3cache.training import Outlook, Progress, RunOutcome, TrainConfig, TrainResult
     from sam3cache.training.pool import PoolProgress
 
 SET_ASIDE_EXIT_CODE = 3
 """Of many runs some have failed; the others are done."""
+
+_MAX_NAMED = 4
+"""Classes that a warning names."""
 
 FAR_TOO_LOW = 0.01
 """A validation Dice below which something is the matter."""
@@ -266,7 +269,7 @@ def train(
         return
     with stop_on_signals() as stop, ExitStack() as stack:
         show_fetching(stack)
-        result = run(config, partial(_show, Stages(stack)), stop)
+        result = run(config, _Announced(config, Stages(stack)), stop)
     if as_json:
         click.echo(json.dumps(_as_json(result), indent=2))
     else:
@@ -283,12 +286,13 @@ def _train_many(experiments: list[TrainConfig], seeds: int, folds: int, as_json:
     device = experiments[0].device
     devices = parse_devices("all" if device == "auto" else device)
     runs = plan_runs(experiments, seeds=seeds, folds=folds)
+    _announce_many([run.config for run in runs])
     with stop_on_signals() as stop, ExitStack() as stack:
         outcomes = run_experiments(runs, devices, partial(_show_many, Stages(stack)), stop)
     if as_json:
         click.echo(json.dumps(to_json(outcomes), indent=2))
     else:
-        _print_many(outcomes, Path(experiments[0].output))
+        _print_many(outcomes, experiments)
     if any(outcome.status != "done" for outcome in outcomes):
         raise click.exceptions.Exit(SET_ASIDE_EXIT_CODE)
 
@@ -299,19 +303,25 @@ def _show_many(stages: Stages, state: PoolProgress) -> None:
     bar.rows(state.devices.items())
 
 
-def _print_many(outcomes: list[RunOutcome], folder: Path) -> None:
+def _print_many(outcomes: list[RunOutcome], experiments: list[TrainConfig]) -> None:
     from rich.table import Table
 
     from sam3cache.training.experiments import summarize
 
     table = Table(box=None, pad_edge=False)
     table.add_column("Experiment")
+    # Dice of other masks cannot be compared.
+    label_sets = {config.name: config.label_set for config in experiments}
+    are_several = len(set(label_sets.values())) > 1
+    if are_several:
+        table.add_column("Label set")
     for heading in ("Runs", "Val Dice", "Best epoch", "Parameters", "Time a run"):
         table.add_column(heading, justify="right")
     for summary in summarize(outcomes):
         spread = "" if summary.dice_std is None else f" ± {summary.dice_std:.4f}"
         table.add_row(
             summary.name,
+            *([label_sets[summary.name]] if are_several else []),
             f"{summary.num_done}/{summary.num_runs}",
             "-" if summary.dice_mean is None else f"{summary.dice_mean:.4f}{spread}",
             "-" if summary.best_epoch_mean is None else f"{summary.best_epoch_mean:.1f}",
@@ -324,6 +334,7 @@ def _print_many(outcomes: list[RunOutcome], folder: Path) -> None:
         click.echo(f"Set aside, {len(failed)} of {len(outcomes)} runs:")
     for outcome in failed:
         click.echo(f"  {outcome.name}: {outcome.error}")
+    folder = Path(experiments[0].output)
     click.echo(f"Runs: {folder.as_posix()}/NAME; summary: {(folder / 'summary.json').as_posix()}")
 
 
@@ -349,6 +360,98 @@ def _parse_others(texts: tuple[str, ...], settings: dict[str, Any]) -> dict[str,
                 "of its own (--help)"
             )
     return given
+
+
+class _Announced:
+    """Shows a training's progress; at its beginning, what it learns from.
+
+    Only then: a training that is refused has nothing to announce.
+    """
+
+    def __init__(self, config: TrainConfig, stages: Stages) -> None:
+        self._config, self._stages = config, stages
+        self._is_announced = False
+
+    def __call__(self, state: Progress) -> None:
+        if not self._is_announced:
+            self._is_announced = True
+            outlook = _look_ahead(self._config)
+            samples = _samples_text(outlook.num_train, outlook.num_variants)
+            click.echo(
+                f"Training {self._config.head} on {samples}; validation on {outlook.num_val}.",
+                err=True,
+            )
+            _warn_of_classes(self._config, outlook)
+        _show(self._stages, state)
+
+
+def _announce_many(configs: list[TrainConfig]) -> None:
+    """Say what runs learn from, once for those that learn from the same."""
+    first_of: dict[tuple[str, str], TrainConfig] = {}
+    for config in configs:
+        first_of.setdefault((config.label_set, config.variants), config)
+    # All first: what cannot be trained is refused before anything is said.
+    outlooks = [(config, _look_ahead(config)) for config in first_of.values()]
+    for config, outlook in outlooks:
+        fold = f" in fold {config.fold}" if config.folds else ""
+        samples = _samples_text(outlook.num_train, outlook.num_variants)
+        click.echo(
+            f"Training on {samples}{fold}, label set {config.label_set}; validation on "
+            f"{outlook.num_val}.",
+            err=True,
+        )
+        _warn_of_classes(config, outlook)
+
+
+def _look_ahead(config: TrainConfig) -> Outlook:
+    from sam3cache.training import look_ahead
+
+    with ExitStack() as stack:
+        stages = Stages(stack)
+
+        def report(num_done: int, num_total: int) -> None:
+            stages.show("Counting classes", num_done, num_total)
+
+        return look_ahead(config, report)
+
+
+def _samples_text(num_samples: int, num_variants: int) -> str:
+    if not num_variants:
+        return f"{num_samples} samples"
+    return (
+        f"{num_samples} samples and {num_variants} variants of them (--variants none leaves them "
+        "out)"
+    )
+
+
+def _warn_of_classes(config: TrainConfig, outlook: Outlook) -> None:
+    """Say of which classes validation cannot speak, and which cannot be learned."""
+    never = set(outlook.not_trained) & set(outlook.not_validated)
+    if config.folds:
+        # What one fold lacks another has.
+        absent = {"train or val": [name for name in outlook.not_trained if name in never]}
+    else:
+        absent = {"train": list(outlook.not_trained), "val": list(outlook.not_validated)}
+    said = [
+        f"no image of {split} shows {len(names)} of {outlook.num_classes} classes "
+        f"({', '.join(names[:_MAX_NAMED])}{', …' if len(names) > _MAX_NAMED else ''})"
+        for split, names in absent.items()
+        if names
+    ]
+    if not said:
+        return
+    if config.folds:
+        advice = "check what --classes said of the masks"
+    else:
+        advice = (
+            "try `sam3cache store annotations split STORE --by class --label-set "
+            f"{config.label_set}` (docs/labels.md), or --folds"
+        )
+    click.echo(
+        f"warning: {'; '.join(said)}. What train lacks cannot be learned, what val lacks has no "
+        f"say in which epoch is kept; {advice}.",
+        err=True,
+    )
 
 
 def _show(stages: Stages, state: Progress) -> None:
@@ -397,8 +500,9 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
         speed = f" with validation, {result.images_per_s:.1f} images/s without"
     click.echo(
         f"Best validation Dice {result.best_dice:.4f} in epoch {result.best_epoch} of "
-        f"{result.epochs}{early}, over {result.num_val} images; trained on {result.num_train} "
-        f"samples in {format_duration(result.elapsed_s)}{speed}."
+        f"{result.epochs}{early}, over {result.num_val} images; trained on "
+        f"{_samples_text(result.num_train, result.num_variants)} in "
+        f"{format_duration(result.elapsed_s)}{speed}."
     )
     click.echo(
         f"Samples: {result.placement} ({result.resident_bytes / 1e9:.2f} GB held, ready after "
@@ -428,7 +532,9 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
         click.echo(f"Note: {notice}")
     run_dir = result.run_dir.as_posix()
     beside = "" if config.overlay is None else f" --overlay {Path(config.overlay).as_posix()}"
-    click.echo(f"Next: sam3cache eval {place_of(config.store).as_posix()} {run_dir}{beside}")
+    # A user's own head is imported only when it is named.
+    own = f" --head {config.head}" if ":" in config.head else ""
+    click.echo(f"Next: sam3cache eval {place_of(config.store).as_posix()} {run_dir}{own}{beside}")
 
 
 def _as_json(result: TrainResult) -> dict[str, Any]:

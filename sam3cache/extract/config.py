@@ -177,13 +177,16 @@ class ExtractResult:
         sealed: whether the store is complete; not so while another process works on it.
         num_samples: samples that can be used; their variants are counted apart.
         num_computed: images whose features this run computed, variants too.
-        num_relabelled: images that this run gave a new mask, their features being as they were.
+        num_relabelled: images that this run gave another mask, their features being as they were.
+        num_unmasked: images that this run took the mask from, as the manifest names none for them.
         num_reannotated: samples that this run gave another split, group, angle or other column.
         num_kept: images that were there before, variants too.
         num_renamed: of these, images that were found in another file than before.
         num_removed: rows that this run turned into tombstones.
+        num_replaced: of these, rows whose sample was changed or mended and has another row now.
         num_moved: samples that this run took out of the training split.
         num_with_mask: samples that can be used and have a mask.
+        are_masks_of_manifest: whether the manifest names any mask; else those of the store stay.
         num_with_angles: samples that can be used and whose view angles are both known.
         num_variants: changed views of training samples that can be used.
         set_aside: samples that could not be used, and why.
@@ -199,12 +202,15 @@ class ExtractResult:
     num_samples: int
     num_computed: int
     num_relabelled: int
+    num_unmasked: int
     num_reannotated: int
     num_kept: int
     num_renamed: int
     num_removed: int
+    num_replaced: int
     num_moved: int
     num_with_mask: int
+    are_masks_of_manifest: bool
     num_with_angles: int
     num_variants: int
     set_aside: tuple[SetAside, ...]

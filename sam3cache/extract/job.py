@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from sam3cache.extract.levels import (
     make_settings,
     plan_levels,
 )
+from sam3cache.extract.masks import changed_masks
 from sam3cache.extract.rows import (
     AnnotationChanges,
     PixelHashes,
@@ -179,7 +181,8 @@ class Job:
         state: the store, as it was looked at last.
         annotation_changes: what the manifest says otherwise than the store.
         tasks: blocks that lacked something then.
-        num_relabelled: stored masks that come from another file, or another state of it, than now.
+        changed_masks: rows whose mask comes from another file, or another state of it, than now.
+        num_unmasked: of these, those that had a mask and for which the manifest names none.
     """
 
     config: ExtractConfig
@@ -191,7 +194,8 @@ class Job:
     state: StoreState
     annotation_changes: AnnotationChanges
     tasks: Tasks
-    num_relabelled: int = 0
+    changed_masks: Sequence[int] = ()
+    num_unmasked: int = 0
 
     def at(self, state: StoreState) -> Job:
         """Return the job with what is still to be done of it, given the store as it is now."""
@@ -256,9 +260,14 @@ def plan_job(request: Request, state: StoreState) -> Job:
     changes = compare_annotations(state.annotations(), plan.annotations, plan.is_variant)
     none = Tasks({}, plan, state)
     job = Job(config, settings, plan, levels, label_set, label_sets, state, changes, none)
-    # A set that no extraction has read stays as it is.
-    num_relabelled = 0 if label_set is None else _num_relabelled(state, plan)
-    return replace(job.at(state), num_relabelled=num_relabelled)
+    changed = array("q") if label_set is None else changed_masks(state, plan)
+    return replace(
+        job.at(state),
+        changed_masks=changed,
+        num_unmasked=sum(
+            state.masks[row].present and not plan.masks[row].present for row in changed
+        ),
+    )
 
 
 def _key_setting(request: Request, state: StoreState) -> dict[str, str]:
@@ -291,34 +300,15 @@ def _require_common_picture(state: StoreState, config: ExtractConfig, plan: RowP
         )
 
 
-def _num_relabelled(state: StoreState, plan: RowPlan) -> int:
-    """Count the stored masks that come from another file, or another state of it, than now."""
-    num = 0
-    masks = plan.masks
-    for stored in state.masks.values():
-        mask = masks.get(stored.row)
-        if mask is not None:
-            now = (mask.source, mask.size_bytes, mask.mtime_ns)
-            num += (stored.source, stored.size_bytes, stored.mtime_ns) != now
-    return num
-
-
-def _comes_from_files(state: StoreState) -> bool:
-    """Return whether the masks in the store were read by an extraction: then it looks after them.
-
-    A manifest that names no mask leaves alone what was set otherwise.
-    """
-    return any(line.source for line in state.masks.values())
-
-
 def _label_set(state: StoreState, plan: RowPlan) -> LabelSetSpec | None:
-    """Return the label set, large enough for every mask of the manifest."""
+    """Return the label set, large enough for every mask of the manifest.
+
+    A manifest that names no mask at all says nothing of masks: the set stays as it is.
+    """
     height_px, width_px = plan.wanted.largest_mask_px
-    stored = state.description is not None and LABEL_SET in state.description["label_sets"]
-    if height_px <= 0 and not (stored and _comes_from_files(state)):
+    if height_px <= 0:
         return None
-    height_px, width_px = max(height_px, 1), max(width_px, 1)
-    if stored:
+    if state.description is not None and LABEL_SET in state.description["label_sets"]:
         old = read_label_set_spec(state.root, LABEL_SET)
         height_px, width_px = max(height_px, old.height_px), max(width_px, old.width_px)
     return LabelSetSpec(LABEL_SET, ("foreground",), height_px, width_px)
@@ -404,13 +394,17 @@ class Tasks(LazySequence[BlockTask]):
         """Count their rows."""
         return sum(len(task.rows) for task in self)
 
+    def to_compute(self) -> Tasks:
+        """Return those of blocks that lack a level."""
+        return self.only(
+            block
+            for block, items in self._missing.items()
+            if any(item.startswith("levels.") for item in items)
+        )
+
     def num_to_compute(self) -> int:
         """Count the rows that lack a level."""
-        return sum(
-            len(task.rows)
-            for task in self
-            if any(item.startswith("levels.") for item in task.items)
-        )
+        return self.to_compute().num_rows()
 
 
 def _tasks(job: Job, state: StoreState) -> Tasks:

@@ -72,8 +72,8 @@ class _Watch:
     budget_s: float
     first_s: float | None = None
     states: Mapping[int, WorkerStatus] = field(default_factory=dict)
-    # By worker, when it had written how many images: once a block.
-    blocks: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    # By worker, what it had done at the end of each block.
+    blocks: dict[int, list[WorkerStatus]] = field(default_factory=dict)
 
     def __call__(self, states: Mapping[int, WorkerStatus], num_images: int) -> None:
         now_s = time.monotonic()
@@ -82,10 +82,11 @@ class _Watch:
             self.first_s = now_s
         for number, state in states.items():
             blocks = self.blocks.setdefault(number, [])
-            if state.num_written > (blocks[-1][1] if blocks else 0):
-                blocks.append((now_s, state.num_written))
+            if state.num_written > (blocks[-1].num_written if blocks else 0):
+                blocks.append(state)
         is_steady = len(self.blocks) == self.num_workers and all(
-            len(blocks) > _STEADY_BLOCKS and blocks[-1][0] - blocks[0][0] >= MIN_STEADY_S
+            len(blocks) > _STEADY_BLOCKS
+            and blocks[-1].elapsed_s - blocks[0].elapsed_s >= MIN_STEADY_S
             for blocks in self.blocks.values()
         )
         if is_steady or now_s - self.first_s >= self.budget_s:
@@ -96,16 +97,18 @@ def run_pilot(
     folder: Path,
     setups: Sequence[WorkerSetup],
     wanted: Sequence[Wanted],
+    num_images: int,
     report: Callable[[int, int], None],
     *,
     budget_s: float = BUDGET_S,
 ) -> Pilot:
-    """Run the workers on some images.
+    """Run the workers on some images, no more than there are to extract.
 
     Args:
         folder: on the disk that will be written to; it exists.
         setups: a worker each; their store is not touched.
-        wanted: images to take, over and over if they are few.
+        wanted: images to take, over and over if they are fewer than are to be extracted.
+        num_images: that are to be extracted.
         report: called with images done and to do.
         budget_s: how long to measure at most, once workers are at work.
 
@@ -117,18 +120,23 @@ def run_pilot(
     decode_s = _decode_s(wanted[:_NUM_DECODED], setups[0].resize_mode)
     is_on_cuda = all(setup.device.startswith("cuda") for setup in setups)
     block_rows = BLOCK_ROWS if is_on_cuda else _CPU_BLOCK_ROWS
+    # As many as an extraction starts.
+    setups = setups[: max(1, -(-num_images // BLOCK_ROWS))]
+    num_blocks = _NUM_BLOCKS * len(setups)
+    num_images = min(num_images, num_blocks * block_rows)
+    # Of few images, smaller blocks: their ends are what is measured.
+    block_rows = min(block_rows, max(setups[0].batch_size, -(-num_images // num_blocks)))
     with tempfile.TemporaryDirectory(
         dir=folder, prefix=".sam3cache-plan-", ignore_cleanup_errors=True
     ) as name:
         root = Path(name)
         setups = [replace(setup, root=root) for setup in setups]
-        tasks = _tasks(setups[0], wanted, _NUM_BLOCKS * len(setups), block_rows)
-        num_total = len(tasks) * block_rows
+        tasks = _tasks(setups[0], wanted, num_images, block_rows)
         watch = _Watch(len(setups), time.monotonic(), budget_s)
 
-        def watched(states: Mapping[int, WorkerStatus], num_images: int) -> None:
-            report(num_images, num_total)
-            watch(states, num_images)
+        def watched(states: Mapping[int, WorkerStatus], num_done: int) -> None:
+            report(num_done, num_images)
+            watch(states, num_done)
 
         with suppress(_EnoughError):
             run_pool(setups, tasks, watched)
@@ -152,16 +160,16 @@ def _decode_s(wanted: Sequence[Wanted], resize_mode: ResizeMode) -> float:
 
 
 def _tasks(
-    setup: WorkerSetup, wanted: Sequence[Wanted], num_blocks: int, block_rows: int
+    setup: WorkerSetup, wanted: Sequence[Wanted], num_images: int, block_rows: int
 ) -> list[BlockTask]:
     items = {"samples", *(spec.item for spec, _ in setup.levels.values())}
     if setup.label_set is not None:
         items.add(setup.label_set.item)
     tasks = []
-    for block in range(num_blocks):
-        numbers = range(block * BLOCK_ROWS, block * BLOCK_ROWS + block_rows)
+    for block, first in enumerate(range(0, num_images, block_rows)):
+        places = range(first, min(first + block_rows, num_images))
         chosen = {
-            row: wanted[(block * block_rows + i) % len(wanted)] for i, row in enumerate(numbers)
+            block * BLOCK_ROWS + i: wanted[place % len(wanted)] for i, place in enumerate(places)
         }
         rows = tuple(
             SampleRow(row, f"{row}", item.sample.source, item.sample.frame)
@@ -192,32 +200,52 @@ def _evaluate(
     write_s: float,
     bytes_an_image: Mapping[str, float],
 ) -> Pilot:
-    num_images = sum(state.num_images for state in watch.states.values())
-    tower_s = [
-        state.tower_s / state.num_images
-        for state in watch.states.values()
-        if state.num_images and state.tower_s
-    ]
-    tower_rate = sum(1 / seconds for seconds in tower_s)
-    rates = []
-    for number, state in watch.states.items():
-        ends = watch.blocks[number]
-        if len(ends) > 1:
-            (begun_s, begun), (ended_s, ended) = ends[0], ends[-1]
-            rates.append((ended - begun) / (ended_s - begun_s))
-            continue
-        # Too slow for two blocks: an image takes its share of the tower, and of the disk.
-        image_s = state.tower_s / max(1, state.num_images) + decode_s + write_s
-        rates.append(1 / image_s)
-    images_per_s = sum(rates)
+    at_work = {number: state for number, state in watch.states.items() if state.num_images}
+    rates = [
+        _rates(watch.blocks[number], state, decode_s + write_s) for number, state in at_work.items()
+    ] or [(1 / (decode_s + write_s), 0.0)]
+    # One that is still at its first image is taken to be as fast as the others.
+    images_per_s, tower_rate = (
+        sum(each) * watch.num_workers / len(rates) for each in zip(*rates, strict=True)
+    )
     first_s = watch.begun_s if watch.first_s is None else watch.first_s
+    first = next(iter(at_work.values()), None)
+    first_image_s = 0.0 if first is None else first.tower_s / first.num_images
     return Pilot(
-        start_s=max(0.0, first_s - watch.begun_s - (tower_s[0] if tower_s else 0.0)),
+        start_s=max(0.0, first_s - watch.begun_s - first_image_s),
         images_per_s=images_per_s,
         tower_images_per_s=tower_rate,
         decode_images_per_s=1 / decode_s,
         write_bytes_per_s=write_rate,
-        num_images=num_images,
+        num_images=sum(state.num_images for state in at_work.values()),
         batch_size=min(state.batch_size for state in watch.states.values()),
         bytes_an_image=bytes_an_image,
     )
+
+
+def _rates(
+    ends: Sequence[WorkerStatus], state: WorkerStatus, besides_s: float
+) -> tuple[float, float]:
+    """Return images a second of a worker, and of its tower alone: 0 without one.
+
+    Both are of the same time, from the end of its first block to that of its last: a first batch
+    takes longer than any other.
+
+    Args:
+        ends: what it reported at the end of each block.
+        state: what it reported last.
+        besides_s: what an image takes beside the tower.
+    """
+    if len(ends) > 1 and ends[-1].elapsed_s > ends[0].elapsed_s:
+        begun, ended = ends[0], ends[-1]
+        rate = (ended.num_written - begun.num_written) / (ended.elapsed_s - begun.elapsed_s)
+        tower_s = ended.tower_s - begun.tower_s
+        num_images = ended.num_images - begun.num_images
+    else:
+        # Too slow for two blocks: an image takes its share of the tower, and of the disk.
+        tower_s, num_images = state.tower_s, state.num_images
+        rate = num_images / (tower_s + num_images * besides_s)
+    if not state.tower_s:
+        return rate, 0.0
+    # What was written in that time may have left the tower before: it is no slower than all.
+    return rate, max(rate, num_images / tower_s if tower_s else 0.0)

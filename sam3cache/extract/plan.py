@@ -168,6 +168,7 @@ def _run_pilot(
         else runtime.existing_folder(config.output),
         setups,
         spread(wanted, _NUM_PILOT_IMAGES),
+        num_to_compute,
         lambda num_done, num_total: report(ExtractProgress("measuring", num_done, num_total, {})),
     )
 

@@ -68,6 +68,7 @@ ANNOTATIONS = ("split", "group", "primary_angle", "secondary_angle")
 
 _REQUEST_FILE = "request.json"
 _NUM_THREADS = 8
+_MAX_NAMED = 3
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -129,6 +130,7 @@ class LabelsResult:
         num_matched: of them, those that the manifest speaks of.
         num_with_mask: of them, those that have a mask now.
         num_unmatched_rows: rows of the manifest that no sample of the store belongs to.
+        unmatched: ids of the first of them.
         absent_classes: where there are several, those that no mask shows.
         set_aside: rows and masks that could not be used, and why.
     """
@@ -139,6 +141,7 @@ class LabelsResult:
     num_matched: int
     num_with_mask: int
     num_unmatched_rows: int
+    unmatched: tuple[str, ...]
     absent_classes: tuple[str, ...]
     set_aside: tuple[SetAside, ...]
 
@@ -188,9 +191,12 @@ def set_labels(
                 shutil.rmtree(staging)
                 raise ManifestError(
                     f"{config.manifest}: none of its masks can be used, the first because: "
-                    f"{asides[0].reason}; correct the masks. The labels are as they were"
+                    f"{asides[0].reason}; correct the masks, or what --classes and --masks say of "
+                    "them. The labels are as they were"
                 )
             classes = config.classes
+            used = {sample.id for sample in matched.values()}
+            unmatched = [sample.id for sample in manifest.samples if sample.id not in used]
             put_label_set(root, config.name, classes.names, seal, task=classes.task)
     return LabelsResult(
         store=root,
@@ -198,7 +204,8 @@ def set_labels(
         num_samples=len(store.samples),
         num_matched=len(matched),
         num_with_mask=num_with_mask,
-        num_unmatched_rows=len(manifest.samples) - len(matched),
+        num_unmatched_rows=len(unmatched),
+        unmatched=tuple(unmatched[:_MAX_NAMED]),
         absent_classes=_absent_classes(config),
         set_aside=(*manifest.set_aside, *asides),
     )

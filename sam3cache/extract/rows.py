@@ -20,7 +20,14 @@ import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
 from sam3cache.extract.config import FATAL_REASON
-from sam3cache.features import BLOCK_ROWS, AnnotationRow, LabelRow, LazySequence, SampleRow
+from sam3cache.features import (
+    BLOCK_ROWS,
+    AnnotationRow,
+    LabelRow,
+    LazySequence,
+    SampleRow,
+    num_replaced,
+)
 from sam3cache.images import ImageInfo, pixel_hash, probe, read_image, read_mask
 from sam3cache.records import Sample, SetAside
 from sam3cache.variants import variant_id
@@ -604,6 +611,7 @@ class RowPlan:
         num_kept: rows that held features before and hold them on.
         num_changed: samples that got a new row although the store knows their file.
         num_removed: rows that became tombstones.
+        num_replaced: of these, rows whose sample has another row now.
         num_renamed: rows whose picture was found in another file than before.
         variants: of the rows counted so, those of variants.
         is_changed: whether any row is to be other than it is.
@@ -617,6 +625,7 @@ class RowPlan:
     num_kept: int
     num_changed: int
     num_removed: int
+    num_replaced: int
     num_renamed: int
     variants: VariantCounts
     is_changed: bool
@@ -720,12 +729,12 @@ def plan_rows(
     hashes = hashes or PixelHashes()
     matching = _match_files(stored, wanted, hashes)
     _match_pixels(stored, wanted, matching, hashes)
-    num_removed = 0
+    removed = []
     for position, index in enumerate(matching.owner):
         if index != _NOBODY or stored.rows[position].status == "removed":
             continue
         old = stored.rows[position]
-        num_removed += 1
+        removed.append(old)
         # A row that was never ok loses its hash, without which it does not come back.
         matching.changed[position] = replace(
             old,
@@ -745,7 +754,12 @@ def plan_rows(
         num_live=sum(is_live),
         num_kept=matching.num_kept,
         num_changed=len(changed),
-        num_removed=num_removed,
+        num_removed=len(removed),
+        num_replaced=num_replaced(
+            removed, ((sample.id, sample.source) for sample in wanted.samples)
+        )
+        if removed
+        else 0,
         num_renamed=matching.num_renamed,
         variants=_count_variants(stored, matching, wanted, owner, is_live, changed),
         is_changed=bool(matching.changed or matching.fresh),

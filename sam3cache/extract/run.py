@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +20,7 @@ from sam3cache.extract.config import (
 from sam3cache.extract.forecast import Forecast, forecast_job
 from sam3cache.extract.job import Job, Report, Tasks, plan_job, read_request, require_folder
 from sam3cache.extract.levels import halved_batch_size, is_of_tower
+from sam3cache.extract.masks import complete_label_sets, hash_masks, num_new_masks
 from sam3cache.extract.pool import leave_if_imported, run_pool
 from sam3cache.extract.sharing import WholeCount, next_blocks
 from sam3cache.extract.state import StoreState
@@ -27,6 +28,7 @@ from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
     LABEL_CHANGE,
     BlockClaims,
+    block_of,
     finish_seal,
     interrupted_change,
     is_sealed,
@@ -85,10 +87,10 @@ def extract(
     forecast = forecast_job(job)
     announce(forecast)
     forecast.require_space()
-    for message in (*request.manifest.notes, *_what_to_know(job)):
+    for message in (*request.manifest.notes, *_what_is_lost(job), *_what_to_know(job)):
         warn(message)
     batch_size = find_batch_size(job)
-    num_computed = 0
+    num_given, blocks_given = 0, set[int]()
     rank = config.rank
     # All of a launch plan the same at once, one after the other under the lock.
     patience_s = _LOCK_PATIENCE_S * rank.num_processes
@@ -99,6 +101,7 @@ def extract(
                 job = plan_job(request, StoreState.read(root, LABEL_SET))
             if batch_size is not None:
                 job = with_batch_size(job, batch_size)
+            masks_before = hash_masks(job.state.receipts, job.changed_masks)
             job = job.describe()
             watch = _Watch(warn, job.settings["batch_size"])
             claims = BlockClaims(root)
@@ -118,7 +121,8 @@ def extract(
                 tell = watch.over(_reporter(report, tasks, whole))
                 elsewhere = run_tasks(job.setups(), tasks, tell)
                 ours = tasks.only(block for block in tasks.blocks if block not in elsewhere)
-                num_computed += ours.num_to_compute()
+                num_given += ours.num_to_compute()
+                blocks_given.update(ours.to_compute().blocks)
             if ours:
                 num_pauses = 0
             else:
@@ -138,20 +142,24 @@ def extract(
             if whole is not None:
                 num_done = max(0, whole.num_rows - job.tasks.num_rows())
                 report(ExtractProgress("extracting", num_done, whole.num_rows, {}))
+    masks_after = hash_masks(job.state.receipts, job.changed_masks)
     sealed = not job.tasks and _seal(job, patience_s)
-    found = _count(job)
+    found = _count(job, blocks_given)
     return ExtractResult(
         store=root,
         sealed=sealed,
         num_samples=found.num_usable,
-        num_computed=num_computed,
-        num_relabelled=job.num_relabelled,
+        num_computed=num_given - found.num_spoilt,
+        num_relabelled=num_new_masks(masks_before, masks_after),
+        num_unmasked=job.num_unmasked,
         num_reannotated=job.annotation_changes.num_changed,
-        num_kept=job.plan.num_live - num_computed,
+        num_kept=job.plan.num_live - num_given,
         num_renamed=job.plan.num_renamed,
         num_removed=job.plan.num_removed,
+        num_replaced=job.plan.num_replaced,
         num_moved=job.annotation_changes.num_moved,
         num_with_mask=found.num_with_mask,
+        are_masks_of_manifest=job.label_set is not None,
         num_with_angles=found.num_with_angles,
         num_variants=found.num_variants,
         set_aside=found.set_aside,
@@ -220,6 +228,17 @@ class _Watch:
         return TimeShares.of(self._states.values()) if self._states else None
 
 
+def _what_is_lost(job: Job) -> Iterator[str]:
+    """Say which masks are taken away: a manifest that names some speaks for all."""
+    if job.num_unmasked:
+        yield (
+            f"{job.num_unmasked} samples have a mask in {job.state.root} and none in "
+            f"{job.config.manifest}, which names masks of others: theirs are taken away. To have "
+            "them back, name them in the manifest and run it again, or set masks by `sam3cache "
+            "store labels set`"
+        )
+
+
 def _what_to_know(job: Job) -> Iterator[str]:
     """Say what a user should know before long work: why it is done, and what it is good for."""
     if not job.tasks.num_to_compute():
@@ -267,15 +286,29 @@ class _Count:
     num_with_mask: int
     num_with_angles: int
     num_variants: int
+    num_spoilt: int
     set_aside: tuple[SetAside, ...]
 
 
-def _count(job: Job) -> _Count:
-    """Count what the store holds now; rows of others, who work on it as well, count too."""
+def _count(job: Job, blocks_given: Container[int]) -> _Count:
+    """Count what the store holds now; rows of others, who work on it as well, count too.
+
+    Args:
+        job: when nothing more is to be done of it.
+        blocks_given: to the workers of this process: rows of them that turned out not to be usable
+            are counted as spoilt.
+    """
     set_aside = []
-    count = _Count(0, 0, 0, 0, ())
+    count = _Count(0, 0, 0, 0, 0, ())
     wanted = job.plan.wanted
+    kept_masks: frozenset[int] = frozenset()
+    if job.label_set is None:
+        kept_masks = frozenset(line.row for line in job.state.masks.values() if line.present)
     for row in job.state.rows:
+        if row.status == "aside" and block_of(row.row) in blocks_given:
+            with suppress(KeyError):
+                job.plan.index(row.row)
+                count.num_spoilt += 1
         if row.variant is not None:
             count.num_variants += row.status == "ok"
             continue
@@ -287,7 +320,8 @@ def _count(job: Job) -> _Count:
         with suppress(KeyError):
             sample = wanted.samples[job.plan.index(row.row)]
             angles = (sample.primary_angle_deg, sample.secondary_angle_deg)
-            count.num_with_mask += sample.mask is not None
+            has_mask = row.row in kept_masks if job.label_set is None else sample.mask is not None
+            count.num_with_mask += has_mask
             count.num_with_angles += None not in angles
     count.set_aside = tuple(set_aside)
     return count
@@ -314,5 +348,7 @@ def _seal(job: Job, patience_s: float) -> bool:
                 f"every feature is in {root}, and yet it is not sealed: {change} was interrupted; "
                 "run that command again, which seals it"
             )
-        seal_store(root, state.receipts, state.rows)
+        label_sets = job.label_sets.values()
+        has_noted = complete_label_sets(root, label_sets, state.rows, state.receipts)
+        seal_store(root, None if has_noted else state.receipts, state.rows)
         return True

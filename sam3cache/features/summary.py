@@ -23,6 +23,7 @@ from sam3cache.features.tables import (
     LABEL_ROWS_FILE,
     SAMPLES_FILE,
     AnnotationRow,
+    num_replaced,
 )
 from sam3cache.records import SPLITS
 
@@ -76,7 +77,14 @@ def summarise(root: Place, *, overlay: Place | None = None) -> dict[str, Any]:
 
 def _by_status(store: FeatureStore) -> dict[str, int]:
     found = Counter(row.status for row in store.sample_rows if row.variant is None)
-    return {status: found[status] for status in ("ok", "pending", "aside", "removed")}
+    removed = [r for r in store.sample_rows if r.variant is None and r.status == "removed"]
+    living = (
+        (r.id, r.source) for r in store.sample_rows if r.variant is None and r.status != "removed"
+    )
+    return {
+        **{status: found[status] for status in ("ok", "pending", "aside", "removed")},
+        "replaced": num_replaced(removed, living) if removed else 0,
+    }
 
 
 def _variants(store: FeatureStore) -> dict[str, int]:

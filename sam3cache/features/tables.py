@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from sam3cache.errors import CorruptStoreError
 from sam3cache.features.lazy import LazySequence
 from sam3cache.features.places import Place, write_atomic
+from sam3cache.records import CONTRAST, MEMBER_MARK
 
 Status = Literal["pending", "ok", "aside", "removed"]
 
@@ -117,6 +119,36 @@ class LabelRow:
     source: str = ""
     size_bytes: int = 0
     mtime_ns: int = 0
+
+
+def num_replaced(removed: Sequence[SampleRow], living: Iterable[tuple[str, str]]) -> int:
+    """Count tombstones whose sample lives on in another row: it was changed, or mended.
+
+    Its id tells. A row that never held features may have had no id of its own: of such a one, the
+    only living row of the same file is taken for the same sample.
+
+    Args:
+        removed: rows that are tombstones, or become them.
+        living: id and source of every other row.
+    """
+    ids = {row.id for row in removed}
+    files = {_file_of(row.source) for row in removed if row.source and not row.pixel_sha256}
+    living_ids: set[str] = set()
+    num_living: Counter[str] = Counter()
+    for sample_id, source in living:
+        if sample_id in ids:
+            living_ids.add(sample_id)
+        if files and _file_of(source) in files:
+            num_living[_file_of(source)] += 1
+    return sum(
+        row.id in living_ids or (not row.pixel_sha256 and num_living[_file_of(row.source)] == 1)
+        for row in removed
+    )
+
+
+def _file_of(source: str) -> str:
+    """Return a source without the frame that is looked for, which may not have been known yet."""
+    return source.removesuffix(MEMBER_MARK + CONTRAST)
 
 
 class Rows(LazySequence[Row]):

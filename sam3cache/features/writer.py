@@ -5,8 +5,8 @@ Shape legend: C channels, H height, W width, K planes of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -291,21 +291,16 @@ def write_label_block(
         OSError: when the disk is full or read-only.
     """
     tiles: dict[tuple[int, int, int, int], dict[int, NDArray[Any]]] = {}
-    facts = []
+    lines = []
     for row, mask in sorted(masks.items()):
         height_px, width_px = (0, 0) if mask is None else mask.shape[1:]
-        source = sources[row]
-        facts.append(
-            asdict(
-                LabelRow(
-                    row,
-                    height_px,
-                    width_px,
-                    mask is not None,
-                    source.source,
-                    source.size_bytes,
-                    source.mtime_ns,
-                )
+        lines.append(
+            replace(
+                sources[row],
+                row=row,
+                height_px=height_px,
+                width_px=width_px,
+                present=mask is not None,
             )
         )
         if mask is None:
@@ -322,9 +317,18 @@ def write_label_block(
     records = [
         _write_shard(root, spec.grid, index, chunks) for index, chunks in sorted(tiles.items())
     ]
-    receipt = Receipt(spec.item, block, tuple(sorted(masks)), "", tuple(records), Facts.of(facts))
+    receipt = label_receipt(spec, block, lines, records)
     write_receipt(root, receipt)
     return receipt
+
+
+def label_receipt(
+    spec: LabelSetSpec, block: int, lines: Iterable[LabelRow], shards: Iterable[ShardRecord]
+) -> Receipt:
+    """Return the receipt of a label set's block: a line a row, and the files of its masks."""
+    ordered = sorted(lines, key=lambda line: line.row)
+    rows = tuple(line.row for line in ordered)
+    return Receipt(spec.item, block, rows, "", tuple(shards), Facts.of(map(asdict, ordered)))
 
 
 def write_sample_facts(root: Place, block: int, rows: Sequence[SampleRow]) -> Receipt:

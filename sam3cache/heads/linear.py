@@ -5,6 +5,8 @@ Shape legend: B batch, H height, W width, K planes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from sam3cache.heads.head import Head, LevelShapes
@@ -20,6 +22,8 @@ class Linear(Head):
     """
 
     needs: tuple[str, ...] = ("fpn_72",)
+    # A layer alone cannot blow up, and learns next to nothing at the rate of deeper heads.
+    learning_rate: ClassVar[float] = 1e-2
 
     def __init__(self, level_shapes: LevelShapes, *, num_classes: int = 1) -> None:
         super().__init__()

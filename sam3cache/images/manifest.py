@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -391,8 +392,8 @@ def _fields(row: Row, shared: dict[Any, Any]) -> dict[str, Any]:
         "source": source,
         "frame": frame,
         "mask": mask,
-        "primary_angle_deg": _angle("primary", row.value("primary_angle")),
-        "secondary_angle_deg": _angle("secondary", row.value("secondary_angle")),
+        "primary_angle_deg": _angle(row, "primary"),
+        "secondary_angle_deg": _angle(row, "secondary"),
         "group": row.value("group") or source,
         "extra": shared[extra],
         "image_location": image_location,
@@ -422,26 +423,30 @@ def _frame(text: str) -> int | str | None:
     return int(number)
 
 
-def _angle(which: str, text: str) -> float | None:
-    """Return degrees, or None for an empty cell."""
+def _angle(row: Row, which: str) -> float | None:
+    """Return degrees, or None for an empty cell or a NaN."""
+    text = row.value(f"{which}_angle")
     if not text:
         return None
     limit = MAX_ANGLE_DEG[which]
     try:
         angle_deg = float(text)
     except ValueError:
-        angle_deg = float("nan")
-    if angle_deg != angle_deg:
         raise ImageError(
             f"{which} angle {text!r} is not a number; expected degrees in [-{limit}, {limit}], or "
             "nothing when it is unknown"
-        )
+        ) from None
     if abs(angle_deg) > limit:
+        is_of_header = f"{which}_angle" not in row.reader.column_map.fields
         raise ImageError(
-            f"{which} angle {text} is outside [-{limit}, {limit}] degrees; correct it, or empty "
-            "the cell when it is unknown"
+            f"{which} angle {text} of the file's header is outside [-{limit}, {limit}] degrees; "
+            f"a CSV's column {which}_angle goes before the header: give one with the angle, or "
+            "with an empty cell when it is unknown"
+            if is_of_header
+            else f"{which} angle {text} is outside [-{limit}, {limit}] degrees; correct it, or "
+            "empty the cell when it is unknown"
         )
-    return angle_deg
+    return None if math.isnan(angle_deg) else angle_deg
 
 
 def _derived_ids(fields: dict[str, Any]) -> list[str]:

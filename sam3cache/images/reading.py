@@ -249,7 +249,8 @@ def _read_numbers(
             raise ImageError(
                 f"{sample.mask}: class number {unknown} ({int((values_HW == unknown).sum())} "
                 f"pixels), which no class has; known are {known}; add it to the classes, as "
-                f"NAME={unknown}, or background={unknown} if it is none"
+                f"NAME={unknown}, or background={unknown} if it is none (background=* takes all "
+                "numbers that are not named)"
             )
     return mask_HW[None]
 
@@ -278,7 +279,8 @@ def _read_planes(
             raise ImageError(
                 f"{sample.mask}: {mask.num_frames or 1} planes of {mask.height_px} x "
                 f"{mask.width_px}; expected {len(names)} ({', '.join(names)}), as an .npy of "
-                f"{len(names)} x H x W, or a column of masks a class"
+                f"{len(names)} x H x W, or a column of masks a class; if the file holds class "
+                f"numbers, give each class its own, as {names[0]}=1,{names[1]}=2"
             )
         _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
         return np.stack([_foreground(plane, mask, sample) for plane in mask.frames()])

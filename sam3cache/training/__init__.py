@@ -10,9 +10,11 @@ from sam3cache.training.experiments import (
 )
 from sam3cache.training.loop import Progress, TrainResult, train
 from sam3cache.training.loss import build_loss, default_loss, dice_bce_loss
+from sam3cache.training.outlook import Outlook, look_ahead
 from sam3cache.training.together import train_together
 
 __all__ = [
+    "Outlook",
     "PlannedRun",
     "Progress",
     "RunOutcome",
@@ -21,6 +23,7 @@ __all__ = [
     "build_loss",
     "default_loss",
     "dice_bce_loss",
+    "look_ahead",
     "plan_runs",
     "read_experiments",
     "run_experiments",

@@ -18,7 +18,7 @@ from sam3cache.features import FEATURE_PRECISIONS
 from sam3cache.features import Precision as StoredPrecision
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.loading import Residency
-from sam3cache.loading.augment import Augmentation
+from sam3cache.loading.augment import IMAGE_LEVEL, Augmentation
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 LearningRateScaling = Literal["none", "sqrt", "linear"]
@@ -40,6 +40,8 @@ _NOT_THE_RESULT = frozenset(
         "allow_unsealed",
         "save_minutes",
         "compile",
+        # Follows from the data, which are compared; runs of older versions do not record it.
+        "variants_used",
     }
 )
 
@@ -285,14 +287,33 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
     ]
     if differences:
         raise ConfigError(
-            f"the run to resume had other settings ({'; '.join(differences)}); resume with the "
-            "old ones, or start a run under another --name"
+            f"the run to resume had other settings ({'; '.join(differences)}); repeat all options "
+            "that it was started with beside --resume, or start a run under another --name"
         )
     if any(recorded.get(name) != present.get(name) for name in _OF_THE_DATA):
         raise ConfigError(
             f"the run to resume learned from other images, angles or masks than {present['store']} "
             "now has in its splits train and val; resume on the store as it was, or start a run "
             "under another --name"
+        )
+
+
+def require_effect(config: TrainConfig, levels: Sequence[str]) -> None:
+    """Refuse an augmentation of the picture for a head that does not read it.
+
+    A run that began so before this was refused may go on.
+
+    Args:
+        config: of the run.
+        levels: that its head reads.
+
+    Raises:
+        ConfigError: saying what the head reads.
+    """
+    if "photometric" in config.augment and IMAGE_LEVEL not in levels and not config.resume:
+        raise ConfigError(
+            f"augmentation photometric changes {IMAGE_LEVEL} alone, which head {config.head} does "
+            f"not read (it reads {', '.join(levels)}); leave it out"
         )
 
 

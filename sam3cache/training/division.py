@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sam3cache.errors import ConfigError
-from sam3cache.features import FeatureStore, StoredSample
+from sam3cache.features import FeatureStore, LabelSetSpec, StoredSample
 from sam3cache.heads.checkpoint import short_hash
 from sam3cache.loading.folds import fold_of_groups
 from sam3cache.training.config import TrainConfig
@@ -29,6 +29,7 @@ class Division:
         held_out: variants of what is validated on: neither learned from nor validated on, but
             other folds learn from them.
         groups: by image that is learned from, its row and those of its variants.
+        variants: names of the variants that are drawn from, by this or another fold, sorted.
         num_without_mask: images left out for want of a mask.
     """
 
@@ -36,12 +37,33 @@ class Division:
     val: list[int]
     held_out: list[int]
     groups: list[list[int]]
+    variants: list[str]
     num_without_mask: int
+
+    @property
+    def num_variants(self) -> int:
+        """Variants of the images that are learned from."""
+        return len(self.train) - len(self.groups)
 
     @property
     def pool(self) -> list[int]:
         """All rows that the folds of one division draw from, the same for each of them."""
         return sorted([*self.train, *self.val, *self.held_out])
+
+
+def label_set_of(store: FeatureStore, config: TrainConfig) -> LabelSetSpec:
+    """Return the label set that a run learns.
+
+    Raises:
+        ConfigError: the store has none of this name.
+    """
+    if config.label_set not in store.label_sets:
+        raise ConfigError(
+            f"{config.store} has no label set {config.label_set!r} (it has "
+            f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or set it "
+            f"with `sam3cache store labels set {config.store} {config.label_set} --from MANIFEST`"
+        )
+    return store.label_sets[config.label_set]
 
 
 def divide(store: FeatureStore, config: TrainConfig) -> Division:
@@ -58,17 +80,21 @@ def divide(store: FeatureStore, config: TrainConfig) -> Division:
     train_rows = _with_mask(store, config, "train", train)
     val_rows = _with_mask(store, config, "val", val)
     groups = {row: [row] for row in train_rows}
-    validated, held_out = set(val_rows), []
+    validated, held_out, names = set(val_rows), [], set()
     for variant in _variants(store, config):
         if variant.base_row in groups:
             groups[variant.base_row].append(variant.row)
         elif variant.base_row in validated:
             held_out.append(variant.row)
+        else:  # of an image without a mask
+            continue
+        names.add(str(variant.variant))
     return Division(
         train=sorted(row for group in groups.values() for row in group),
         val=val_rows,
         held_out=held_out,
         groups=list(groups.values()),
+        variants=sorted(names),
         num_without_mask=len(train) + len(val) - len(train_rows) - len(val_rows),
     )
 

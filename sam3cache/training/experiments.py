@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sam3cache.errors import ConfigError, HeadError, Sam3CacheError, StoppedError
+from sam3cache.errors import ConfigError, HeadError, StoppedError
 from sam3cache.features import open_store
-from sam3cache.heads import build_head
 from sam3cache.runtime import write_atomic
-from sam3cache.tasks import num_outputs
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.division import divide
 from sam3cache.training.loop import TrainResult
+from sam3cache.training.outlook import levels_of_head
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
 from sam3cache.training.stopping import Stop, never
 from sam3cache.training.together import Outcome, failure_text
@@ -113,6 +112,10 @@ def read_experiments(path: Path, base: TrainConfig) -> list[TrainConfig]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; write the experiments into it, or check its path"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}; correct it") from error
     if unknown := sorted(content.keys() - {"defaults", "experiment"}):
@@ -196,6 +199,7 @@ def run_experiments(
 
     Raises:
         ConfigError: the output holds runs already, or folds cannot be made.
+        HeadError: the head of an experiment cannot be built; nothing has been trained then.
         StoreError: the store cannot be used.
         StoppedError: it was told to stop, and all runs have saved where they were.
     """
@@ -227,12 +231,8 @@ def run_experiments(
             )
         write_summary(folder, outcomes)
 
-    levels = _levels_needed(runs, ended)
-    tasks = [
-        PoolTask(number, run.config, levels[run.experiment])
-        for number, run in enumerate(runs)
-        if outcomes[number].status == "waiting"
-    ]
+    levels = _levels_needed(runs)
+    tasks = [PoolTask(number, run.config, levels) for number, run in enumerate(runs)]
     folder.mkdir(parents=True, exist_ok=True)
     reason = DevicePool(tasks, devices, report, ended, stop).run()
     write_summary(folder, outcomes)
@@ -244,40 +244,20 @@ def run_experiments(
     return outcomes
 
 
-def _levels_needed(
-    runs: Sequence[PlannedRun], ended: Callable[[int, Outcome], None]
-) -> dict[str, tuple[str, ...]]:
-    """Return by experiment what has to be read for it and those that share its samples.
+def _levels_needed(runs: Sequence[PlannedRun]) -> tuple[str, ...]:
+    """Return what has to be read for all experiments, as they may share their samples.
 
-    Experiments whose head cannot be built have failed already.
+    Raises:
+        HeadError: naming the experiment of which the head cannot be built.
     """
-    needs: dict[str, tuple[str, ...]] = {}
+    levels: list[str] = []
     first_of = {run.experiment: run.config for run in reversed(runs)}
-    for experiment, config in first_of.items():
+    for experiment in dict.fromkeys(run.experiment for run in runs):
         try:
-            needs[experiment] = _needs(config)
-        except Sam3CacheError as error:
-            for number, run in enumerate(runs):
-                if run.experiment == experiment:
-                    ended(number, error)
-    together = tuple(dict.fromkeys(level for levels in needs.values() for level in levels))
-    return dict.fromkeys(first_of, together)
-
-
-def _needs(config: TrainConfig) -> tuple[str, ...]:
-    store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
-    if config.feature_precision is not None:
-        store.serve(config.feature_precision)
-    if config.label_set not in store.label_sets:
-        raise HeadError(
-            f"{config.store} has no label set {config.label_set!r} (it has "
-            f"{', '.join(store.label_sets) or 'none'}); correct label_set"
-        )
-    spec = store.label_sets[config.label_set]
-    shapes = {name: level.shape for name, level in store.served_levels.items()}
-    num_planes = num_outputs(spec.task, len(spec.classes))
-    head = build_head(config.head, shapes, config.head_options, num_classes=num_planes)
-    return tuple(head.needs)
+            levels += levels_of_head(first_of[experiment])
+        except (ConfigError, HeadError) as error:
+            raise HeadError(f"experiment {experiment}: {error} (no run has begun)") from error
+    return tuple(dict.fromkeys(levels))
 
 
 def summarize(outcomes: Sequence[RunOutcome]) -> list[ExperimentSummary]:

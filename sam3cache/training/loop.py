@@ -55,9 +55,16 @@ from sam3cache.training.config import (
     BALANCED,
     TrainConfig,
     check_same_run,
+    require_effect,
     resolve_precision,
 )
-from sam3cache.training.division import Division, data_sha256, divide, trained_on
+from sam3cache.training.division import (
+    Division,
+    data_sha256,
+    divide,
+    label_set_of,
+    trained_on,
+)
 from sam3cache.training.loss import Loss, balanced_weights, build_loss, default_loss
 from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
 from sam3cache.training.state import (
@@ -100,10 +107,11 @@ class Progress:
         num_done: how many so far.
         num_total: how many in all.
         epoch: the present one, from 1; 0 while loading.
-        loss: of the latest step; None before the first.
+        loss: mean over the images of the epoch so far; None before the first step.
         best_dice: best validation Dice so far; None before the first.
         num_validated: validation images of this epoch that are done; None while it trains.
         num_to_validate: of how many.
+        num_before: of the images seen, those that parts of the run before this one saw.
     """
 
     stage: Literal["load", "train"]
@@ -114,6 +122,7 @@ class Progress:
     best_dice: float | None = None
     num_validated: int | None = None
     num_to_validate: int = 0
+    num_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ class TrainResult:
         images_per_s: training speed in the last epoch; None if there was none to train.
         peak_memory_bytes: of the GPU's tensors, or of the process on a CPU.
         stopped_early: whether it ended for want of a better Dice, before its last epoch.
+        num_variants: variants of the training samples that were drawn from beside them.
     """
 
     run_dir: Path
@@ -168,6 +178,7 @@ class TrainResult:
     images_per_s: float | None
     peak_memory_bytes: int
     stopped_early: bool = False
+    num_variants: int = 0
 
 
 def train(
@@ -254,7 +265,7 @@ class Run:
         if config.feature_precision is not None:
             store.serve(config.feature_precision)
         level_shapes = {name: spec.shape for name, spec in store.served_levels.items()}
-        self.label_set = _label_set(store, config)
+        self.label_set = label_set_of(store, config)
         self.num_classes = len(self.label_set.classes)
         torch.manual_seed(config.seed)
         self.head: Head = build_head(
@@ -263,6 +274,7 @@ class Run:
             config.head_options,
             num_classes=num_outputs(self.label_set.task, self.num_classes),
         ).to(self.device)
+        require_effect(config, self.head.needs)
         _require_precision(store, config, self.head.needs)
         self.augmentation = Augmentation.of(config.augment)
         grids = {level: level_shapes[level][-1] for level in self.head.needs}
@@ -301,6 +313,7 @@ class Run:
             "precision": self.precision,
             "num_train": len(rows.groups),
             "num_val": len(rows.val),
+            "variants_used": rows.variants,
             "data_sha256": data_sha256(store, all_rows, config.label_set),
         }
         if config.class_weights == BALANCED:
@@ -324,10 +337,11 @@ class Run:
             )
         self._open(store, rows, open_samples)
         self.num_train, self.num_val = len(rows.groups), len(rows.val)
-        self.num_without_mask = rows.num_without_mask
+        self.num_variants, self.num_without_mask = rows.num_variants, rows.num_without_mask
         self.trained_on = trained_on([self.train_samples.samples[i] for i in self._learned])
         self._choose_micro_batch()
         self.position = (self.state.epoch + 1, 0, self.state.num_seen)
+        self._num_before = self.state.epoch * self.num_train + self.state.num_seen
         self.images_per_s: float | None = None
         self._began_s = self._saved_s = time.monotonic()
         self._busy_s = 0.0
@@ -417,9 +431,7 @@ class Run:
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._began_s = self._saved_s = time.monotonic()
-        self._report_train(
-            self.state.epoch, self.state.epoch * self.num_train + self.state.num_seen
-        )
+        self._report_train(min(self.state.epoch + 1, self.config.epochs), self._num_before)
         log_dir = self.config.run_dir / "tensorboard"
         with SummaryWriter(str(log_dir), purge_step=self.state.epoch + 1) as tensorboard:
             while self.state.epoch < self.config.epochs and not self.is_out_of_patience:
@@ -457,6 +469,7 @@ class Run:
             images_per_s=self.images_per_s,
             peak_memory_bytes=self._peak_memory_bytes(),
             stopped_early=state.epoch < config.epochs,
+            num_variants=self.num_variants,
         )
 
     def _begin(self, fresh: RunState) -> RunState:
@@ -591,7 +604,8 @@ class Run:
                 self.position = (epoch, 0, num_seen)
                 if num_seen == num_images or time.monotonic() - reported_s > _REPORT_INTERVAL_S:
                     reported_s = time.monotonic()
-                    self._report_train(epoch, (epoch - 1) * num_images + num_seen, loss.item())
+                    mean_loss = self._total_loss.item() / num_seen
+                    self._report_train(epoch, (epoch - 1) * num_images + num_seen, mean_loss)
                 self._save_within_epoch(num_seen, self._elapsed_s())
                 yield from self._pause()
         self._require_finite()
@@ -672,6 +686,7 @@ class Run:
                 best_dice=self.state.best_dice if self.state.best_epoch else None,
                 num_validated=num_validated,
                 num_to_validate=self.num_val,
+                num_before=self._num_before,
             )
         )
 
@@ -832,6 +847,11 @@ def _class_weights(
     if config.class_weights is None:
         return None
     if config.class_weights == BALANCED:
+        if len(label_set.classes) == 1:
+            raise ConfigError(
+                f"class_weights is {BALANCED}, which needs several classes: label set "
+                f"{label_set.name} has {label_set.classes[0]} alone; leave it out"
+            )
         learned = {group[0] for group in rows.groups}  # an image's own row, without its variants
         return balanced_weights(count_classes(store, label_set.name, only=learned))
     return [float(weight) for weight in config.class_weights]
@@ -873,16 +893,6 @@ def _own_learning_rate(name: str, head: Head) -> float:
             "correct it, or give --lr"
         )
     return float(value)
-
-
-def _label_set(store: FeatureStore, config: TrainConfig) -> LabelSetSpec:
-    if config.label_set not in store.label_sets:
-        raise ConfigError(
-            f"{config.store} has no label set {config.label_set!r} (it has "
-            f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or set it "
-            f"with `sam3cache store labels set {config.store} {config.label_set} --from MANIFEST`"
-        )
-    return store.label_sets[config.label_set]
 
 
 def read_mask(store: FeatureStore, row: int, label_set: str) -> Tensor:

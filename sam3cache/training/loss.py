@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sam3cache.errors import ConfigError
 from sam3cache.features import ClassCount
-from sam3cache.tasks import Task
+from sam3cache.tasks import Task, default_loss
 from sam3cache.training.loss_fused import dice_bce_loss, dice_ce_loss
 from sam3cache.training.loss_monai import boundary_loss, cldice_loss, focal_loss, require_monai
 
@@ -134,11 +134,6 @@ LOSSES: dict[str, _Form] = {
 
 _OF_ONE_TASK: dict[str, Task] = {"dice-bce": "multilabel", "dice-ce": "multiclass"}
 _OF_MONAI = ("focal", "dice-focal", "cldice", "boundary")
-
-
-def default_loss(task: Task) -> str:
-    """Return the name of the loss that a task is learned with unless told otherwise."""
-    return "dice-bce" if task == "multilabel" else "dice-ce"
 
 
 def build_loss(

@@ -56,7 +56,8 @@ class PoolProgress:
     """What all devices are doing now.
 
     Attributes:
-        num_images: trained on so far, over all runs; loading does not count.
+        num_images: trained on since this start, over all runs; neither loading counts, nor what
+            resumed runs had seen before.
         num_total: how many that will be; a guess until all runs have begun.
         num_ended: runs that have ended, well or not.
         num_runs: runs in all.
@@ -226,15 +227,17 @@ class DevicePool:
         begun = {n: p for n, p in self._progress.items() if p.stage == "train"}
         # Of one that has ended, early or not, nothing is left to do.
         num_images = sum(
-            p.num_total if n in self._has_ended else p.num_done for n, p in begun.items()
+            (p.num_total if n in self._has_ended else p.num_done) - p.num_before
+            for n, p in begun.items()
         )
+        num_to_do = sum(p.num_total - p.num_before for p in begun.values())
         per_epoch = max((p.num_total / self._epochs[n] for n, p in begun.items()), default=0.0)
         to_begin = self._epochs.keys() - begun.keys() - self._has_ended
         num_to_begin = round(per_epoch * sum(self._epochs[number] for number in to_begin))
         self._report(
             PoolProgress(
                 num_images=num_images,
-                num_total=sum(p.num_total for p in begun.values()) + num_to_begin,
+                num_total=num_to_do + num_to_begin,
                 num_ended=len(self._has_ended),
                 num_runs=len(self._epochs),
                 devices=dict(self._saying),
@@ -275,7 +278,7 @@ class _Link:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._reason: str | None = None
-        self._told_s: dict[int, float] = {}
+        self._told_s: dict[tuple[int, str], float] = {}
 
     def ask(self, kind: str) -> list[PoolTask]:
         """Ask for trainings; none when it is to stop."""
@@ -310,9 +313,10 @@ class _Link:
             return [_on(device, one) for one in own]
 
         def report(number: int, progress: Progress) -> None:
-            now_s = time.monotonic()
-            if now_s - self._told_s.get(number, 0.0) > _REPORT_INTERVAL_S:
-                self._told_s[number] = now_s
+            # The first of each stage always: however short a run is, it is counted.
+            key, now_s = (tasks[number].number, progress.stage), time.monotonic()
+            if now_s - self._told_s.get(key, -math.inf) > _REPORT_INTERVAL_S:
+                self._told_s[key] = now_s
                 self._pipe.send(("progress", tasks[number].number, progress))
 
         outcomes = train_together(

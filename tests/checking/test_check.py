@@ -164,13 +164,22 @@ DEFECTS = [
         "picture-in-several-splits",
         "error: one picture in several splits: s4 and s6: the same pixels in train 1, val 1",
     ),
-    (lambda d: copy_file(d, 4, 5), "duplicate", "warning: .*s4 and s5: the same pixels in 2 files"),
+    (
+        lambda d: copy_file(d, 4, 5),
+        "duplicate",
+        "warning: .*s4 and s5: the same pixels in 2 places",
+    ),
     (lambda d: d.save("masks", 3, 0 * d.mask(3)), "empty-mask", "warning: mask marks nothing: s3"),
     (lambda d: d.save("masks", 3, 0 * d.mask(3) + 9), "full-mask", "s3: 100.0% of it is marked"),
     (
         shift_mask,
         "shifted-mask",
         r"warning: .*s3: fits better 6 px up \(correlation 0\.\d\d, where",
+    ),
+    (
+        lambda d: shift_mask(d, by=18),
+        "shifted-mask",
+        r"s3: fits better at least 16 px up, the edge of the search \(correlation",
     ),
     (shift_all, "all-masks-shifted", "2[0-4] masks fit best 1 px right, the median"),
     (set_one(3, mask=""), "missing-mask", "note: without a mask: s3: 1 of 24 samples"),
@@ -204,7 +213,7 @@ DEFECTS = [
         "zero-angles",
         "warning: .*s0, s1, s2 and others: 0/0 degrees in 12 of 24",
     ),
-    (radians, "angles-in-radians", "warning: .*none beyond 1.20 in 24 samples.*radians"),
+    (radians, "angles-in-radians", "(?s)warning: .*none beyond 1.20 in 24 samples.*radians"),
     (
         drop_splits("val", "test"),
         "empty-split",
@@ -215,14 +224,18 @@ DEFECTS = [
 
 
 @pytest.mark.parametrize(("defect", "kind", "line"), DEFECTS)
-def test_a_defect_is_found_and_told_in_one_line(data, defect, kind, line):
+def test_a_defect_is_found_and_told_with_what_was_expected_and_what_to_do_below(
+    data, defect, kind, line
+):
     defect(data)
     result = check(CheckConfig(data.write()))
     (finding,) = [finding for finding in result.findings if finding.kind == kind]
     text = str(finding)
     assert re.search(line, text), text
-    assert "\n" not in text
-    assert re.search(r"\. Expected .+; .+", text)
+    met, expected, advice = text.splitlines()
+    assert re.fullmatch(r"    Expected: .+\.", expected)
+    assert re.fullmatch(r"    What to do: .+\.", advice)
+    assert met.endswith(".")
 
 
 def test_good_data_has_nothing_to_mend(data):
@@ -312,6 +325,9 @@ def test_the_program_prints_lines_and_json_and_ends_by_severity(data, invoke, tm
     assert lines_of[0].startswith("angio.csv: 24 samples, 24 can be used (train 12, val 6, test 6)")
     assert lines_of[1].startswith("warning: mask fits better elsewhere: s3: ")
     assert lines_of[2:] == [
+        "    Expected: the best fit where it lies.",
+        "    What to do: look at the overlay on the page (-o FOLDER): the mask may be of another "
+        "frame, cropped otherwise, or written with another origin.",
         "Found: 0 errors, 1 warning, 0 notes.",
         f"Look at it: {tmp_path / 'out' / PAGE_FILE}",
     ]
@@ -381,6 +397,8 @@ def test_no_name_gets_into_what_is_written_where_it_is_to_be_hashed(data, invoke
     assert result.exit_code == 1
     assert "in several splits" in result.stdout
     assert "line 2: " in result.stdout  # how to find what cannot be used
+    assert "line 8: primary angle 400" in result.stdout
+    assert "line 8: line 8" not in result.stdout
     texts = [result.output, *(path.read_text(encoding="utf-8") for path in out.iterdir())]
     assert len(texts) == 3
     for text in texts:

@@ -86,6 +86,11 @@ def test_a_head_is_trained_and_measured_on_branches(place, invoke, monkeypatch):
         *("--head", "linear", "--epochs", "1", "--loss-size", "72", "--device", "cpu"),
     )
     assert trained.exit_code == 0, trained.output
+    # An image shows one of both coronary trees, and here a split is one image.
+    assert "warning: no image of train shows " in trained.stderr
+    assert " of 5 classes (" in trained.stderr
+    assert "; no image of val shows " in trained.stderr
+    assert "annotations split STORE --by class --label-set trunks` " in trained.stderr
     info = read_record(place / "checkpoints/run/best")
     names = ("LM", "LAD", "LCx", "RCA", "side")
     assert (info.task, info.classes, info.num_classes) == ("multiclass", names, 6)

@@ -58,6 +58,15 @@ def test_a_set_is_set_listed_and_removed(here, invoke):
     assert list(open_store(here / "x.zarr").label_sets) == ["mask"]
 
 
+def test_rows_of_no_sample_are_named(here, invoke):
+    with (here / "reader2.csv").open("a", encoding="utf-8") as file:
+        file.writelines(f"\nstranger{i},reader2/0.png" for i in range(4))
+    done = invoke("store", "labels", "set", "x.zarr", "reader2", "--from", "reader2.csv")
+    assert (
+        "Of no sample of the store: 4 rows of reader2.csv (stranger0, stranger1, stranger2, …)."
+    ) in done.stdout
+
+
 def test_bad_masks_are_listed_and_say_so_by_the_exit_code(here, invoke):
     (here / "reader2/4.png").write_bytes(b"")
     done = invoke("store", "labels", "set", "x.zarr", "r", "--from", "reader2.csv", "--json")

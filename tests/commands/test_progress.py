@@ -108,3 +108,13 @@ def test_a_failure_inside_leaves_no_closing_line() -> None:
 )
 def test_durations_read_as_a_clock(duration_s: float, text: str) -> None:
     assert format_duration(duration_s) == text
+
+
+def test_a_line_has_the_note_of_its_own_counts() -> None:
+    output, clock = io.StringIO(), Clock()
+    with bar_in(output, clock) as bar:
+        bar.report(20, 100, "epoch 1")
+        clock.now_s += 10
+        bar.report(44, 100, "epoch 3")
+        assert output.getvalue().splitlines()[-1].startswith("Extracting: 44/100 images, ")
+        assert output.getvalue().splitlines()[-1].endswith(", epoch 3")

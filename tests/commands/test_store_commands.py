@@ -89,7 +89,7 @@ def test_info_tells_people_what_a_store_holds(there, invoke):
     assert "fpn_72, image_1008: backbone test, weights test, resize letterbox" in lines
     assert "Made on a card, batch size 1, sam3cache 0.9" in lines
     (dead,) = [line for line in lines if "still take" in line]
-    assert dead.startswith("Note: 8 samples that are gone still take ")
+    assert dead.startswith("Note: 8 samples that are gone or replaced still take ")
     assert "Set aside: s5 (images/5.png): mask 5 cannot be read" in lines
     assert lines[-1] == "Set aside: 1 more; --json lists all."
     assert max(map(len, (line for line in lines if line.startswith(" ")))) <= 80
@@ -98,7 +98,9 @@ def test_info_tells_people_what_a_store_holds(there, invoke):
 def test_info_gives_programs_everything(there, invoke):
     summary = json.loads(invoke("store", "info", "features/angio.zarr", "--json").stdout)
     store = open_store("features/angio.zarr")
-    assert summary["num_samples"] == {"ok": 12, "pending": 0, "aside": 6, "removed": 2}
+    assert summary["num_samples"] == {"ok": 12, "pending": 0, "aside": 6, "removed": 2} | {
+        "replaced": 0
+    }
     assert sum(split["num_samples"] for split in summary["splits"].values()) == 12
     level = summary["levels"]["fpn_72"]
     fingerprint = store.fingerprint("fpn_72")

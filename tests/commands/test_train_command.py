@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from store_builder import build_store
+from variant_store import VARIANT, build_variant_store
+
+from sam3cache.heads.checkpoint import read_record
 
 Invoke = Callable[..., Result]
 
@@ -29,6 +32,7 @@ def test_the_only_store_is_found_and_the_summary_says_what_comes_next(
     assert "Next: sam3cache eval features/x.zarr checkpoints/film-conv" in result.stdout
     assert "1 samples without a mask were left out" in result.stdout
     assert "Samples: ram, shared with other processes; " in result.stdout
+    assert "Training film-conv on 2 samples; validation on 2." in result.stderr
     assert "Training: 2/2 images" in result.stderr
     assert ("Note: a Dice near 0" in result.stdout) == ("Dice 0.00" in result.stdout)
     assert Path("checkpoints/film-conv/best/model.safetensors").exists()
@@ -50,10 +54,58 @@ def test_options_of_the_head_reach_it(store: Path, invoke: Invoke) -> None:
     assert record["head_options"] == {"widths": [6, 4], "embedding_dim": 32}
 
 
+HEAD_OF_MINE = """
+from torch import nn
+
+from sam3cache.heads import Head
+
+
+class Plain(Head):
+    needs = ("fpn_72",)
+
+    def __init__(self, level_shapes, *, num_classes=1):
+        super().__init__()
+        self.layer = nn.Conv2d(level_shapes["fpn_72"][0], num_classes, 1)
+
+    def forward(self, batch):
+        return self.layer(self.feature(batch, "fpn_72"))
+"""
+
+
+def test_of_a_head_of_ones_own_the_next_command_names_it(
+    store: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("heads_of_mine.py").write_text(HEAD_OF_MINE, encoding="utf-8")
+    monkeypatch.syspath_prepend(".")
+    result = invoke("train", store, "--head", "heads_of_mine:Plain", "--name", "own", *QUICK)
+    assert result.exit_code == 0, result.output
+    (line,) = [text for text in result.stdout.splitlines() if text.startswith("Next: ")]
+    assert line.endswith("eval features/x.zarr checkpoints/own --head heads_of_mine:Plain")
+    command = line.removeprefix("Next: sam3cache ").split()
+    measured = invoke(*command, "--device", "cpu", "--no-page")
+    assert measured.exit_code == 0, measured.output
+
+
+def test_variants_that_are_drawn_from_are_told_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = build_variant_store(Path("features/x.zarr"))
+    told = "on 8 samples and 8 variants of them (--variants none leaves them out)"
+    for variants, used in (("all", [VARIANT]), ("none", [])):
+        options = ("--head", "linear", "--variants", variants, "--name", variants)
+        result = invoke("train", store, *options, *QUICK)
+        assert result.exit_code == 0, result.output
+        for text in (result.stdout, result.stderr):
+            assert (told in text) == bool(used)
+        assert read_record(Path(f"checkpoints/{variants}/best")).settings["variants_used"] == used
+
+
 def test_many_runs_end_in_a_table_and_what_failed_is_listed(store: Path, invoke: Invoke) -> None:
     Path("heads.toml").write_text(
         '[[experiment]]\nname = "floor"\nhead = "linear"\n'
-        '[[experiment]]\nname = "detail"\nhead = "film-detail"\n',
+        '[[experiment]]\nname = "wild"\nhead = "linear"\n'
+        "learning_rate = 1e37\nweight_decay = 1e3\n",
         encoding="utf-8",
     )
     options = ("--experiments", "heads.toml", "--folds", "2", *QUICK)
@@ -63,7 +115,9 @@ def test_many_runs_end_in_a_table_and_what_failed_is_listed(store: Path, invoke:
     assert line.split()[1] == "2/2"
     assert "±" in line
     assert "Set aside, 2 of 4 runs:" in result.stdout
-    assert "detail-fold0: head film-detail needs image_1008" in result.stdout
+    assert "wild-fold0: weights became infinite" in result.stdout
+    assert "Label set" not in result.stdout, "all are of one"
+    assert "Training on 2 samples in fold 0, label set mask; validation on" in result.stderr
     summary = json.loads(Path("checkpoints/heads/summary.json").read_text("utf-8"))
     assert [run["status"] for run in summary["runs"]] == ["done"] * 2 + ["failed"] * 2
     assert Path("checkpoints/heads/floor-fold1/best/model.safetensors").exists()
@@ -100,9 +154,19 @@ def test_settings_without_an_option_of_their_own_are_set_by_name(
         (["features/x.zarr", "--set", "epochs=3"], 2, "--set epochs: no such setting"),
         (["features/x.zarr", "--set", "warmup_epochs=x"], 2, "warmup_epochs is 'x'"),
         (["features/x.zarr", "--micro-batch", "few"], 2, "expected auto or a number"),
-        (["features/x.zarr", "--experiments", "no.toml"], 2, "no.toml cannot be read as TOML"),
+        (["features/x.zarr", "--experiments", "no.toml"], 2, "no.toml does not exist; write the"),
         (["features/x.zarr", "--head", "linear", "--folds", "9"], 2, "9 folds need as many groups"),
         (["features/x.zarr", "--head", "linear", "--variants", "rot10"], 2, "no variant 'rot10'"),
+        (
+            ["features/x.zarr", "--head", "linear", "--set", "class_weights=balanced"],
+            2,
+            "class_weights is balanced, which needs several classes: label set mask has vessel",
+        ),
+        (
+            ["features/x.zarr", "--head", "linear", "--augment", "photometric"],
+            2,
+            "photometric changes image_1008 alone, which head linear does not read (it reads fpn",
+        ),
         (["features/x.zarr", "--head", "linear", "--resume"], 2, "there is no run to resume"),
     ],
 )

@@ -270,6 +270,21 @@ def test_launches_on_one_store_share_the_work_and_agree_on_who_seals_it(tmp_path
     assert len(open_store(tmp_path / "x.zarr").samples) == 40
 
 
+def test_what_spoils_is_not_counted_as_computed_and_what_is_mended_is_replaced(
+    copy, tmp_path, invoke
+):
+    options = ("--levels", "image_1008", "--backbone", "sam3-mini", "--devices", "cpu")
+    first = invoke("extract", copy, "-o", tmp_path / "y.zarr", *options)
+    assert "4 samples, sealed; 4 computed in " in first.stdout
+    assert "1 set aside." in first.stdout
+    Image.fromarray(np.full((96, 128), 9, np.uint8)).save(copy / "images/03.png")
+    second = invoke("extract", copy, "-o", tmp_path / "y.zarr", *options)
+    assert "4 kept, 1 replaced, being changed or mended." in second.stdout
+    assert "no longer in the manifest" not in second.stdout
+    info = invoke("store", "info", tmp_path / "y.zarr").stdout
+    assert "(1 replaced)" in info
+
+
 def test_the_command_lists_what_it_set_aside_and_says_so_by_its_exit_code(copy, invoke):
     result = invoke(
         *("extract", copy, "-o", copy.parent / "x.zarr", "--levels", "image_1008"),

@@ -62,7 +62,7 @@ def test_what_is_planned_is_what_is_written_and_planning_leaves_nothing(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
     assert (planned.num_new, planned.num_to_compute, planned.num_looked_at) == (37, 37, None)
     assert planned.time is not None
-    assert planned.time.num_measured > 0
+    assert 0 < planned.time.num_measured <= 37
     assert planned.time.batch_size == 1
     assert planned.time.images_per_s > 0
 
@@ -86,6 +86,14 @@ def test_what_is_planned_is_what_is_written_and_planning_leaves_nothing(tmp_path
     again = plan(config)
     assert (again.num_kept, again.num_to_compute, again.items) == (37, 0, ())
     assert again.time is None
+
+
+def test_no_more_is_measured_than_there_is_and_the_whole_is_no_faster_than_its_tower(tmp_path):
+    folder = write_images(tmp_path / "pictures", num_images=5)
+    time_s = plan(config_of(folder, "fpn_72", backbone="sam3-mini")).time
+    assert time_s is not None
+    assert 0 < time_s.num_measured <= 5
+    assert 0 < time_s.images_per_s <= time_s.tower_images_per_s
 
 
 def test_only_what_is_missing_is_planned(tmp_path):

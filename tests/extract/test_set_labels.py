@@ -1,5 +1,6 @@
 """Labels and annotations set from manifests: matching, bad rows, kills, and extract afterwards."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -469,6 +470,56 @@ def test_extract_leaves_masks_alone_that_no_extraction_has_read(tmp_path: Path) 
     opened = open_store(store)
     assert all(opened.read_mask(row).all() for row in range(NUM_IMAGES))
     assert not opened.has_mask(opened.samples[-1].row, "mask")
+
+
+def test_a_manifest_that_names_no_mask_leaves_all_masks_as_they_are(
+    place: Path, invoke: Callable[..., Result]
+) -> None:
+    store, folder = place / "x.zarr", place / "pictures"
+    masks = [open_store(store).read_mask(row) for row in range(NUM_IMAGES)]
+    Image.fromarray(np.full((96, 128), 9, np.uint8)).save(folder / "images/new.png")
+    options = ("-o", store, "--levels", "image_1008", "--devices", "cpu")
+    done = invoke("extract", folder / "images", *options)
+    assert done.exit_code == 0, done.output
+    assert "without the mask" not in done.stdout
+    told = f"{NUM_IMAGES} have a mask (as they had: the manifest names none), 0 both view angles."
+    assert told in done.stdout
+    opened = open_store(store)
+    assert all(np.array_equal(opened.read_mask(row), mask) for row, mask in enumerate(masks))
+    assert not opened.has_mask(opened.samples[-1].row)
+    # Its block has a line of the set as well, which says so.
+    assert verify_store(store).findings == ()
+
+
+def test_masks_that_a_manifest_takes_away_are_counted_and_warned_of(place: Path) -> None:
+    table = place / "pictures/manifest.csv"
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace("masks/03.png", "").replace("masks/04.png", ""), encoding="utf-8")
+    said: list[str] = []
+    result = extract(config_of(place / "pictures"), warn=said.append)
+    assert (result.num_relabelled, result.num_unmasked, result.num_with_mask) == (0, 2, 18)
+    (line,) = said
+    assert line.startswith("2 samples have a mask in ")
+    assert "theirs are taken away" in line
+    assert not open_store(place / "x.zarr").has_mask(3)
+
+
+def test_masks_of_the_same_pixels_in_copied_files_are_no_others(place: Path) -> None:
+    for path in (place / "pictures/masks").iterdir():
+        os.utime(path, ns=(1, 1))
+    Image.fromarray(np.full((56, 56), 255, np.uint8)).save(place / "pictures/masks/02.png")
+    result = extract(config_of(place / "pictures"))
+    assert (result.num_relabelled, result.num_unmasked, result.sealed) == (1, 0, True)
+
+
+def test_samples_added_later_leave_no_label_set_incomplete(place: Path) -> None:
+    store = place / "x.zarr"
+    set_labels(LabelsConfig(store, "reader2", write_masks(place)))
+    Image.fromarray(np.full((96, 128), 9, np.uint8)).save(place / "pictures/images/new.png")
+    with (place / "pictures/manifest.csv").open("a", encoding="utf-8") as file:
+        file.write("new,images/new.png,,0,0,train,p9\n")
+    extract(config_of(place / "pictures"))
+    assert verify_store(store).findings == ()
 
 
 def test_extract_keeps_other_label_sets_and_takes_back_its_own(place: Path) -> None:

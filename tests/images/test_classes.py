@@ -181,7 +181,8 @@ def test_every_other_number_may_be_of_a_class_too(tmp_path: Path) -> None:
 RNG = np.random.default_rng(0)
 BAD_NUMBERS = {
     "unknown.png": (numbers(2, 9, 9), r"class number 9 \(60 pixels\), which no class has; known "
-                    r"are 0, 1, 2, 255; add it to the classes, as NAME=9"),
+                    r"are 0, 1, 2, 255; add it to the classes, as NAME=9, or "
+                    r"background=9 if it is none \(background=\* takes all numbers"),
     "negative.npy": (numbers(1).astype(np.int16) - 1, r"class number -1 \(1170 pixels\)"),
     "lossy.jpg": (numbers(1), "JPEG blurs class numbers; save them as PNG or .npy"),
     "colours.png": (RNG.integers(0, 255, (*SIZE, 3), dtype=np.uint8), "colours; expected class"),
@@ -232,6 +233,8 @@ def test_planes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "flat.npy", np.zeros(SIZE, np.uint8))
     with pytest.raises(ImageError, match=r"a.png, b.png: masks of .*40 x 30.*; expected one size"):
         read(tmp_path, parse_classes("a,b"), "a.png", "b.png")
+    with pytest.raises(ImageError, match=r"flat.npy: 1 planes .*holds class numbers, .*, as a=1,b"):
+        read(tmp_path, parse_classes("a,b"), "flat.npy")
     with pytest.raises(ImageError, match=r"m.npy: 2 planes of 40 x 30; expected 3 \(a, b, c\)"):
         read(tmp_path, parse_classes("a,b,c"), "m.npy")
     with pytest.raises(ImageError, match=r"flat.npy: 1 planes of 40 x 30; expected 2"):

@@ -266,6 +266,18 @@ def test_a_csv_may_name_dicoms_and_say_more_than_their_headers(tmp_path):
     assert "DOE" not in repr([(s.id, s.source, s.group, s.extra) for s in manifest.samples])
 
 
+def test_an_angle_out_of_range_is_told_as_the_headers_and_a_column_goes_before_it(tmp_path):
+    tags = {"PositionerPrimaryAngle": "400", "PositionerSecondaryAngle": "10"}
+    for name in "ab":
+        write_dicom(tmp_path / f"{name}.dcm", angiogram(1, 16, 8)[0], **tags)
+    (tmp_path / "m.csv").write_text("image\na.dcm\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match=r"400 of the file's header is outside .* a CSV's col"):
+        read_manifest(tmp_path / "m.csv")
+    text = "image,primary_angle\na.dcm,30\nb.dcm,\n"
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8")
+    assert [s.primary_angle_deg for s in read_manifest(tmp_path / "m.csv").samples] == [30, None]
+
+
 def test_a_columns_file_may_say_which_frame_and_that_names_may_be_kept(tmp_path):
     write_study(tmp_path / "study")
     (tmp_path / "c.toml").write_text(

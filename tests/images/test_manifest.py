@@ -178,7 +178,7 @@ def test_ids_come_from_image_and_frame_and_then_from_the_mask(tmp_path):
         ("a,x.png,,,0,91,train,p", "secondary angle 91 is outside [-90, 90]"),
         ("a,x.png,,,inf,0,train,p", "outside"),
         ("a,x.png,,,LAO 30,0,train,p", "'LAO 30' is not a number"),
-        ("a,x.png,,,0,nan,train,p", "'nan' is not a number"),
+        ("a,x.png,,,0,n/a,train,p", "'n/a' is not a number"),
         ('a,x.png,,,"17,3",0,train,p', "'17,3' is not a number"),
         ("a,x.png,,-1,0,0,train,p", "frame '-1'"),
         ("a,x.png,,1.5,0,0,train,p", "frame '1.5'"),
@@ -201,6 +201,12 @@ def test_a_bad_row_is_set_aside_with_its_reason(tmp_path, cells, words):
 def test_angles_up_to_the_limits_are_taken(tmp_path, angle):
     (sample,) = read(tmp_path, f"image,primary_angle\na.png,{angle}\n").samples
     assert sample.primary_angle_deg == float(angle)
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "NaN", "NAN"])
+def test_an_angle_that_is_nan_is_unknown_as_an_empty_one(tmp_path, cell):
+    (sample,) = read(tmp_path, f"image,primary_angle\na.png,{cell}\n").samples
+    assert sample.primary_angle_deg is None
 
 
 def test_a_row_without_an_id_that_is_set_aside_is_named_by_its_line(tmp_path):

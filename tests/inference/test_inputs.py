@@ -95,7 +95,7 @@ def test_every_frame_of_a_cine_is_taken_where_no_manifest_says_which(here: Path)
         (["c.png"], {}, ConfigError, "c.png: no such file"),
         (["a/*.tif"], {}, ConfigError, "matches no picture"),
         (["b/*.md"], {}, ConfigError, "matches no picture"),
-        (["views.csv"], {"primary_angle_deg": 1.0}, ConfigError, "views.csv has primary angles of its own"),
+        (["views.csv"], {"primary_angle_deg": 1.0}, ConfigError, "has primary angles of its own"),
         (["a/1.png"], {"columns": Path("c.toml")}, ConfigError, "no manifest is named"),
         (["."], {}, ManifestError, "no pictures"),
         (["a/1.png::x"], {}, ConfigError, "a part of a file cannot be named alone"),

@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_to_its_micro_batch_and_refuses_another() -> None:
     begun = TrainConfig("x.zarr", "run", batch_size=8).settings() | {"micro_batch": 8}
     for same in (None, 8, 16):  # More than a batch is the batch.
         check_same_run(begun, begun | {"micro_batch": same})
-    with pytest.raises(ConfigError, match=r"\(micro_batch 8 → 4\); resume with the old ones"):
+    with pytest.raises(ConfigError, match=r"\(micro_batch 8 → 4\); repeat all options"):
         check_same_run(begun, begun | {"micro_batch": 4})
 
 

@@ -198,7 +198,8 @@ class _StopError(Exception):
 
 def stop_in_epoch(epoch: int) -> Any:
     def report(progress: Progress) -> None:
-        if progress.epoch == epoch:
+        # Once it learns: the first report is of where it begins.
+        if progress.epoch == epoch and progress.loss is not None:
             raise _StopError
 
     return report
@@ -605,7 +606,7 @@ def test_resuming_a_finished_run_only_tells_its_result(straight: Path, store: Pa
     ("values", "expected"),
     [
         ({"head": "linear", "head_options": {}}, r"head film-conv → linear; head_options"),
-        ({"batch_size": 4}, r"other settings \(batch_size 3 → 4\); resume with the old ones"),
+        ({"batch_size": 4}, r"other settings \(batch_size 3 → 4\); repeat all options"),
         ({"epochs": 9}, r"\(epochs 4 → 9\)"),
         ({"micro_batch": 1}, r"\(micro_batch 3 → 1\)"),
     ],

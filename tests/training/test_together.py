@@ -20,6 +20,7 @@ from variant_store import NUM_TRAIN, NUM_VAL, Noting, build_variant_store, image
 from sam3cache.errors import (
     ConfigError,
     CorruptStoreError,
+    HeadError,
     NumericError,
     StoppedError,
     StoreError,
@@ -34,7 +35,7 @@ from sam3cache.training import (
     train_together,
 )
 from sam3cache.training.experiments import as_json
-from sam3cache.training.loop import Run
+from sam3cache.training.loop import Progress, Run
 from sam3cache.training.pool import PoolProgress
 from sam3cache.training.state import read_state
 from sam3cache.training.together import SamplePool
@@ -257,10 +258,6 @@ head = "linear"
 epochs = 1
 
 [[experiment]]
-name = "needs-more"
-head = "film-detail"
-
-[[experiment]]
 name = "diverges"
 head = "linear"
 learning_rate = 1e30
@@ -272,9 +269,20 @@ def test_experiments_of_a_file_run_in_processes_and_what_fails_is_set_aside(
 ) -> None:
     (tmp_path / "heads.toml").write_text(HEADS_TOML, encoding="utf-8")
     output = tmp_path / "checkpoints" / "heads"
-    base = TrainConfig(store=str(store), name="heads", output=str(output), device="cpu")
+    base = TrainConfig(
+        store=str(store), name="heads", output=str(output), device="cpu", resume=True
+    )
     experiments = read_experiments(tmp_path / "heads.toml", base)
     runs = plan_runs(experiments, seeds=2)
+    # One of them has begun before, and was stopped after its first step.
+    begun: list[Progress] = []
+    with pytest.raises(StoppedError, match="after 4 of 8 images"):
+        train(
+            replace(runs[0].config, resume=False),
+            begun.append,
+            lambda: "the test" if begun and begun[-1].num_done == 4 and begun[-1].loss else None,
+        )
+    assert {report.epoch for report in begun if report.stage == "train"} == {1}
     reports: list[PoolProgress] = []
     outcomes = run_experiments(runs, ["cpu", "cpu"], reports.append)
 
@@ -283,26 +291,24 @@ def test_experiments_of_a_file_run_in_processes_and_what_fails_is_set_aside(
         ("conv-seed1", "done"),
         ("linear-seed0", "done"),
         ("linear-seed1", "done"),
-        ("needs-more-seed0", "failed"),
-        ("needs-more-seed1", "failed"),
         ("diverges-seed0", "failed"),
         ("diverges-seed1", "failed"),
     ]
-    assert "head film-detail needs image_1008" in outcomes[4].error
     # Two steps an epoch: both losses are still finite, what the second left is not.
-    assert outcomes[6].error.startswith("weights became infinite or no number in epoch 1; start")
+    assert outcomes[4].error.startswith("weights became infinite or no number in epoch 1; start")
     # What a process of its own gave is what this one gives, with as many threads.
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        single = train(replace(runs[1].config, output=str(tmp_path / "alone")))
+        alone = replace(runs[1].config, output=str(tmp_path / "alone"), resume=False)
+        single = train(alone)
     finally:
         torch.set_num_threads(torch_threads)
     assert_equal_runs(single.run_dir, output / "conv-seed1")
 
     summary = json.loads((output / "summary.json").read_text("utf-8"))
     assert summary == json.loads(json.dumps(as_json(outcomes)))
-    conv, linear, *_, diverges = summary["experiments"]
+    conv, linear, diverges = summary["experiments"]
     dice = [o.result.best_dice for o in outcomes[:2] if o.result is not None]
     assert conv["dice_mean"] == pytest.approx(sum(dice) / 2)
     assert conv["dice_std"] == pytest.approx(abs(dice[0] - dice[1]) / 2**0.5)
@@ -310,8 +316,27 @@ def test_experiments_of_a_file_run_in_processes_and_what_fails_is_set_aside(
     assert (diverges["num_done"], diverges["dice_mean"]) == (0, None)
     assert str(tmp_path) not in json.dumps(summary)
 
-    assert reports[-1].num_images == reports[-1].num_total > 0
+    # Of 2 + 2 + 1 + 1 + 2 + 2 epochs of eight images, those of the step before are no part.
+    assert reports[-1].num_images == reports[-1].num_total == 10 * 8 - 4
     assert {device for report in reports for device in report.devices} == {"cpu:0", "cpu:1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"head": "film-detail", "head_options": {}}, "experiment second: head film-detail needs"),
+        ({"head_options": {"wide": 1}}, "experiment second: head film-conv has no option wide"),
+        ({"augment": ("photometric",)}, "experiment second: augmentation photometric changes"),
+    ],
+)
+def test_an_experiment_that_cannot_begin_is_refused_before_any_other_does(
+    store: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    first = config_for(store, tmp_path / "out", name="first")
+    runs = plan_runs([first, replace(first, name="second", **values)])
+    with pytest.raises(HeadError, match=message):
+        run_experiments(runs, ["cpu"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_already_is_not_trained_over(store: Path, tmp_path: Path) -> None:

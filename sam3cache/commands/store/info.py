@@ -80,13 +80,14 @@ def _heading(summary: dict[str, Any]) -> Iterator[str]:
     yield f"{summary['store']}: format version {summary['format_version']}, {state}"
     numbers = summary["num_samples"]
     others = [
-        f"{numbers[status]} {words}"
-        for status, words in (
-            ("pending", "still to be computed"),
-            ("aside", "set aside"),
-            ("removed", "gone"),
+        f"{number} {words}"
+        for number, words in (
+            (numbers["pending"], "still to be computed"),
+            (numbers["aside"], "set aside"),
+            (numbers["replaced"], "replaced"),
+            (numbers["removed"] - numbers["replaced"], "gone"),
         )
-        if numbers[status]
+        if number
     ]
     yield (
         f"{numbers['ok']} samples of {summary['num_groups']} groups"
@@ -176,7 +177,7 @@ def _ending(summary: dict[str, Any]) -> Iterator[str]:
     dead = summary["dead"]
     if dead["num_samples"]:
         yield (
-            f"Note: {dead['num_samples']} samples that are gone still take "
+            f"Note: {dead['num_samples']} samples that are gone or replaced still take "
             f"{size_text(dead['size_bytes'])}: `sam3cache store repack {summary['store']}` "
             "gives them back."
         )

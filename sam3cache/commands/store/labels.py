@@ -132,7 +132,11 @@ def set_(
             f"{result.num_samples - result.num_with_mask} have no mask in the set."
         )
         if result.num_unmatched_rows:
-            click.echo(f"{result.num_unmatched_rows} rows of {manifest.name} are of no sample.")
+            more = ", …" if result.num_unmatched_rows > len(result.unmatched) else ""
+            click.echo(
+                f"Of no sample of the store: {result.num_unmatched_rows} rows of {manifest.name} "
+                f"({', '.join(result.unmatched)}{more})."
+            )
         if result.absent_classes:
             click.echo(
                 f"warning: no mask shows {', '.join(result.absent_classes)}; check that --classes "
