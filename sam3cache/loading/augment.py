@@ -174,22 +174,22 @@ def augment(batch: Batch, augmentation: Augmentation, chance: torch.Generator | 
 def choose_rows(groups: Sequence[Sequence[int]], seed: int, epoch: int) -> list[int]:
     """Return which of its variants each image is seen by in an epoch, the image itself among them.
 
-    Each is as likely as the others. What an image gets depends on the seed, the epoch and its
-    place in ``groups`` alone.
+    Each is as likely as the others. What an image gets depends on the seed, the epoch and its own
+    row alone, not on which others are there: so folds that learn from an image meet the same
+    variant of it, and one reading gives it to all of them.
 
     Args:
-        groups: by image, its own row (or index) and those of its variants.
+        groups: by image, its own row (or index) and then those of its variants.
         seed: of the training.
         epoch: which pass this is.
 
     Returns:
         One of each group, in the order of the groups.
     """
-    state = np.random.SeedSequence([seed, epoch, len(groups)]).generate_state(2, np.uint64)
-    draws_N = np.random.Generator(np.random.PCG64(state.tolist())).random(len(groups))
-    return [
-        group[int(draw * len(group))] for group, draw in zip(groups, draws_N.tolist(), strict=True)
-    ]
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    # A draw for every row up to the last image's: the row is its place among them.
+    draws = generator.random(1 + max((group[0] for group in groups), default=-1)).tolist()
+    return [group[int(draws[group[0]] * len(group))] for group in groups]
 
 
 def _drawn(num: int, generators: Sequence[torch.Generator]) -> Tensor:

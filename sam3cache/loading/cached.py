@@ -28,7 +28,7 @@ from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox, ResizeMode
 from sam3cache.loading.buffers import BatchBuffers, pin
 from sam3cache.loading.records import WORD_BYTES, LevelRecord, Record, TargetRecord
-from sam3cache.loading.residency import Placement, Residency, choose_residency
+from sam3cache.loading.residency import Placement, Residency, choose_residency, room_on_gpu
 from sam3cache.loading.shared import SharedSegment, shared_folder
 from sam3cache.records import Batch
 from sam3cache.runtime import device_memory, installed_version, num_cpu_cores
@@ -455,10 +455,10 @@ class CachedSamples:
         self.loaded_bytes += len(self) * WORD_BYTES * sum(record.num_words for record in records)
 
     def _free_bytes(self) -> dict[Residency, int]:
-        """Return the free memory of every place, the nearest first."""
+        """Return the free memory of every place, the nearest first; of a GPU what is spare."""
         free: dict[Residency, int] = {}
         if self._device.type != "cpu":
-            free["device"] = device_memory(str(self._device)).free_bytes
+            free["device"] = room_on_gpu(device_memory(str(self._device)))
         free["ram"] = device_memory("cpu").free_bytes
         return free
 

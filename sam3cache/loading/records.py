@@ -24,6 +24,10 @@ from sam3cache.features import Encoded, FeatureStore, LevelSpec, StoredSample
 from sam3cache.geometry import Letterbox, ResizeMode
 from sam3cache.records import IGNORE_LABEL
 
+TARGET_RULE = 2
+"""Number of the rule that makes targets of masks: to be raised whenever other targets come out, so
+that processes of two versions of the code never share them."""
+
 WORD_BYTES = 8
 """Records are made of int64: devices gather wide words several times as fast as bytes."""
 
@@ -136,6 +140,7 @@ class TargetRecord:
             "store": self.store.seal,
             "labels": self.store.holder_of(self.label_set).seal,
             "label_set": self.label_set,
+            "rule": TARGET_RULE,
             "size_px": self.size_px,
             "mode": self.mode,
         }

@@ -72,6 +72,12 @@ _KINDS: Mapping[Any, tuple[Any, str]] = {
     "Mapping[str, Any]": (Mapping, "names and values"),
 }
 
+# By annotation of a list, what its elements have to be.
+_ELEMENTS: Mapping[Any, Any] = {
+    "Sequence[str]": str,
+    "Sequence[float] | str | None": int | float,
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -177,6 +183,11 @@ class TrainConfig:
             # A bool is an int to Python, and to nobody else.
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                 raise ConfigError(f"{setting.name} is {value!r}: expected {expected}")
+            one = _ELEMENTS.get(setting.type)
+            if one is not None and isinstance(value, list | tuple):
+                for element in value:
+                    if not isinstance(element, one) or isinstance(element, bool):
+                        raise ConfigError(f"{setting.name} holds {element!r}: expected {expected}")
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"run name {self.name!r}: expected letters, digits, '.', '_' and '-', beginning "
@@ -191,7 +202,7 @@ class TrainConfig:
                 "above 0, such as 1e-4",
             ),
             ("micro_batch", self.micro_batch is None or self.micro_batch >= 1, "at least 1"),
-            ("lr_scaling", self.lr_scaling in _LR_POWERS, ", ".join(_LR_POWERS)),
+            ("lr_scaling", self.lr_scaling in tuple(_LR_POWERS), ", ".join(_LR_POWERS)),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "0 to below the epochs"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("ema", 0 <= self.ema < 1, "0 (none) or a decay below 1, such as 0.999"),

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -335,7 +335,8 @@ class Run:
                 f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
                 "undefined; check the masks, or the split"
             )
-        self._open(store, rows, open_samples)
+        with self._memory():
+            self._open(store, rows, open_samples)
         self.num_train, self.num_val = len(rows.groups), len(rows.val)
         self.num_variants, self.num_without_mask = rows.num_variants, rows.num_without_mask
         self.trained_on = trained_on([self.train_samples.samples[i] for i in self._learned])
@@ -403,7 +404,8 @@ class Run:
             target_shape = (self.label_set.num_planes, size_px, size_px)
             sample = blank_sample(shapes, target_shape, self.device)
             self.head.eval()  # A batch norm must neither learn from one sample nor refuse it.
-            bytes_ = saved_bytes(lambda batch: self._loss_of(batch, self.head), sample)
+            with self._memory():
+                bytes_ = saved_bytes(lambda batch: self._loss_of(batch, self.head), sample)
             chosen = pick_micro_batch(config.batch_size, bytes_, self.device)
         self.micro_batch = min(chosen or 1, config.batch_size)
         settings = {**self.state.settings, "micro_batch": self.micro_batch}
@@ -421,6 +423,7 @@ class Run:
         """Go through the epochs that are left, halting after every step.
 
         Raises:
+            ConfigError: the device has not enough memory.
             NumericError: the loss is no longer finite.
             StoppedError: it was told to stop, and has saved where it was.
         """
@@ -433,9 +436,25 @@ class Run:
         self._began_s = self._saved_s = time.monotonic()
         self._report_train(min(self.state.epoch + 1, self.config.epochs), self._num_before)
         log_dir = self.config.run_dir / "tensorboard"
-        with SummaryWriter(str(log_dir), purge_step=self.state.epoch + 1) as tensorboard:
+        purge_step = self.state.epoch + 1
+        with self._memory(), SummaryWriter(str(log_dir), purge_step=purge_step) as tensorboard:
             while self.state.epoch < self.config.epochs and not self.is_out_of_patience:
                 yield from self._epoch(self.state.epoch + 1, tensorboard)
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Say what to do where a device runs out of memory."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            num_at_once = self.state.micro_batch or self.config.batch_size
+            advice = "--residency ram or stream"
+            if num_at_once > 1:
+                advice += f", or start again with --overwrite and --micro-batch {num_at_once // 2}"
+            raise ConfigError(
+                f"{self.device} has not enough memory for {num_at_once} samples at once beside "
+                f"what lies there (residency {self.config.residency}); give {advice}"
+            ) from error
 
     @property
     def is_out_of_patience(self) -> bool:

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sam3cache.geometry import INPUT_SIZE_PX
+from sam3cache.loading.residency import MICRO_BATCH_SHARE
 from sam3cache.records import Batch
 from sam3cache.runtime import device_memory
-
-USABLE_SHARE = 0.2
-"""Share of a device's memory that is planned for what the backward pass needs of a micro-batch:
-of 8 GB, 1.6. The pass itself takes as much again in passing, and samples have their own share."""
 
 MAX_CPU_BYTES = 10**9
 """And no more on a CPU, where larger parts are no faster."""
@@ -90,7 +87,7 @@ def pick_micro_batch(batch_size: int, sample_bytes: int, device: str) -> int:
     Returns:
         The whole batch if it fits; else the least number of nearly equal parts that do.
     """
-    budget_bytes = int(USABLE_SHARE * device_memory(device).total_bytes)
+    budget_bytes = int(MICRO_BATCH_SHARE * device_memory(device).total_bytes)
     if device == "cpu":
         budget_bytes = min(budget_bytes, MAX_CPU_BYTES)
     most = max(1, budget_bytes // max(1, sample_bytes))

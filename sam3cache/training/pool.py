@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,11 @@ class PoolTask:
         """What it has to have in common with those it shares its samples with."""
         return sharing_key(self.config)
 
+    @property
+    def stream(self) -> tuple[Any, ...]:
+        """What it has to have in common with those that it can read one stream with."""
+        return (*self.key, self.config.order)
+
 
 @dataclass(frozen=True)
 class PoolProgress:
@@ -79,6 +85,7 @@ class _Worker:
     pipe: Connection
     tasks: dict[int, PoolTask] = field(default_factory=dict)
     key: tuple[Any, ...] = ()
+    stream: tuple[Any, ...] = ()
 
 
 class DevicePool:
@@ -104,7 +111,7 @@ class DevicePool:
         # In the order of the keys' first: trainings that share samples follow each other.
         keys = list(dict.fromkeys(task.key for task in tasks))
         self._queue = sorted(tasks, key=lambda task: keys.index(task.key))
-        self._num_of_key = {key: sum(task.key == key for task in tasks) for key in keys}
+        self._num_of_stream = Counter(task.stream for task in tasks)
         self._devices = list(devices)[: max(1, len(tasks))]
         self._report, self._ended, self._stop = report, ended, stop
         self._workers: list[_Worker] = []
@@ -185,14 +192,14 @@ class DevicePool:
         own = [task for task in self._queue if task.key == worker.key]
         task = (own or self._queue)[0]
         self._queue.remove(task)
-        worker.key = task.key
+        worker.key, worker.stream = task.key, task.stream
         return [task]
 
     def _more(self, worker: _Worker) -> list[PoolTask]:
         """Take what shall go side by side with the training that a worker has begun to stream."""
-        share = math.ceil(self._num_of_key[worker.key] / len(self._devices))
+        share = math.ceil(self._num_of_stream[worker.stream] / len(self._devices))
         num_more = min(share, MAX_TOGETHER) - len(worker.tasks)
-        own = [task for task in self._queue if task.key == worker.key][: max(0, num_more)]
+        own = [task for task in self._queue if task.stream == worker.stream][: max(0, num_more)]
         for task in own:
             self._queue.remove(task)
         return own

@@ -76,7 +76,10 @@ class SamplePool:
 
 
 def sharing_key(config: TrainConfig) -> tuple[Any, ...]:
-    """Return what trainings have to have in common to share their samples and one stream."""
+    """Return what trainings have to have in common to share their samples.
+
+    To share a stream as well, their ``order`` has to be one.
+    """
     return (
         config.store,
         config.overlay or "",
@@ -88,7 +91,6 @@ def sharing_key(config: TrainConfig) -> tuple[Any, ...]:
         config.fold_seed,
         config.stratify or "",
         config.residency,
-        config.order,
     )
 
 
@@ -187,26 +189,26 @@ def _join(lanes: Sequence[_Lane]) -> list[JointReading]:
     """Let trainings read what they stream together.
 
     Indices count in a training's own samples, so only those who have the very same samples join a
-    reading. One ``sharing_key`` gives all the same, unless the store has changed in between.
+    reading. One ``sharing_key`` gives all the same, unless the store has changed in between. To
+    train on them in another order is another reading.
     """
     runs = [lane.run for lane in lanes]
     levels = tuple(dict.fromkeys(level for run in runs for level in run.head.needs))
     piece_size = min(run.micro_batch for run in runs)
-    for_training: dict[CachedSamples, JointReading] = {}
+    for_training: dict[tuple[CachedSamples, int], JointReading] = {}
     for_validation: dict[CachedSamples, JointReading] = {}
     for lane in lanes:
         run, epoch = lane.run, lane.run.state.epoch + 1
-        if run.train_samples not in for_training:
-            for_training[run.train_samples] = JointReading(
+        key = (run.train_samples, run.config.order)
+        if key not in for_training:
+            for_training[key] = JointReading(
                 run.train_samples,
                 seed=run.config.order,
                 shuffle=True,
                 piece_size=piece_size,
                 levels=levels,
             )
-        feed = for_training[run.train_samples].join(
-            run.train_indices, epoch=epoch, start=run.state.num_seen
-        )
+        feed = for_training[key].join(run.train_indices, epoch=epoch, start=run.state.num_seen)
         run.train_feed = feed
         lane.members.append(feed)
         if run.val_samples.residency != "stream":

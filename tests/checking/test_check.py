@@ -177,7 +177,7 @@ DEFECTS = [
         r"warning: .*s3: fits better 6 px up \(correlation 0\.\d\d, where",
     ),
     (
-        lambda d: shift_mask(d, by=18),
+        lambda d: shift_mask(d, by=16),
         "shifted-mask",
         r"s3: fits better at least 16 px up, the edge of the search \(correlation",
     ),

@@ -272,6 +272,15 @@ def test_each_epoch_takes_one_of_each_image_and_all_alike_over_many() -> None:
     assert choose_rows([], 0, 0) == []
 
 
+def test_an_image_is_seen_by_the_same_variant_whichever_others_are_there() -> None:
+    groups = [[row, 100 + row, 200 + row] for row in range(12)]
+    for epoch in range(3):
+        chosen = choose_rows(groups, 0, epoch)
+        for fold in range(3):
+            part = [row for row in range(12) if row % 3 != fold]
+            assert choose_rows([groups[row] for row in part], 0, epoch) == [chosen[r] for r in part]
+
+
 @pytest.mark.gpu
 def test_a_gpu_crops_as_the_processor_does_and_repeats_itself() -> None:
     batch = natural_batch()

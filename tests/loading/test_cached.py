@@ -17,7 +17,9 @@ from sam3cache.errors import ConfigError, CorruptStoreError, MissingSampleError
 from sam3cache.features import FeatureStore, open_store
 from sam3cache.loading import CachedSamples, Residency, choose_residency
 from sam3cache.loading.cached import MAX_READ_AHEAD
+from sam3cache.loading.residency import room_on_gpu
 from sam3cache.records import Batch
+from sam3cache.runtime import DeviceMemory
 
 LEVELS = ("fpn_72", "image_1008")
 NUM_SAMPLES = 19
@@ -169,10 +171,25 @@ def test_a_choice_says_why(wanted: Residency, free_gb: int, expected: str) -> No
     assert str(choose_residency(wanted, 12_300_000_000, {"ram": free_gb * 10**9})) == expected
 
 
+@pytest.mark.parametrize(("total_gb", "free_gb"), [(8, 7.5), (8, 5), (24, 23), (80, 79)])
+def test_samples_leave_a_gpu_what_training_needs_there(total_gb: float, free_gb: float) -> None:
+    free_bytes = left_bytes = int(free_gb * 1e9)
+    for _ in ("train", "val"):  # as much of each as may lie there
+        memory = DeviceMemory("a GPU", int(total_gb * 1e9), left_bytes)
+        left_bytes -= int(0.7 * room_on_gpu(memory))
+    micro_batch_bytes = 0.2 * total_gb * 1e9
+    assert left_bytes >= 2 * micro_batch_bytes + 1e9
+    assert left_bytes < free_bytes
+    assert room_on_gpu(DeviceMemory("a full GPU", 8 * 10**9, 10**9)) == 0
+
+
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ("device", r"residency device: the samples take 700 MB, more than 70% of the 900 MB free"),
+        (
+            "device",
+            r"residency device: the samples take 700 MB, more than 70% of the 900 MB free beside",
+        ),
         ("ram", r"residency ram: the samples take .* take auto or stream"),
         ("disk", r"residency 'disk' is unknown; take one of auto, device, ram, stream"),
     ],

@@ -15,7 +15,7 @@ import torch
 from store_builder import build_store
 
 from sam3cache.features import open_store
-from sam3cache.loading import CachedSamples
+from sam3cache.loading import CachedSamples, records
 from sam3cache.loading.shared import SharedSegment, shared_folder
 
 SHAPES = {"fpn_72": (4, 9, 9), "image_1008": (1, 21, 21)}
@@ -182,6 +182,16 @@ def test_only_the_same_rows_levels_targets_and_seal_are_shared(
         "other store": NUM_BYTES,
     }
     assert first.loaded_bytes == NUM_BYTES
+
+
+def test_targets_that_an_older_rule_has_made_are_not_shared(
+    stores: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "TARGET_RULE", records.TARGET_RULE - 1)
+    older = hold(stores[0], folder)
+    monkeypatch.undo()
+    assert older.loaded_bytes == NUM_BYTES
+    assert hold(stores[0], folder).loaded_bytes == (NUM_SAMPLES - 1) * 328, "the targets alone"
 
 
 def test_who_comes_knows_what_others_hold_already(stores: list[Path], folder: Path) -> None:

@@ -39,6 +39,10 @@ from sam3cache.training.config import check_same_run, resolve_precision
         ({"epochs": True}, r"epochs is True: expected a whole number"),
         ({"class_weights": 2}, r"class_weights is 2: expected a list of numbers, or balanced"),
         ({"class_weights": "equal"}, r"class_weights is 'equal': expected a list of numbers"),
+        ({"class_weights": ["a", 1]}, r"class_weights holds 'a': expected a list of numbers"),
+        ({"class_weights": [None, 1]}, r"class_weights holds None: expected a list of numbers"),
+        ({"lr_scaling": ["sqrt"]}, r"lr_scaling is \['sqrt'\]: expected none, sqrt, linear"),
+        ({"augment": [["crop"]]}, r"augment holds \['crop'\]: expected a list of names"),
         ({"resume": True, "overwrite": True}, r"resume and overwrite exclude each other"),
     ],
 )

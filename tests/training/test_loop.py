@@ -219,6 +219,37 @@ class Noisy(Head):
 """
 
 
+HUNGRY_HEAD = """
+import torch
+from torch import nn
+from sam3cache.heads import Head
+
+class Hungry(Head):
+    needs = ("fpn_72",)
+    def __init__(self, level_shapes, *, num_classes=1):
+        super().__init__()
+        self.layer = nn.Conv2d(level_shapes["fpn_72"][0], num_classes, 1)
+    def forward(self, batch):
+        if self.training and len(batch.content_B2) > 2:
+            raise torch.OutOfMemoryError("as a GPU says it")
+        return self.layer(self.feature(batch, "fpn_72"))
+"""
+
+
+def test_a_run_that_runs_out_of_memory_says_what_to_do(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hungry_heads.py").write_text(HUNGRY_HEAD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = config_for(
+        store, tmp_path, head="hungry_heads:Hungry", head_options={}, epochs=1, batch_size=4
+    )
+    with pytest.raises(ConfigError, match=r"memory for 4 .* --residency ram .* --micro-batch 2$"):
+        train(config)
+    train(dataclasses.replace(config, overwrite=True, micro_batch=2))
+
+
 @pytest.mark.parametrize("own_head", [False, True], ids=["film-conv", "own head with dropout"])
 def test_a_resumed_run_equals_one_without_interruption_to_the_bit(
     store: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_head: bool

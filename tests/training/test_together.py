@@ -36,7 +36,7 @@ from sam3cache.training import (
 )
 from sam3cache.training.experiments import as_json
 from sam3cache.training.loop import Progress, Run
-from sam3cache.training.pool import PoolProgress
+from sam3cache.training.pool import PoolProgress, PoolTask
 from sam3cache.training.state import read_state
 from sam3cache.training.together import SamplePool
 
@@ -110,6 +110,28 @@ def test_each_of_several_comes_out_as_alone_to_the_bit(
         assert outcome.residency == residency
     for config in configs:
         assert_equal_runs(alone / config.name, config.run_dir)
+
+
+def test_seeds_share_one_copy_in_memory(store: Path, tmp_path: Path) -> None:
+    base = config_for(store, tmp_path / "one", residency="ram", epochs=1)
+    seeds = [run.config for run in plan_runs([base], seeds=3)]
+    assert len({PoolTask(0, config, ()).key for config in seeds}) == 1
+    assert len({PoolTask(0, config, ()).stream for config in seeds}) == 3
+    pool = SamplePool(())
+    runs = [Run(config, open_samples=pool.open, mask_of=pool.mask) for config in seeds]
+    assert len({run.train_samples for run in runs}) == 1
+
+
+def test_runs_of_several_orders_may_stream_side_by_side(
+    store: Path, alone: Path, tmp_path: Path
+) -> None:
+    plain = several(store, tmp_path, residency="stream")[0]
+    other = replace(plain, name="other", order_seed=8)
+    outcomes = dict(train_together([plain, other]))
+    assert all(isinstance(outcome, TrainResult) for outcome in outcomes.values()), outcomes
+    assert_equal_runs(alone / "plain", plain.run_dir)
+    single = train(replace(other, output=str(tmp_path / "alone")))
+    assert_equal_runs(single.run_dir, other.run_dir)
 
 
 def characters_read() -> int:
@@ -217,6 +239,10 @@ def test_folds_with_variants_share_their_samples_and_learn_from_none_that_is_hel
         held_out = {run.val_samples.rows[index] for index in run.val_indices}
         assert {image_of(row) for row in rows} == images - held_out
         assert any(image_of(row) != row for row in rows), "the case is to draw variants"
+    for epoch in (1, 2):
+        of_folds = [set(run.train_indices(epoch) or ()) for run in runs]
+        num_read = len(set().union(*of_folds))
+        assert num_read == NUM_TRAIN + NUM_VAL, "one variant of an image, whoever learns from it"
 
 
 def test_runs_that_are_judged_alike_hold_each_mask_once(store: Path, tmp_path: Path) -> None:
