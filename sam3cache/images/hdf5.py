@@ -7,6 +7,7 @@ was not handed out with.
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ class Hdf5File:
         self._file: h5py.File = h5py.File(path, "r", locking=False)
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        # h5py cannot close anything any more while Python ends.
+        if hasattr(self, "_file") and not sys.is_finalizing():
             self.close()
 
     def close(self) -> None:
