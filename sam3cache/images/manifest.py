@@ -179,6 +179,13 @@ def _read_folder(folder: Path, seed: int, mask_folders: Sequence[str] = ()) -> M
         SetAside(name, name, "mask without an image of its stem; rename it or remove it")
         for name in strays
     ]
+    # Linux takes any bytes for a name; a store, and what is printed, are UTF-8.
+    odd = [sample.source for sample in samples if _printable(sample.source) != sample.source]
+    set_aside += [
+        SetAside(_printable(name), _printable(name), "the file's name is not UTF-8; rename it")
+        for name in odd
+    ]
+    samples = [sample for sample in samples if sample.source not in odd]
     return _with_splits(root, samples, [""] * len(samples), set_aside, "", seed)
 
 
@@ -191,6 +198,10 @@ def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[
             stem = path.relative_to(folder).with_suffix("").as_posix()
             found[stem].append(path.relative_to(root).as_posix())
     return dict(found)
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _read_table(
