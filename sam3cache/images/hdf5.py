@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,9 @@ class Hdf5File:
 
         self._file: h5py.File = h5py.File(path, "r", locking=False)
 
-    def __del__(self) -> None:
-        # h5py cannot close anything any more while Python ends.
-        if hasattr(self, "_file") and not sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # h5py cannot close anything any more while Python ends, when names of modules are gone, too.
+        if hasattr(self, "_file") and not is_finalizing():
             self.close()
 
     def close(self) -> None:
