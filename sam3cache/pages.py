@@ -224,6 +224,26 @@ def frame(
     )
 
 
+def lay_out_views(axes: Axes, angles_N2: NDArray[np.float64], margin: float) -> None:
+    """Prepare axes for view angles: LAO at the right, cranial at the top, zero in the middle.
+
+    Args:
+        axes: empty.
+        angles_N2: degrees, primary and secondary, of all views that will be drawn.
+        margin: how much further the axes reach than the largest angle, as a factor.
+    """
+    x_limit, y_limit = (
+        max(least, float(np.abs(column_N).max()) * margin)
+        for least, column_N in zip((60.0, 45.0), angles_N2.T, strict=True)
+    )
+    axes.set_xlim(-x_limit, x_limit)
+    axes.set_ylim(-y_limit, y_limit)
+    axes.axhline(0, color=MUTED, linewidth=1)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_xlabel("RAO  ←  primary angle, degrees  →  LAO")
+    axes.set_ylabel("caudal  ←  secondary  →  cranial")
+
+
 def svg(name: str, size_px: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """Return a plot as an <svg> element, the same bytes for the same plot.
 

@@ -138,6 +138,11 @@ class SetAside:
     source: str
     reason: str
 
+    @property
+    def bare_reason(self) -> str:
+        """The reason without the line that it may begin with, where that is the id already."""
+        return self.reason.removeprefix(f"{self.id}: ")
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -196,16 +196,7 @@ def _views_svg(views: Mapping[str, Sequence[tuple[float, float]]], width_px: int
             pages.frame(width_px, height_px, left=52, right=14, bottom=46, top=12)
         )
         angles_N2 = np.concatenate([np.reshape(own, (-1, 2)) for own in views.values()])
-        x_limit, y_limit = (
-            max(least, 1.15 * float(np.abs(column_N).max()))
-            for least, column_N in ((60.0, angles_N2[:, 0]), (45.0, angles_N2[:, 1]))
-        )
-        axes.set_xlim(-x_limit, x_limit)
-        axes.set_ylim(-y_limit, y_limit)
-        axes.axhline(0, color=pages.MUTED, linewidth=1)
-        axes.axvline(0, color=pages.MUTED, linewidth=1)
-        axes.set_xlabel("RAO  ←  primary angle, degrees  →  LAO")
-        axes.set_ylabel("caudal  ←  secondary  →  cranial")
+        pages.lay_out_views(axes, angles_N2, 1.15)
         for split, own in views.items():
             if own:
                 primary_N, secondary_N = np.transpose(own)

@@ -74,11 +74,7 @@ def findings_of(
         "unusable",
         "error",
         "cannot be used",
-        tuple(
-            # A row without an id is called by its line, with which its reason may begin, too.
-            Case((p.id,), p.reason.removeprefix(f"{p.id}: "))
-            for p in (*manifest.set_aside, *problems)
-        ),
+        tuple(Case((p.id,), p.bare_reason) for p in (*manifest.set_aside, *problems)),
         "files that can be read, and values in their range",
         "mend or remove them; extract would set these samples aside and go on",
     )

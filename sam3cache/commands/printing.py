@@ -86,9 +86,7 @@ def warn_of_samples(
         num_moved: samples that were in the training split and are no longer.
     """
     for aside in set_aside:
-        # A row without an id is called by its line, with which its reason may begin, too.
-        reason = aside.reason.removeprefix(f"{aside.id}: ")
-        click.echo(f"set aside: {aside.id} ({aside.source}): {reason}", err=True)
+        click.echo(f"set aside: {aside.id} ({aside.source}): {aside.bare_reason}", err=True)
     for group in leaks:
         click.echo(f"warning: group {group} is in more than one split", err=True)
     if num_moved:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sam3cache.evaluation.statistics import Summary
 from sam3cache.geometry import Letterbox
-from sam3cache.pages import ACCENT, INK, MANY_DOTS, MUTED, WIDE_PX, frame, svg
+from sam3cache.pages import ACCENT, INK, MANY_DOTS, MUTED, WIDE_PX, frame, lay_out_views, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,17 +153,9 @@ def view_map_svg(
 
     def draw(figure: Figure) -> None:
         axes = figure.add_axes(frame(width_px, height_px, left=52, right=96, bottom=46, top=12))
-        primary, secondary = np.asarray(angles_deg, dtype=np.float64).T
-        x_limit, y_limit = (
-            max(least, float(np.abs(values).max()) * 1.2)
-            for least, values in ((60.0, primary), (45.0, secondary))
-        )
-        axes.set_xlim(-x_limit, x_limit)
-        axes.set_ylim(-y_limit, y_limit)
-        axes.axhline(0, color=MUTED, linewidth=1)
-        axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_xlabel("RAO  ←  primary angle, degrees  →  LAO")
-        axes.set_ylabel("caudal  ←  secondary  →  cranial")
+        angles_N2 = np.asarray(angles_deg, dtype=np.float64)
+        primary, secondary = angles_N2.T
+        lay_out_views(axes, angles_N2, 1.2)
         dots = axes.scatter(
             primary,
             secondary,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sam3cache.errors import ConfigError
+from sam3cache.evaluation.scores import class_mean
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import Head
 from sam3cache.loading import CachedSamples
@@ -65,8 +66,8 @@ class Prediction:
         """Return the mean Dice over classes as ``scores.class_mean``; NaN of an empty mask."""
         assert self.scores is not None
         assert self.true_px is not None
-        values = [score.dice for score in self.scores if score.dice is not None]
-        return math.fsum(values) / len(values) if any(self.true_px) else math.nan
+        mean = class_mean(self.scores) if any(self.true_px) else None
+        return math.nan if mean is None else mean
 
 
 def logits_of(head: Head, batch: Batch) -> Tensor:

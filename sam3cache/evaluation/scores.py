@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sam3cache.metrics import MaskScores
+
 METRICS = {
     "dice": "Dice",
     "iou": "IoU",
@@ -83,7 +85,9 @@ class ImageScore:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
-def class_mean(scores: Sequence[ImageScore], metric: str = "dice") -> float | None:
+def class_mean(
+    scores: Sequence[ImageScore] | Sequence[MaskScores], metric: str = "dice"
+) -> float | None:
     """Return the mean of one image's classes; None where none of them has a value."""
     values = [value for score in scores if (value := getattr(score, metric)) is not None]
     return math.fsum(values) / len(values) if values else None

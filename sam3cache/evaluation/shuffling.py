@@ -16,7 +16,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.evaluation.statistics import Interval, bootstrap_interval, interval_text
+from sam3cache.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    gain_text,
+    interval_text,
+)
 
 SAME_OUTPUT = 1e-6
 """Change of a probability that is float32 rounding rather than a use of the input."""
@@ -131,13 +136,14 @@ def verdict(
         return "undecided", (
             f"Whether the head gains from {subject} cannot be told from {num_groups} "
             f"{'group' if num_groups == 1 else 'groups'} of images, at least {MIN_GROUPS} are "
-            f"needed: shuffling the {shuffled} changes Dice by {-mean:+z.4f}, and {changes}."
+            f"needed: shuffling the {shuffled} changes Dice by {gain_text(-mean, 4)}, and "
+            f"{changes}."
         )
     bounds = f"95% interval {interval_text(interval, 4)}"
     if max(-interval.low, interval.high) <= NEGLIGIBLE_DICE:
         return "negligible", (
-            f"The head hardly uses {subject}: true {shuffled} change Dice by {mean:+z.4f} against "
-            f"shuffled ones ({bounds}, within ±{NEGLIGIBLE_DICE}), although {changes}."
+            f"The head hardly uses {subject}: true {shuffled} change Dice by {gain_text(mean, 4)} "
+            f"against shuffled ones ({bounds}, within ±{NEGLIGIBLE_DICE}), although {changes}."
         )
     if interval.low > 0:
         return "used", (
@@ -151,5 +157,5 @@ def verdict(
         )
     return "undecided", (
         f"Whether the head gains from {subject} cannot be told: true {shuffled} change Dice by "
-        f"{mean:+z.4f} against shuffled ones ({bounds}), and {changes}."
+        f"{gain_text(mean, 4)} against shuffled ones ({bounds}), and {changes}."
     )

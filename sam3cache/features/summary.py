@@ -76,10 +76,17 @@ def summarise(root: Place, *, overlay: Place | None = None) -> dict[str, Any]:
 
 
 def _by_status(store: FeatureStore) -> dict[str, int]:
-    found = Counter(row.status for row in store.sample_rows if row.variant is None)
-    removed = [r for r in store.sample_rows if r.variant is None and r.status == "removed"]
+    found: Counter[str] = Counter()
+    removed = []
+    for row in store.sample_rows:
+        if row.variant is None:
+            found[row.status] += 1
+            if row.status == "removed":
+                removed.append(row)
     living = (
-        (r.id, r.source) for r in store.sample_rows if r.variant is None and r.status != "removed"
+        (row.id, row.source)
+        for row in store.sample_rows
+        if row.variant is None and row.status != "removed"
     )
     return {
         **{status: found[status] for status in ("ok", "pending", "aside", "removed")},

@@ -70,12 +70,13 @@ def find_images(
         if angle_deg is not None
     }
     paths = [path for name in names for path in _matches(name)]
-    is_table = {path: _is_table(path, columns) for path in dict.fromkeys(paths)}
+    readers = {path: _reader_of(path, columns) for path in dict.fromkeys(paths)}
+    is_table = {path: _makes_table(path, reader) for path, reader in readers.items()}
     if columns is not None and not any(is_table.values()):
         raise ConfigError(f"--columns {columns}: no manifest is named whose columns it could say")
     num_empty = 0
     for number, path in enumerate(is_table, 1):
-        if _is_empty_dicom(path):
+        if readers[path] == "dicom" and not path.is_dir() and _is_empty(path):
             num_empty += 1
             # A DICOM file's name may be a patient's, so its place among the named files is said.
             place = f"file {number}"
@@ -87,8 +88,8 @@ def find_images(
             continue
         used_columns = columns if is_table[path] else None
         manifest = read_manifest(path, used_columns)
-        has_columns = find_reader(path, used_columns)[1] != "dicom"
-        if clash := [name for name in given if has_columns and name in manifest.fields]:
+        has_own = readers[path] != "dicom"  # Of a header's angles those that are given go before.
+        if clash := [name for name in given if has_own and name in manifest.fields]:
             raise ConfigError(
                 f"--{clash[0].replace('_', '-')} is for images without angles, and {path} has "
                 f"{clash[0].replace('_', ' ')}s of its own; leave it out"
@@ -122,7 +123,9 @@ def _matches(name: str | Path) -> list[Path]:
     found = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207
     # Beside pictures lie JSON files of any kind: one of COCO is named by itself.
     found = [p for p in found if p.suffix.lower() != ".json"]
-    kept = [p for p in found if p.suffix.lower() in SUFFIXES or _is_table(p)]
+    kept = [
+        p for p in found if p.suffix.lower() in SUFFIXES or _makes_table(p, _reader_of(p, None))
+    ]
     if not kept:
         raise ConfigError(
             f"{name}: the pattern matches no picture and no manifest; known are "
@@ -132,18 +135,21 @@ def _matches(name: str | Path) -> list[Path]:
     return kept
 
 
-def _is_table(path: Path, columns: Path | None = None) -> bool:
+def _reader_of(path: Path, columns: Path | None) -> str:
+    """Return the name of the reader that extraction would take."""
+    return find_reader(path, columns if path.is_dir() else None)[1]
+
+
+def _makes_table(path: Path, reader: str) -> bool:
     """Return whether a reader makes a table of a path, as extraction would have it."""
     if path.is_dir():
-        return find_reader(path, columns)[1] != FOLDER
+        return reader != FOLDER
     # To a reader all is a CSV that is nothing else, pictures too.
-    return path.suffix.lower() in MANIFEST_SUFFIXES or find_reader(path, None)[1] != "csv"
+    return path.suffix.lower() in MANIFEST_SUFFIXES or reader != "csv"
 
 
-def _is_empty_dicom(path: Path) -> bool:
-    """Return whether a path is that of a DICOM file without a picture, as reports are."""
-    if path.is_dir() or find_reader(path, None)[1] != "dicom":
-        return False
+def _is_empty(path: Path) -> bool:
+    """Return whether a DICOM file has no picture, as reports have none."""
     try:
         return read_facts(path, "") is None
     except ImageError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from sam3cache.images.pseudonyms import pseudonym
 from sam3cache.records import Sample
 
 MAX_PART_CHARS = 100
@@ -69,7 +69,7 @@ def _hash(sample: Sample) -> str:
     is_apart = sample.image_location is not None
     place = sample.source if is_apart else sample.image_path.absolute().as_posix()
     text = f"{sample.id}\n{place}\n{sample.frame}"
-    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_CHARS]
+    return pseudonym(text, _HASH_CHARS)
 
 
 def _parts(id_: str) -> list[str]:
@@ -85,7 +85,7 @@ def _part(text: str, *, is_folder: bool = False) -> str:
     # Windows drops dots and spaces at the end; a dot at the beginning hides a file.
     text = text.strip(" .") or "_"
     if len(text) > MAX_PART_CHARS:
-        digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH_CHARS]
+        digest = pseudonym(text, _HASH_CHARS)
         text = f"{text[: MAX_PART_CHARS - _HASH_CHARS - 1]}-{digest}"
     if text.partition(".")[0].rstrip().casefold() in _DEVICES:
         text = f"_{text}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sam3cache.errors import ConfigError
-from sam3cache.features import FeatureStore, LabelSetSpec, StoredSample
+from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.heads.checkpoint import short_hash
 from sam3cache.loading.folds import fold_of_groups
 from sam3cache.training.config import TrainConfig
@@ -49,21 +49,6 @@ class Division:
     def pool(self) -> list[int]:
         """All rows that the folds of one division draw from, the same for each of them."""
         return sorted([*self.train, *self.val, *self.held_out])
-
-
-def label_set_of(store: FeatureStore, config: TrainConfig) -> LabelSetSpec:
-    """Return the label set that a run learns.
-
-    Raises:
-        ConfigError: the store has none of this name.
-    """
-    if config.label_set not in store.label_sets:
-        raise ConfigError(
-            f"{config.store} has no label set {config.label_set!r} (it has "
-            f"{', '.join(store.label_sets) or 'none'}); name one with --label-set, or set it "
-            f"with `sam3cache store labels set {config.store} {config.label_set} --from MANIFEST`"
-        )
-    return store.label_sets[config.label_set]
 
 
 def divide(store: FeatureStore, config: TrainConfig) -> Division:

@@ -32,14 +32,12 @@ from sam3cache.features import (
     FeatureStore,
     LabelSetSpec,
     count_classes,
-    open_store,
     record_data,
 )
 from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
     CheckpointInfo,
     Head,
-    build_head,
     check_fingerprints,
     describe_head,
     save_checkpoint,
@@ -55,18 +53,17 @@ from sam3cache.training.config import (
     BALANCED,
     TrainConfig,
     check_same_run,
-    require_effect,
     resolve_precision,
 )
 from sam3cache.training.division import (
     Division,
     data_sha256,
     divide,
-    label_set_of,
     trained_on,
 )
 from sam3cache.training.loss import Loss, balanced_weights, build_loss, default_loss
 from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
+from sam3cache.training.opening import label_set_of, new_head, open_to_train
 from sam3cache.training.state import (
     STATE_FILE,
     RunState,
@@ -259,22 +256,12 @@ class Run:
         self.config, self.report, self.stop = config, report, stop
         self.device = pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
-        store = open_store(
-            config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay
-        )
-        if config.feature_precision is not None:
-            store.serve(config.feature_precision)
+        store = open_to_train(config)
         level_shapes = {name: spec.shape for name, spec in store.served_levels.items()}
         self.label_set = label_set_of(store, config)
         self.num_classes = len(self.label_set.classes)
         torch.manual_seed(config.seed)
-        self.head: Head = build_head(
-            config.head,
-            level_shapes,
-            config.head_options,
-            num_classes=num_outputs(self.label_set.task, self.num_classes),
-        ).to(self.device)
-        require_effect(config, self.head.needs)
+        self.head: Head = new_head(store, config).to(self.device)
         _require_precision(store, config, self.head.needs)
         self.augmentation = Augmentation.of(config.augment)
         grids = {level: level_shapes[level][-1] for level in self.head.needs}

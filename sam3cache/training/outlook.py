@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sam3cache.features import count_classes, open_store
-from sam3cache.heads import build_head
-from sam3cache.tasks import num_outputs
-from sam3cache.training.config import TrainConfig, require_effect
-from sam3cache.training.division import divide, label_set_of
+from sam3cache.training.config import TrainConfig
+from sam3cache.training.division import divide
+from sam3cache.training.opening import label_set_of, new_head, open_to_train
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,4 @@ def levels_of_head(config: TrainConfig) -> tuple[str, ...]:
         ConfigError: there is no such label set, or the head does not read what is augmented.
         StoreError: the store cannot be used.
     """
-    store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
-    if config.feature_precision is not None:
-        store.serve(config.feature_precision)
-    spec = label_set_of(store, config)
-    shapes = {name: level.shape for name, level in store.served_levels.items()}
-    num_planes = num_outputs(spec.task, len(spec.classes))
-    head = build_head(config.head, shapes, config.head_options, num_classes=num_planes)
-    require_effect(config, head.needs)
-    return tuple(head.needs)
+    return tuple(new_head(open_to_train(config), config).needs)
