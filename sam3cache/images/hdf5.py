@@ -67,7 +67,7 @@ class Hdf5File:
         self._file: h5py.File = h5py.File(path, "r", locking=False)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # h5py cannot close anything any more while Python ends, when names of modules are gone, too.
+        # While Python ends h5py cannot close anything any more, and modules have lost their names.
         if hasattr(self, "_file") and not is_finalizing():
             self.close()
 
