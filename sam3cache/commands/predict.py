@@ -145,6 +145,8 @@ def predict(
                 stages.show("Predicting", num_done, num_total)
 
             result = predict_images(config, report)
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
         warn_of_samples(result.set_aside)
         if result.num_lacking_angles:
             click.echo(

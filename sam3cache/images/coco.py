@@ -233,12 +233,13 @@ def open_coco_mask(
 def find_coco_files(folder: Path) -> list[Path]:
     """Return the COCO files of a folder, as ARCADE lays them out, in order.
 
-    They are in ``annotations/``, beside ``images/``; or so in each of its folders, a split each.
-    Other JSON files may be called so, too: theirs are folders of pictures with ``masks/``.
+    They are in ``annotations/``, beside ``images/``; or so in each of its folders, a split each; or
+    in each of its folders among the images, as Roboflow has them. Other JSON files may be called
+    so, too: theirs are folders of pictures with ``masks/``.
     """
     if (folder / "masks").is_dir():
         return []
-    for pattern in ("annotations/*.json", "*/annotations/*.json"):
+    for pattern in ("annotations/*.json", "*/annotations/*.json", "*/_annotations.coco.json"):
         if files := sorted(path for path in folder.glob(pattern) if _looks_like_coco(path)):
             return files
     return []
@@ -323,19 +324,34 @@ def coco_table(path: Path, columns: Path | None) -> Iterator[Table]:
 
 
 def _images_folder(file: Path, coco: CocoFile) -> Path:
-    """Return the folder that a COCO file's images are in."""
+    """Return the folder that a COCO file's images are in.
+
+    Beside the file or its folder, in ``images/`` there, or, as COCO itself has it, in a folder that
+    the file's name ends in: ``train2017/`` of ``annotations/instances_train2017.json``.
+
+    Raises:
+        ManifestError: when they are in none of these, or in several.
+    """
     here = file.absolute().parent
-    places = [here / "images", here.parent / "images", here, here.parent]
+    bases = [here / "images", here.parent / "images", here, here.parent]
+    places = [*bases, *(base / word for base in bases for word in file.stem.split("_") if word)]
     names = [str(image["file_name"]) for image in list(coco.images.values())[:_NUM_TRIED]]
     if not names or all(map(is_absolute, names)):
         return here
-    for place in places:
-        if any((place / name).is_file() for name in names):
-            return place
-    raise ManifestError(
-        f"{file}: its image {names[0]!r} is not in {', '.join(map(str, places))}; put the images "
-        "there, or name the file's folder otherwise"
-    )
+    num_found = {place: sum((place / n).is_file() for n in names) for place in places}
+    most = max(num_found.values())
+    if not most:
+        raise ManifestError(
+            f"{file}: its image {names[0]!r} is not in {', '.join(map(str, bases))}; put the "
+            "images there, or name the file's folder otherwise"
+        )
+    found = [place for place, number in num_found.items() if number == most]
+    if len({place.resolve() for place in found}) > 1:
+        raise ManifestError(
+            f"{file}: its images, by their names, may be those in {found[0]} or in {found[1]}; "
+            "move one of the two folders elsewhere"
+        )
+    return found[0]
 
 
 def _split_of(file: Path, folder: Path) -> str:
@@ -343,7 +359,7 @@ def _split_of(file: Path, folder: Path) -> str:
 
     As of ``instances_val2017.json``. A name that tells two splits tells none.
     """
-    part = file.parent.parent
+    part = file.parent.parent if file.parent.name == "annotations" else file.parent
     for name in (file.stem, *([] if part == folder else [part.name])):
         words = re.findall(r"[a-z]+", name.lower())
         if len(words) > 1:

@@ -15,7 +15,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,16 +202,50 @@ def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
     Of a cine it is the frame with the most contrast agent, unless ``columns.toml`` says another.
     """
     del columns
-    is_folder = path.is_dir()
-    root = path.absolute() if is_folder else path.absolute().parent
+    if not path.is_dir():
+        yield _table_of(path, path.absolute().parent, [(1, path.absolute())], [])
+        return
+    root = path.absolute()
     notes: list[str] = []
     unread: list[OSError] = []
 
+    def files() -> Iterator[tuple[int, Path]]:
+        num_dicoms = 0
+        for num_dicoms, file in enumerate(find_dicoms(root, unread.append), 1):
+            yield num_dicoms, file
+        if num_others := _count_files(root) - num_dicoms:
+            notes.append(f"{num_others} files that are not DICOM were left out")
+        if unread:
+            notes.append(
+                f"{len(unread)} folders could not be read and were left out with all that is in "
+                f"them: {unread[0].strerror}"
+            )
+
+    yield _table_of(path, root, files(), notes)
+
+
+@contextmanager
+def dicom_files_table(files: Sequence[tuple[int, Path]]) -> Iterator[Table]:
+    """Take DICOM files of one folder or several, each with the number that messages call it by.
+
+    Their paths are relative to the folder that all of them share, so that no two are called alike.
+    """
+    paths = [path.absolute() for _, path in files]
+    try:
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+    except ValueError:  # Drives of Windows have nothing in common.
+        root = paths[0].parent
+    numbers = [number for number, _ in files]
+    yield _table_of(root, root, zip(numbers, paths, strict=True), [])
+
+
+def _table_of(path: Path, root: Path, files: Iterable[tuple[int, Path]], notes: list[str]) -> Table:
+    """Return a table of DICOM files, a row each that has a picture."""
+
     def rows() -> Iterator[tuple[int, list[str]]]:
-        num_dicoms = num_without = 0
-        files = find_dicoms(root, unread.append) if is_folder else [path.absolute()]
-        for number, file in enumerate(files, 1):
-            num_dicoms, num_frames = number, 1
+        num_without = 0
+        for number, file in files:
+            num_frames = 1
             # What is wrong with a file is said where its row is understood.
             with suppress(ImageError):
                 facts = read_facts(file, "")
@@ -219,19 +253,12 @@ def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
                     num_without += 1
                     continue
                 num_frames = facts.num_frames
-            frame = CONTRAST if num_frames > 1 else ""
-            yield number, [file.relative_to(root).as_posix(), frame]
-        if is_folder and (num_others := _count_files(root) - num_dicoms):
-            notes.append(f"{num_others} files that are not DICOM were left out")
+            name = file.relative_to(root) if file.is_relative_to(root) else file
+            yield number, [name.as_posix(), CONTRAST if num_frames > 1 else ""]
         if num_without:
             notes.append(f"{num_without} DICOM files without a picture were left out")
-        if unread:
-            notes.append(
-                f"{len(unread)} folders could not be read and were left out with all that is in "
-                f"them: {unread[0].strerror}"
-            )
 
-    yield Table(path, root, ("image", "frame"), rows(), unit="file", notes=notes)
+    return Table(path, root, ("image", "frame"), rows(), unit="file", notes=notes)
 
 
 def _count_files(folder: Path) -> int:

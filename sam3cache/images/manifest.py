@@ -21,6 +21,7 @@ import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
 from sam3cache.images.columns import LateKeyError, Row, RowReader, map_columns, read_setting
+from sam3cache.images.dicom import dicom_files_table
 from sam3cache.images.files import SUFFIXES
 from sam3cache.images.readers import FOLDER, READERS, find_reader
 from sam3cache.images.tables import SPLIT_SYNONYMS, Table, read_csv_rows, saying_path
@@ -48,6 +49,7 @@ class Manifest:
         split_rule: where the splits come from, in words.
         leaks: groups that the manifest itself puts into more than one split.
         fields: fields that it gives; "split" only if it has any.
+        header_fields: of these, what headers of DICOM files give, and nothing else does.
         extra: other columns that it gives.
         notes: what is to be told of it, a sentence each.
         key_mark: of the key that names of persons are hashed with, what tells it from another; ""
@@ -63,6 +65,7 @@ class Manifest:
     split_rule: str
     leaks: tuple[str, ...] = ()
     fields: tuple[str, ...] = ("image", "mask")
+    header_fields: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     key_mark: str = ""
@@ -118,6 +121,18 @@ def read_manifest(
             mask_columns,
             known_groups=known_groups,
         )
+
+
+def read_dicoms(files: Sequence[tuple[int, Path]]) -> Manifest:
+    """Read DICOM files that are named one by one, wherever they lie.
+
+    Args:
+        files: with each the number that messages call it by; none is a folder.
+
+    Raises:
+        ManifestError: when none can be used.
+    """
+    return _read(lambda: dicom_files_table(files), None, 0)
 
 
 def _read(
@@ -179,13 +194,8 @@ def _read_folder(folder: Path, seed: int, mask_folders: Sequence[str] = ()) -> M
         SetAside(name, name, "mask without an image of its stem; rename it or remove it")
         for name in strays
     ]
-    # Linux takes any bytes for a name; a store, and what is printed, are UTF-8.
-    odd = [sample.source for sample in samples if _printable(sample.source) != sample.source]
-    set_aside += [
-        SetAside(_printable(name), _printable(name), "the file's name is not UTF-8; rename it")
-        for name in odd
-    ]
-    samples = [sample for sample in samples if sample.source not in odd]
+    samples, odd = without_odd_names(samples)
+    set_aside += odd
     return _with_splits(root, samples, [""] * len(samples), set_aside, "", seed)
 
 
@@ -200,7 +210,20 @@ def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[
     return dict(found)
 
 
-def _printable(name: str) -> str:
+def without_odd_names(samples: Iterable[Sample]) -> tuple[list[Sample], list[SetAside]]:
+    """Set aside what is called by bytes that are no UTF-8, as Linux allows and no text does."""
+    kept, odd = [], []
+    for sample in samples:
+        name = printable(sample.source)
+        if name == sample.source:
+            kept.append(sample)
+        else:
+            odd.append(SetAside(name, name, "the file's name is not UTF-8; rename it"))
+    return kept, odd
+
+
+def printable(name: str) -> str:
+    """Return a file's name as UTF-8; bytes that are none as they are written in Python."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -271,8 +294,10 @@ def _read_table(
     if not samples and not set_aside:
         raise ManifestError(f"{where}: no rows; expected a header and a row a sample")
     if not samples:
+        # The path of what holds DICOM files alone may name a person.
+        these = "these DICOM files" if is_hidden and table.unit == "file" else str(where)
         raise ManifestError(
-            f"{where}: none of its {len(set_aside)} rows can be used; the first: "
+            f"{these}: none of {len(set_aside)} {table.unit}s can be used; the first: "
             f"{set_aside[0].reason}"
         )
     source_of_split = column_map.fields.get("split")
@@ -285,8 +310,10 @@ def _read_table(
     if not any(splits):
         given.discard("split")
     extra, notes, key_mark = column_map.extra, list(table.notes), ""
+    of_headers: set[str] = set()
     if reader.num_dicoms:
-        given |= {"primary_angle", "secondary_angle", "group"}
+        of_headers = {"primary_angle", "secondary_angle", "group"} - given
+        given |= of_headers
         extra += tuple(name for name in _SPACING if reader.has_spacing and name not in extra)
         if num_mixed := reader.num_mixed_patients:
             notes.append(
@@ -300,6 +327,7 @@ def _read_table(
     return replace(
         manifest,
         fields=tuple(sorted(given)),
+        header_fields=tuple(sorted(of_headers)),
         extra=extra,
         notes=tuple(notes),
         key_mark=key_mark,

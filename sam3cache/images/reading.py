@@ -352,8 +352,8 @@ def _frame_index(picture: Picture, frame: int | None, name: str) -> int:
         return 0
     if frame is None:
         raise ImageError(
-            f"{name}: a cine of {picture.num_frames} frames; say which frame, from 0, in the "
-            "manifest"
+            f"{name}: a cine of {picture.num_frames} frames; say which frame in the "
+            "manifest: a number from 0, or contrast for the one with the most contrast agent"
         )
     if not 0 <= frame < picture.num_frames:
         raise ImageError(

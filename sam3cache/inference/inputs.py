@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sam3cache.errors import ConfigError, ImageError
-from sam3cache.images import read_manifest
+from sam3cache.images import Manifest, read_manifest
 from sam3cache.images.dicom import read_facts
 from sam3cache.images.files import SUFFIXES, open_picture
+from sam3cache.images.manifest import read_dicoms, without_odd_names
 from sam3cache.images.readers import FOLDER, find_reader
 from sam3cache.records import Sample, SetAside
 
@@ -26,11 +27,13 @@ class Inputs:
 
     Attributes:
         samples: in the order in which they were named. Ids may be there twice, of two manifests.
-        set_aside: rows of manifests that cannot be used, each with its reason.
+        set_aside: rows of manifests, and files, that cannot be used, each with its reason.
+        notes: what is to be told of them, a sentence each.
     """
 
     samples: tuple[Sample, ...]
     set_aside: tuple[SetAside, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def find_images(
@@ -59,6 +62,8 @@ def find_images(
         ManifestError: a manifest or folder as a whole cannot be used.
     """
     files: list[Path] = []
+    dicoms: dict[Path, int] = {}
+    manifests: list[Manifest] = []
     samples: list[Sample] = []
     set_aside: list[SetAside] = []
     given = {
@@ -76,34 +81,41 @@ def find_images(
         raise ConfigError(f"--columns {columns}: no manifest is named whose columns it could say")
     num_empty = 0
     for number, path in enumerate(is_table, 1):
-        if readers[path] == "dicom" and not path.is_dir() and _is_empty(path):
-            num_empty += 1
+        if readers[path] == "dicom" and not path.is_dir():
             # A DICOM file's name may be a patient's, so its place among the named files is said.
-            place = f"file {number}"
-            reason = "a DICOM file without a picture; leave it out"
-            set_aside.append(SetAside(place, place, reason))
+            if _is_empty(path):
+                num_empty += 1
+                place, reason = f"file {number}", "a DICOM file without a picture; leave it out"
+                set_aside.append(SetAside(place, place, reason))
+            else:
+                dicoms.setdefault(path.absolute(), number)
             continue
         if not is_table[path] and not path.is_dir():
             files.append(path)
             continue
-        used_columns = columns if is_table[path] else None
-        manifest = read_manifest(path, used_columns)
-        has_own = readers[path] != "dicom"  # Of a header's angles those that are given go before.
-        if clash := [name for name in given if has_own and name in manifest.fields]:
+        manifest = read_manifest(path, columns if is_table[path] else None)
+        # What is given goes before what headers say, but not before what somebody wrote down.
+        own = {*manifest.fields} - {*manifest.header_fields}
+        if clash := [name for name in given if name in own]:
             raise ConfigError(
                 f"--{clash[0].replace('_', '-')} is for images without angles, and {path} has "
                 f"{clash[0].replace('_', ' ')}s of its own; leave it out"
             )
-        found = manifest.samples
-        samples += found if is_table[path] else _with_frames(found)
-        set_aside += manifest.set_aside
+        manifests.append(manifest)
+        samples += manifest.samples if is_table[path] else _with_frames(manifest.samples)
     if num_empty == len(is_table):
         raise ConfigError("no DICOM file that is named holds a picture; name one that does")
-    samples += _with_frames(_of_files(files))
+    if dicoms:
+        manifests.append(read_dicoms([(number, path) for path, number in dicoms.items()]))
+        samples += manifests[-1].samples
+    named, odd = without_odd_names(_of_files(files))
+    samples += _with_frames(named)
     angles = {f"{name}_deg": angle_deg for name, angle_deg in given.items()}
     if angles:
         samples = [replace(sample, **angles) for sample in samples]  # type: ignore[arg-type]
-    return Inputs(tuple(_each_once(samples)), tuple(set_aside))
+    set_aside += [aside for manifest in manifests for aside in manifest.set_aside]
+    notes = dict.fromkeys(note for manifest in manifests for note in manifest.notes)
+    return Inputs(tuple(_each_once(samples)), (*set_aside, *odd), tuple(notes))
 
 
 def _matches(name: str | Path) -> list[Path]:

@@ -162,6 +162,7 @@ class PredictResult:
         num_angles_from_store: of them, with view angles from the store, as none were given.
         num_lacking_angles: of them, with an unknown angle; 0 if the head reads no angles.
         set_aside: images that could not be used, each with its reason.
+        notes: what is to be told of the images, a sentence each.
         coco: the file written, or None.
         elapsed_s: time taken, loading included.
         environment: versions that matter.
@@ -183,6 +184,7 @@ class PredictResult:
     num_angles_from_store: int
     num_lacking_angles: int
     set_aside: tuple[SetAside, ...]
+    notes: tuple[str, ...]
     coco: Path | None
     elapsed_s: float
     environment: Mapping[str, str]
@@ -277,6 +279,7 @@ def predict_images(
         num_angles_from_store=angles_origins["store"],
         num_lacking_angles=num_lacking_angles,
         set_aside=(*inputs.set_aside, *set_aside),
+        notes=inputs.notes,
         coco=config.coco,
         elapsed_s=time.monotonic() - start_s,
         environment=environment_fields(),

@@ -9,7 +9,14 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from sam3cache.errors import ConfigError, ImageError, ManifestError
-from sam3cache.images import parse_classes, probe, read_labels, read_manifest, read_mask
+from sam3cache.images import (
+    parse_classes,
+    probe,
+    read_image,
+    read_labels,
+    read_manifest,
+    read_mask,
+)
 
 HEIGHT, WIDTH = 40, 50
 BLOB = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -143,6 +150,50 @@ def test_images_are_found_where_such_files_have_them(tmp_path, where):
         for picture in (tmp_path / "annotations" / "images").iterdir():
             picture.replace(tmp_path / "annotations" / picture.name)
     assert probe(read_manifest(moved).samples[0]).width_px == WIDTH
+
+
+@pytest.mark.parametrize("where", ["train2017", "images/train2017"])
+def test_images_of_a_split_are_found_in_the_folder_that_the_files_name_ends_in(tmp_path, where):
+    path = write(tmp_path, name="instances_train2017")
+    write(tmp_path, name="instances_val2017")
+    (tmp_path / "images").replace(tmp_path / "pictures")
+    for number, folder in enumerate((where, where.replace("train", "val"))):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("1.png", "2.png"):
+            picture = np.full((HEIGHT, WIDTH), number, np.uint8)
+            Image.fromarray(picture).save(tmp_path / folder / name)
+    samples = read_manifest(tmp_path).samples
+    assert [s.split for s in samples] == ["train", "train", "val", "val"]
+    assert [read_image(s).max() for s in samples] == [0, 0, 1, 1]
+    assert read_manifest(path).samples[0].image_path == tmp_path / where / "1.png"
+
+
+def test_a_file_in_each_folder_of_images_is_read_as_a_split(tmp_path):
+    for name in ("train", "valid"):
+        path = write(tmp_path / name)
+        (tmp_path / name / "images").replace(tmp_path / "images")
+        path.replace(tmp_path / name / "_annotations.coco.json")
+        for picture in (tmp_path / "images").iterdir():
+            picture.replace(tmp_path / name / picture.name)
+        (tmp_path / "images").rmdir()
+    samples = read_manifest(tmp_path).samples
+    assert [s.split for s in samples] == ["train", "train", "val", "val"]
+    assert [s.source for s in samples] == [
+        "train/1.png",
+        "train/2.png",
+        "valid/1.png",
+        "valid/2.png",
+    ]
+
+
+def test_images_that_may_be_those_of_two_folders_are_told(tmp_path):
+    path = write(tmp_path)
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes((tmp_path / "images" / name).read_bytes())
+    with pytest.raises(ManifestError, match=r"may be those in .*images or in"):
+        read_manifest(path)
+    (tmp_path / "1.png").unlink()
+    assert read_manifest(path).samples[0].source == "images/1.png"
 
 
 @pytest.mark.parametrize("counts", [LETTERS, COUNTS])

@@ -171,7 +171,8 @@ ROWS = {
     "s,cine.tif,,1.5,,,": (
         "frame '1.5': expected a whole number from 0, 'contrast', or nothing for a still"
     ),
-    "s,cine.tif,,,,,": "cine.tif: a cine of 3 frames; say which frame, from 0, in the manifest",
+    "s,cine.tif,,,,,": "cine.tif: a cine of 3 frames; say which frame in the manifest: a number "
+    "from 0, or contrast for the one with the most contrast agent",
     "s,g.png,,0,,,": "12 x 10 x 1, 0 to 238",
     "s,g.png,,2,,,": "g.png: frame 2 of a still; leave its frame empty",
     "s,g.png,,x,,,": (
@@ -182,7 +183,8 @@ ROWS = {
     "s,channels.tif,,,,,": "channels.tif: TIFF of 5 channels; expected 1 to 4",
     "s,cine.npy,,2,,,": "12 x 10 x 1, 0 to 119",
     "s,cine.npy,,9,,,": "cine.npy: no frame 9; it has 0 to 2; mend the manifest",
-    "s,chw.npy,,,,,": "chw.npy: a cine of 3 frames; say which frame, from 0, in the manifest",
+    "s,chw.npy,,,,,": "chw.npy: a cine of 3 frames; say which frame in the manifest: a number "
+    "from 0, or contrast for the one with the most contrast agent",
     "s,four.npy,,,,,": (
         "four.npy: array of shape (1, 2, 12, 10); expected H x W (x 3) or T x H x W (x 3)"
     ),
@@ -228,7 +230,8 @@ ROWS = {
     ),
     "s,g.png,mhw1.npy,,,,": "12 x 10 x 1, 0 to 238; mask 12 x 10, 48 marked",
     "s,g.png,mcine.npy,,,,": (
-        "mcine.npy: a cine of 3 frames; say which frame, from 0, in the manifest"
+        "mcine.npy: a cine of 3 frames; say which frame in the manifest: a number "
+        "from 0, or contrast for the one with the most contrast agent"
     ),
     "s,g.png,mrgb.npy,,,,": "12 x 10 x 1, 0 to 238; mask 12 x 10, 48 marked",
     "s,g.png,nowhere.npy,,,,": "nowhere.npy: no such file; mend its path or restore the file",

@@ -1,13 +1,17 @@
 """What a user may name to be predicted."""
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import write_dicom
 from PIL import Image
 
 from sam3cache.errors import ConfigError, ImageError, ManifestError
 from sam3cache.images import read_image
+from sam3cache.images.pseudonyms import KEY_FILE_VARIABLE
 from sam3cache.inference.inputs import find_images
 
 
@@ -87,6 +91,60 @@ def test_every_frame_of_a_cine_is_taken_where_no_manifest_says_which(here: Path)
     np.testing.assert_array_equal(read_image(found[4])[..., 0], cine[1])
     with pytest.raises(ImageError, match=r"bad\.npy"):
         read_image(found[2])
+
+
+@pytest.fixture
+def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DICOM files of one name in two folders, with angles in their headers, and a CSV of them."""
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(here / "names.key"))
+    for folder, angle in (("a", "30"), ("b", "-20")):
+        pixels = np.full((4, 4), int(angle) + 20, np.uint8)
+        write_dicom(here / folder / "IM001.dcm", pixels, PositionerPrimaryAngle=angle)
+    (here / "runs.csv").write_text("image\na/IM001.dcm\nb/IM001.dcm\n", encoding="utf-8")
+    return here
+
+
+def test_dicom_files_of_one_name_in_several_folders_are_several(runs: Path) -> None:
+    names = ["a/IM001.dcm", "b/IM001.dcm", str(runs / "a" / "IM001.dcm"), "a/1.png"]
+    found = find_images(names)
+    assert len({sample.id for sample in found.samples}) == 3
+    assert [sample.primary_angle_deg for sample in found.samples] == [30.0, -20.0, None]
+    assert [read_image(sample).max() for sample in found.samples] == [50, 0, 0]
+    assert any(str(runs / "names.key") in note for note in found.notes)
+    # The key is there now, so there is nothing to tell of it.
+    assert not find_images(names).notes
+
+
+def test_of_headers_angles_those_that_are_given_go_before_in_a_table_too(runs: Path) -> None:
+    found = find_images(["runs.csv"], primary_angle_deg=5.0).samples
+    assert [sample.primary_angle_deg for sample in found] == [5.0, 5.0]
+    with_angles = "image,primary_angle\na/IM001.dcm,1\n"
+    (runs / "runs.csv").write_text(with_angles, encoding="utf-8")
+    with pytest.raises(ConfigError, match="has primary angles of its own"):
+        find_images(["runs.csv"], primary_angle_deg=5.0)
+
+
+def test_a_dicom_file_that_cannot_be_read_is_told_by_its_place_not_its_name(runs: Path) -> None:
+    bad = runs / "a" / "Quackenbush.dcm"
+    bad.write_bytes((runs / "a" / "IM001.dcm").read_bytes()[:200])
+    with pytest.raises(ManifestError, match=r"these DICOM files: .*file 1: ") as caught:
+        find_images([bad])
+    assert "Quackenbush" not in str(caught.value)
+    found = find_images(["b/1.png", "a/IM001.dcm", bad])
+    assert len(found.samples) == 2
+    (aside,) = found.set_aside
+    assert aside.reason.startswith("file 3: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text but on Linux")
+def test_a_file_whose_name_is_no_utf8_is_set_aside(here: Path) -> None:
+    odd = Path(os.fsdecode(b"a/\xff.png"))
+    odd.write_bytes((here / "a" / "1.png").read_bytes())
+    found = find_images([odd, "a/1.png"])
+    assert [sample.source for sample in found.samples] == ["1.png"]
+    assert [(aside.id, aside.reason[:28]) for aside in found.set_aside] == [
+        ("\\udcff.png", "the file's name is not UTF-8")
+    ]
 
 
 @pytest.mark.parametrize(
