@@ -213,7 +213,6 @@ def stock_runner(
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[Tensor], Mapping[str, Tensor]]:
     """Return a call of ``sam3``'s backbone as its image model makes it."""
-
     seen: dict[str, Tensor] = {}
 
     def see(module: nn.Module, inputs: object, outputs: Sequence[Tensor]) -> None:
@@ -478,8 +477,8 @@ def report(
         f"its fastest batch of {', '.join(map(str, options.batch_sizes))}, medians of "
         f"{options.rounds} turns. Of the matrix rate: of what the linear layers' products alone "
         f"reach in the same arithmetic ({rates}).",
-        "Errors and cosines are of the level that is worst, the trunk's too, against `sam3` in float32, over all "
-        "values of an image of noise; of our paths by level: "
+        "Errors and cosines are of the level that is worst, the trunk's too, against `sam3` in "
+        "float32, over all values of an image of noise; of our paths by level: "
         + "; ".join(f"{c.path} " + in_words(c.errors) for c in ours if c.name.endswith(str(c.path)))
         + ".",
         "Memory is the weights' and what a call takes beside them"

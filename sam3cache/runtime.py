@@ -315,6 +315,34 @@ def used_memory_bytes(device: str) -> int:
     return torch.cuda.memory_reserved(device)
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, a device's or the machine's.
+
+    Of a device PyTorch says so by a type of its own; of the machine's memory, of pinned memory, and
+    of what CUDA's libraries take themselves, by a ``RuntimeError``'s words.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def spare_memory() -> None:
+    """Let Parquet tables take memory of the system's allocator, which gives it back.
+
+    Arrow's own keeps tens of megabytes of what it once had. Of effect until pyarrow is imported,
+    here and in processes that are started later; whoever has chosen otherwise is heeded.
+    """
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+
 def cpu_name() -> str:
     """Name the processor, as its maker does where the system tells."""
     if sys.platform == "linux":
@@ -436,11 +464,18 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_file(temporary, path)
+        for is_last in (False, True):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                replace_file(temporary, path)
+                break
+            except FileNotFoundError:
+                # Somebody has tidied up: where files cannot be locked, nobody tells whose it is.
+                if is_last:
+                    raise
         _flush_folder(path.parent)
     except BaseException as error:
         # What ails the disk may well forbid this, too; the first failure is the one to tell.

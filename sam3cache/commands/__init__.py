@@ -20,6 +20,7 @@ import click
 
 from sam3cache import __version__
 from sam3cache.errors import Sam3CacheError
+from sam3cache.runtime import spare_memory
 
 COMMANDS = {
     "check": "Find mistakes in images, masks, angles and splits beforehand.",
@@ -73,6 +74,7 @@ class LazyGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        spare_memory()
         return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -5,8 +5,9 @@ One on which that worker dies as well is taken apart: halves of its rows are tri
 being written, and halves of those that kill again, down to single rows. Those that kill are set
 aside, and the block is done without them.
 
-A machine that kills whatever it is given tells itself by that nothing succeeds in between; a device
-of several that does, by that nothing succeeds on it.
+A machine, or a device of several, that kills whatever it is given tells itself by that nothing
+succeeds on it, a control neither: a picture that has succeeded before, or one of a block that
+nobody has begun.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sam3cache.extract.worker import BlockTask
 
 MAX_DEATHS_OF_A_BLOCK = 2
 MAX_DEATHS_IN_A_ROW = 6
-"""With one fatal row in a block, every second death at the most comes without a success between."""
+"""After which a control is tried: a block may be full of pictures that kill."""
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Agenda:
         self._max_in_a_row = max(MAX_DEATHS_IN_A_ROW, MAX_DEATHS_OF_A_BLOCK * num_workers)
         self._num_in_a_row = 0
         self._num_in_a_row_at: dict[int, int] = {}
-        self._has_succeeded = False
+        self._proof: BlockTask | None = None
+        self._control: BlockTask | None = None
 
     def __len__(self) -> int:
         return len(self._suspects) + len(self._returned) + len(self._tasks) - self._next
@@ -91,8 +93,10 @@ class Agenda:
         """
         if is_proof and len(task.aside) < len(task.rows):
             self._num_in_a_row = self._num_in_a_row_at[place] = 0
-            self._has_succeeded = True
-        if task.is_trial:
+            self._proof = task
+        if task is self._control:
+            self._control = None
+        elif task.is_trial:
             self._close_part(task.block)
         else:
             self._num_deaths.pop(task.block, None)
@@ -117,14 +121,36 @@ class Agenda:
         self._num_in_a_row += 1
         num_here = self._num_in_a_row_at[place] = self._num_in_a_row_at.get(place, 0) + 1
         # What succeeds elsewhere says nothing for a device on which nothing does.
-        if self._num_in_a_row >= self._max_in_a_row or num_here >= MAX_DEATHS_IN_A_ROW:
+        is_long = self._num_in_a_row >= self._max_in_a_row or num_here >= MAX_DEATHS_IN_A_ROW
+        was_control = any(task is self._control for task in tasks)
+        control = self._find_control(tasks) if is_long and self._control is None else None
+        if was_control or (is_long and self._control is None and control is None):
             num_told = num_here if num_here >= MAX_DEATHS_IN_A_ROW else self._num_in_a_row
             raise _hopeless(
                 f"{num_told} workers have ended one after the other, whatever pictures "
                 f"they were given, the last on block {tasks[0].block}",
                 how,
             )
-        # What was begun first goes first.
+        self._note_parts(tasks, how)
+        if control is not None:
+            # First of all, for the device on which the last worker has died.
+            self._control = control
+            self._suspects.appendleft(control)
+
+    def _find_control(self, tasks: Sequence[BlockTask]) -> BlockTask | None:
+        """Return a picture that is expected to succeed, as a trial; None where there is none."""
+        task = self._proof
+        if task is None and self._next < len(self._tasks):
+            task = self._tasks[-1]
+        if task is None:
+            # One that was in the same hands as a block that kills.
+            known = {*self._searches, *(task.block for task in tasks)}
+            task = next((t for t in reversed(self._suspects) if t.block not in known), None)
+        rows = () if task is None else tuple(r for r in task.rows if r.row not in task.aside)
+        return replace(task, rows=rows[:1], aside={}, is_trial=True) if task and rows else None
+
+    def _note_parts(self, tasks: Sequence[BlockTask], how: str) -> None:
+        """Go on with the search for what killed a worker; what was begun first goes first."""
         for task in reversed(tasks):
             if task.is_trial:
                 self._take_apart(task, how)
@@ -149,8 +175,6 @@ class Agenda:
         rows = task.rows
         if len(rows) > 1:
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-                # The other half of one that kills comes before its quarters: if it does not kill,
-                # that tells a picture from a machine that kills all.
                 self._suspects.append(replace(task, rows=half, is_trial=True))
                 search.num_open += 1
         else:
@@ -166,7 +190,7 @@ class Agenda:
         search.num_open -= 1
         if search.num_open:
             return
-        if search.fatal and not self._has_succeeded:
+        if search.fatal and self._proof is None:
             raise _hopeless(f"each picture of block {block} has ended a worker", how)
         self._suspects.appendleft(replace(search.task, aside=search.fatal))
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import ConfigError
 from sam3cache.features import BLOCK_ROWS
+from sam3cache.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,9 @@ class TowerRunner:
         """
         try:
             self._put_through(pictures, out)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(pictures) == 1:
                 raise ConfigError(
                     f"{self._name} has not enough memory for a single image: end what else uses "

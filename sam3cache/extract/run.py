@@ -44,6 +44,8 @@ _ReportWorkers = Callable[[Mapping[int, WorkerStatus], int], None]
 _RunTasks = Callable[[Sequence[WorkerSetup], Sequence[BlockTask], _ReportWorkers], frozenset[int]]
 
 _LOCK_PATIENCE_S = 60.0
+# For a process that has computed already: its holder lives, or the lock would be free.
+_LATER_LOCK_PATIENCE_S = 1200.0
 _MAX_PAUSES = 5
 
 
@@ -130,7 +132,7 @@ def extract(
                 num_pauses += 1
                 time.sleep(claims.pause_s)
             # Locked: whoever seals the store meanwhile folds the receipts that are read here.
-            with store_lock(root, timeout_s=patience_s):
+            with store_lock(root, timeout_s=max(patience_s, _LATER_LOCK_PATIENCE_S)):
                 if watch.batch_size < job.settings["batch_size"] and not is_sealed(root):
                     # Another process of the launch may have come down further.
                     recorded = read_description(root)["settings"]
@@ -139,11 +141,14 @@ def extract(
                         recorded[name] = value
                     job = replace(job, settings=recorded)
                 job = job.at(StoreState.read(root, LABEL_SET))
+                if job.tasks and job.state.sealed:
+                    # By another launch, with other masks: what is written must not go behind that.
+                    job = job.describe()
             if whole is not None:
                 num_done = max(0, whole.num_rows - job.tasks.num_rows())
                 report(ExtractProgress("extracting", num_done, whole.num_rows, {}))
     masks_after = hash_masks(job.state.receipts, job.changed_masks)
-    sealed = not job.tasks and _seal(job, patience_s)
+    sealed = not job.tasks and _seal(job, claims, max(patience_s, _LATER_LOCK_PATIENCE_S))
     found = _count(job, blocks_given)
     return ExtractResult(
         store=root,
@@ -327,28 +332,39 @@ def _count(job: Job, blocks_given: Container[int]) -> _Count:
     return count
 
 
-def _seal(job: Job, patience_s: float) -> bool:
+def _seal(job: Job, claims: BlockClaims, patience_s: float) -> bool:
     """Seal the store unless others have given it more work; return whether it is sealed."""
     root = job.state.root
-    with store_lock(root, timeout_s=patience_s):
-        state = job.state if job.state.is_current else StoreState.read(root, LABEL_SET)
-        if state.sealed:
-            finish_seal(root)
-            return True
-        tasks = job.tasks if state is job.state else job.at(state).tasks
-        if tasks or any(row.status == "pending" for row in state.rows):
-            return False
-        # Another launch has added a level: it knows what is missing of that one.
-        if state.description is not None and set(state.description["levels"]) - set(job.levels):
-            return False
-        change = interrupted_change(root)
-        # It has taken the old set away, which a seal would forget.
-        if change.startswith(LABEL_CHANGE):
-            raise UnsealedStoreError(
-                f"every feature is in {root}, and yet it is not sealed: {change} was interrupted; "
-                "run that command again, which seals it"
-            )
-        label_sets = job.label_sets.values()
-        has_noted = complete_label_sets(root, label_sets, state.rows, state.receipts)
-        seal_store(root, None if has_noted else state.receipts, state.rows)
+    for _ in range(_MAX_PAUSES):
+        with store_lock(root, timeout_s=patience_s):
+            # Nothing is missing, and yet another process writes: other masks, from its manifest.
+            if is_sealed(root) or not claims.any_held():
+                return _seal_now(job)
+        time.sleep(claims.pause_s)
+    return False
+
+
+def _seal_now(job: Job) -> bool:
+    """Seal the store, whose lock is held, unless something is missing of it."""
+    root = job.state.root
+    state = job.state if job.state.is_current else StoreState.read(root, LABEL_SET)
+    if state.sealed:
+        finish_seal(root)
         return True
+    tasks = job.tasks if state is job.state else job.at(state).tasks
+    if tasks or any(row.status == "pending" for row in state.rows):
+        return False
+    # Another launch has added a level: it knows what is missing of that one.
+    if state.description is not None and set(state.description["levels"]) - set(job.levels):
+        return False
+    change = interrupted_change(root)
+    # It has taken the old set away, which a seal would forget.
+    if change.startswith(LABEL_CHANGE):
+        raise UnsealedStoreError(
+            f"every feature is in {root}, and yet it is not sealed: {change} was interrupted; "
+            "run that command again, which seals it"
+        )
+    label_sets = job.label_sets.values()
+    has_noted = complete_label_sets(root, label_sets, state.rows, state.receipts)
+    seal_store(root, None if has_noted else state.receipts, state.rows)
+    return True

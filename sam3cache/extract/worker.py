@@ -25,13 +25,14 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import parent_process
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache import runtime
-from sam3cache.errors import FingerprintError, ImageError, Sam3CacheError
+from sam3cache.errors import FingerprintError, ImageError, Sam3CacheError, StoreBusyError
 from sam3cache.extract.config import IMAGE_LEVEL, WorkerStatus
 from sam3cache.features import (
     BlockClaims,
@@ -60,7 +61,7 @@ NUM_BLOCKS_HELD = 3
 """Blocks that a worker has at once: one being decoded, one in the tower, one being written."""
 
 _NUM_BLOCKS_UNWRITTEN = 2
-_NUM_DECODE_THREADS = 4
+_MIN_DECODE_THREADS, _MAX_DECODE_THREADS = 4, 16
 # How soon a failure to write is noticed by a worker that waits for its next block.
 _POLL_S = 0.1
 
@@ -204,16 +205,41 @@ def spawn(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(setup, theirs), daemon=True)
-    process.start()
+    with _signals_held_back():
+        process.start()
     theirs.close()
     return process, ours
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Keep a process that is started meanwhile from signals until :func:`begin_process`.
+
+    It inherits that they are held back, and so says nothing of a Ctrl-C while it imports. Those
+    that come here meanwhile come a moment later. On Windows nothing is inherited.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _for_the_parent())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _for_the_parent() -> set[signal.Signals]:
+    names = _SIGNALS_FOR_THE_PARENT
+    return {getattr(signal, name) for name in names if hasattr(signal, name)}
+
+
 def begin_process() -> None:
     """Leave signals to the parent, and end when it does; for a process that has been spawned."""
-    for name in _SIGNALS_FOR_THE_PARENT:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _for_the_parent():
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        # What it starts itself ignores them from the beginning.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _for_the_parent())
     parent = parent_process()
     assert parent is not None, "workers are spawned"
 
@@ -280,6 +306,56 @@ def _is_as_planned(task: BlockTask) -> bool:
     return True
 
 
+class _Inbox:
+    """Takes what the parent sends as soon as it comes: Windows' pipes make a sender wait for that.
+
+    Args:
+        pipe: whose other end the parent has.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._come: SimpleQueue[BlockTask | BaseException | None] = SimpleQueue()
+        self._next: list[BlockTask | BaseException | None] = []
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="inbox", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            while not self._is_stopped.is_set():
+                if self._pipe.poll(_POLL_S):
+                    task = self._pipe.recv()
+                    self._come.put(task)
+                    if task is None:
+                        return
+        except (EOFError, OSError) as error:
+            self._come.put(error)
+
+    def stop(self) -> None:
+        """Leave the pipe alone."""
+        self._is_stopped.set()
+        self._thread.join()
+
+    def poll(self, timeout_s: float) -> bool:
+        """Return whether something has come, after so long at the most."""
+        if not self._next:
+            with suppress(Empty):
+                self._next.append(self._come.get(timeout_s > 0, timeout_s or None))
+        return bool(self._next)
+
+    def take(self) -> BlockTask | None:
+        """Return what has come, None for the end; after :meth:`poll`.
+
+        Raises:
+            EOFError: when the parent is gone; or what else the system says of that.
+        """
+        found = self._next.pop()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
 @dataclass(slots=True)
 class _Wait:
     """Time spent waiting for one thing."""
@@ -291,6 +367,7 @@ class _Worker:
     def __init__(self, setup: WorkerSetup, pipe: Connection) -> None:
         self._setup = setup
         self._pipe = pipe
+        self._inbox = _Inbox(pipe)
         self._sending = threading.Lock()
         self._claims = BlockClaims(setup.root)
         self._of_tower = [
@@ -298,7 +375,9 @@ class _Worker:
         ]
         self._held: deque[tuple[BlockTask, list[Future[_Decoded]]]] = deque()
         self._writes: deque[Future[None]] = deque()
-        self._decoders = ThreadPoolExecutor(_NUM_DECODE_THREADS, "decode")
+        # As many as the worker has cores: JPEG 2000 takes longer than the tower on a fast device.
+        num_decoders = min(max(setup.num_threads, _MIN_DECODE_THREADS), _MAX_DECODE_THREADS)
+        self._decoders = ThreadPoolExecutor(num_decoders, "decode")
         self._writer = ThreadPoolExecutor(1, "write")
         self._runner: TowerRunner | None = None
         # Features of a block lie in one while those of the block before are written from the other.
@@ -322,6 +401,7 @@ class _Worker:
                     self._do_block(*self._held.popleft())
             self._await_writes(0)
         finally:
+            self._inbox.stop()
             self._decoders.shutdown(cancel_futures=True)
             # A block that is computed is written, whatever has happened to the others.
             self._writer.shutdown()
@@ -333,11 +413,11 @@ class _Worker:
             Whether more may come.
         """
         while len(self._held) < NUM_BLOCKS_HELD:
-            while not self._pipe.poll(0 if self._held else _POLL_S):
+            while not self._inbox.poll(0 if self._held else _POLL_S):
                 if self._held:
                     return True
                 self._await_writes(NUM_BLOCKS_HELD)
-            task: BlockTask | None = self._pipe.recv()
+            task = self._inbox.take()
             if task is None:
                 return False
             if not is_ready:
@@ -406,12 +486,14 @@ class _Worker:
                 self._leave(task, futures, "held")
                 return
             missing = self._missing(task)
+            if _is_as_planned(task):
+                # Another worker may have died on the block with some of it done.
+                missing &= task.items
             if not missing:
                 self._leave(task, futures, "found")
                 return
             if _is_as_planned(task):
-                # Another worker may have died on the block with some of it done.
-                task = replace(task, items=task.items & missing)
+                task = replace(task, items=missing)
             computed = self._compute(task, self._await_images(futures))
             if not self._held and self._runner is not None:
                 # Nothing is kept waiting by it, and what is reported next counts them all.
@@ -500,21 +582,30 @@ class _Worker:
 
     def _write(self, computed: _Computed, claim: ExitStack) -> None:
         """Write a block, let go of it, and report it; in the writer's thread."""
-        setup, task = self._setup, computed.task
-        with claim:
-            computed.await_values()
-            for name, (spec, fingerprint) in setup.levels.items():
-                if spec.item in task.items:
-                    values = computed.values[name]
-                    write_level_block(setup.root, spec, fingerprint.digest, task.block, values)
-            good = [item for item in computed.decoded if item.row.status == "ok"]
-            if setup.label_set is not None and setup.label_set.item in task.items:
-                masks = {item.row.row: item.mask_KHW for item in good}
-                write_label_block(setup.root, setup.label_set, task.block, masks, task.masks)
-            # Last: the facts say "ok" of rows whose features are already there.
-            write_sample_facts(setup.root, task.block, [item.row for item in computed.decoded])
+        task = computed.task
+        good = [item for item in computed.decoded if item.row.status == "ok"]
+        try:
+            with claim:
+                self._write_items(computed, good)
+        except StoreBusyError:
+            # The claim ended while a server was away, and another process has the block now.
+            self._report(task, "held")
+            return
         self._num_written += len(good)
         self._report(task, "written")
+
+    def _write_items(self, computed: _Computed, good: Sequence[_Decoded]) -> None:
+        setup, task = self._setup, computed.task
+        computed.await_values()
+        for name, (spec, fingerprint) in setup.levels.items():
+            if spec.item in task.items:
+                values = computed.values[name]
+                write_level_block(setup.root, spec, fingerprint.digest, task.block, values)
+        if setup.label_set is not None and setup.label_set.item in task.items:
+            masks = {item.row.row: item.mask_KHW for item in good}
+            write_label_block(setup.root, setup.label_set, task.block, masks, task.masks)
+        # Last: the facts say "ok" of rows whose features are already there.
+        write_sample_facts(setup.root, task.block, [item.row for item in computed.decoded])
 
     def _report(
         self, task: BlockTask, outcome: Literal["written", "held", "found", "tried"]

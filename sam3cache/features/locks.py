@@ -137,6 +137,15 @@ class BlockClaims:
         folder = self._folder
         return [block for block in blocks if not _is_held(folder / _name(block))]
 
+    def any_held(self) -> bool:
+        """Return whether anybody holds any block just now."""
+        if not self.work:
+            return False
+        if isinstance(self._folder, ObjectPath):
+            return any(not name.startswith(_RUN_LOCK) for name in held_below(self._folder))
+        locks = self._folder.glob("*.lock")
+        return any(_is_held(path) for path in locks if not path.name.startswith(_RUN_LOCK))
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Say for the length of the ``with`` that blocks of the store are being worked on.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +33,22 @@ NUM_REQUESTS = 16
 
 
 _MAX_PUTS = 10
+
+_of_thread = threading.local()
+
+
+def give_up_on(stop: threading.Event) -> None:
+    """Let requests that this thread makes be tried again only until an event is set."""
+    _of_thread.stop = stop
+
+
+def has_given_up(pause_s: float) -> bool:
+    """Wait before a request is tried again; return whether it shall not be."""
+    stop: threading.Event | None = getattr(_of_thread, "stop", None)
+    if stop is None:
+        time.sleep(pause_s)
+        return False
+    return stop.wait(pause_s)
 
 
 class ConditionFailedError(Exception):

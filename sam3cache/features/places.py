@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from typing import TypeVar
 
 from sam3cache import runtime
 from sam3cache.errors import StoreError
-from sam3cache.features.objects import NUM_REQUESTS, SCHEME, ObjectPath
+from sam3cache.features.objects import NUM_REQUESTS, SCHEME, ObjectPath, give_up_on
 
 Place = Path | ObjectPath
 
@@ -81,8 +82,17 @@ def replace_file(source: Place, target: Place) -> None:
 def for_places(call: Callable[[Place], T], places: Sequence[Place]) -> Iterator[T]:
     """Call something for many files, objects several at a time; results come in their order."""
     if any(isinstance(place, ObjectPath) for place in places):
-        with ThreadPoolExecutor(NUM_REQUESTS, "sam3cache-objects") as pool:
-            yield from pool.map(call, places)
+        stop = threading.Event()
+        with ThreadPoolExecutor(
+            NUM_REQUESTS, "sam3cache-objects", initializer=give_up_on, initargs=(stop,)
+        ) as pool:
+            try:
+                yield from pool.map(call, places)
+            except BaseException:
+                # A Ctrl-C waits for no server that is away.
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     else:
         yield from map(call, places)
 

@@ -36,6 +36,7 @@ from sam3cache.features.objects import (
     SCHEME,
     BeyondEndError,
     ConditionFailedError,
+    has_given_up,
 )
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ class Connection:
                 self._is_said = True
                 _log.warning("%s: %s; trying again for up to %.0f s", path, why, patience_s)
             # At random: many that wait for one server shall not come back all at once.
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            if has_given_up(pause_s * random.uniform(0.5, 1.0)):
+                raise self._failure(path, f"no answer ({why}), and interrupted")
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _passing(self, error: ClientError, path: ObjectPath, operation: str) -> str:

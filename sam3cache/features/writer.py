@@ -5,7 +5,9 @@ Shape legend: C channels, H height, W width, K planes of a mask.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -68,6 +70,9 @@ from sam3cache.features.tables import (
 from sam3cache.runtime import TEMPORARY_SUFFIX
 
 GROUP_FILE = "zarr.json"
+
+# No writer leaves a file that it writes alone for as long.
+_STRAY_AGE_S = 60.0
 
 
 def foreign_files(root: Place) -> list[Place]:
@@ -503,10 +508,12 @@ def _write_shard(
     shard = encode_shard(grid, chunks)
     key = grid.key(index)
     path = root / key
-    # Killed writers' temporaries, which many a kill would fill the disk with: nobody else writes
-    # this shard now.
+    # Killed writers' temporaries, which many a kill would fill the disk with. Nobody else writes
+    # this shard now; but where files cannot be locked, somebody may.
     if isinstance(path, Path):
         for stray in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
-            stray.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - stray.stat().st_mtime > _STRAY_AGE_S:
+                    stray.unlink()
     write_atomic(path, shard.data)
     return ShardRecord(key, len(shard.data), crc32c(shard.data), shard.chunk_crc32c)

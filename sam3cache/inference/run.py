@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sam3cache.backbone import ignore_warnings_of_sam3
@@ -46,7 +45,7 @@ from sam3cache.inference.predictor import (
     threshold_of,
 )
 from sam3cache.records import Sample, SetAside
-from sam3cache.runtime import environment_fields, write_atomic
+from sam3cache.runtime import environment_fields, is_out_of_memory, write_atomic
 from sam3cache.tasks import class_probabilities, decide
 
 Report = Callable[[int, int], None]
@@ -453,7 +452,9 @@ def _infer(
             mask_CHW = decide(logits_KHW, predictor.task, predictor.threshold)
             probability_CHW = class_probabilities(logits_KHW, predictor.task)
             found.append((mask_CHW.cpu().numpy(), probability_CHW.cpu().numpy()))
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         advice = f"pass --batch-size {batch_size // 2}" if batch_size > 1 else "use --device cpu"
         raise ConfigError(
             f"{predictor.device} has not enough memory for batches of {batch_size}: {advice}"

@@ -46,7 +46,7 @@ from sam3cache.loading import CachedSamples
 from sam3cache.loading.augment import Augmentation, Draws, augment, choose_rows
 from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.records import Batch
-from sam3cache.runtime import peak_memory_bytes, pick_device, write_atomic
+from sam3cache.runtime import is_out_of_memory, peak_memory_bytes, pick_device, write_atomic
 from sam3cache.tasks import decide, mask_planes, num_outputs
 from sam3cache.training.average import MovingAverage
 from sam3cache.training.config import (
@@ -433,7 +433,9 @@ class Run:
         """Say what to do where a device runs out of memory."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             num_at_once = self.state.micro_batch or self.config.batch_size
             advice = "--residency ram or stream"
             if num_at_once > 1:

@@ -22,7 +22,14 @@ from sam3cache.extract import run as run_module
 from sam3cache.extract.config import LABEL_SET
 from sam3cache.extract.job import plan_job, read_request
 from sam3cache.extract.state import StoreState
-from sam3cache.features import is_sealed, open_store, store_lock
+from sam3cache.features import (
+    BlockClaims,
+    is_sealed,
+    open_store,
+    seal_store,
+    store_lock,
+    verify_store,
+)
 from sam3cache.features.repacking import repack
 
 NUM_IMAGES = 18  # Two blocks, the last of two images.
@@ -118,6 +125,75 @@ def test_a_level_that_another_launch_has_added_is_not_sealed_away(
     assert {("levels.image_1008", block) for block in (0, 1)} <= set(opened.receipts)
     assert not any(item == "levels.fpn_72" for item, _ in opened.receipts)
     assert [row.row for row in opened.sample_rows] == [row.row for row in before.rows]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sam3cache.features import BlockClaims, is_sealed
+store = Path(sys.argv[1])
+with BlockClaims(store).claim(0) as is_held:
+    print("held" if is_held else "lost", flush=True)
+    while not sys.stdin.readline().strip():
+        pass
+    time.sleep(1.0)
+    print("sealed" if is_sealed(store) else "open", flush=True)
+"""
+
+
+def test_a_store_is_not_sealed_while_another_process_writes_a_block(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = place / "x.zarr"
+    (store / "levels/image_1008/c/1/0/0/0").unlink()
+    # As of an extraction from a manifest with other masks: block 0 lacks nothing of ours.
+    command = [sys.executable, "-c", HOLDER, str(store)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+
+        def run_pool(*arguments):
+            elsewhere = run_in_this_process(*arguments)
+            assert holder.stdin is not None
+            holder.stdin.write("go on\n")
+            holder.stdin.flush()
+            return elsewhere
+
+        monkeypatch.setattr(run_module, "run_pool", run_pool)
+        result = extract(config(place))
+        assert (result.sealed, result.num_computed) == (True, 2)
+        assert holder.stdout.readline() == "open\n"
+    assert is_sealed(store)
+
+
+def test_what_another_launch_has_sealed_without_our_masks_is_unsealed_for_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = place / "x.zarr"
+    Image.new("L", (64, 48)).save(place / "pictures/masks/03.png")
+    num_rounds = 0
+
+    def run_pool(setups, tasks, report):
+        nonlocal num_rounds
+        num_rounds += 1
+        if num_rounds > 1:
+            assert not is_sealed(store)
+            return run_in_this_process(setups, tasks, report)
+        # Another launch has looked at the manifest before it changed, and finds nothing missing.
+        state = StoreState.read(store, LABEL_SET)
+        with store_lock(store):
+            seal_store(store, state.receipts, state.rows)
+        return frozenset(tasks.blocks)
+
+    monkeypatch.setattr(run_module, "run_pool", run_pool)
+    monkeypatch.setattr(BlockClaims, "pause_s", 0.01, raising=False)
+    result = extract(config(place))
+    assert (num_rounds, result.sealed, result.num_relabelled) == (2, True, 1)
+    assert not open_store(store).read_mask(3).any()
+    assert verify_store(store).findings == ()
 
 
 def test_until_its_first_block_is_claimed_an_extraction_keeps_others_from_its_store(

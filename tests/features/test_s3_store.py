@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -32,7 +35,7 @@ from sam3cache.features import (
 )
 from sam3cache.features import leases as leases_module
 from sam3cache.features.mirror import Mirror
-from sam3cache.features.places import files_below
+from sam3cache.features.places import files_below, for_places
 from sam3cache.features.receipts import ShardRecord, break_seal
 from sam3cache.features.summary import summarise
 
@@ -332,6 +335,27 @@ def test_a_server_that_does_not_answer_is_one_line_after_a_bounded_time(url, mon
     monkeypatch.setenv("SAM3CACHE_S3_PATIENCE_S", "soon")
     with pytest.raises(ConfigError, match="SAM3CACHE_S3_PATIENCE_S=soon"):
         open_store(url)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process there")
+def test_an_interrupt_waits_for_no_server_that_is_away(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    files = [place_of("s3://away/x.zarr") / str(number) for number in range(40)]
+    begun_s = time.monotonic()
+
+    def interrupt():
+        time.sleep(1.0)
+        # As Ctrl-C: to the program, whose first thread it interrupts.
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def ask(file):
+        return file.read_bytes()
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(for_places(ask, files))
+    # Alone it would be tried again for SAM3CACHE_S3_PATIENCE_S, minutes.
+    assert time.monotonic() - begun_s < 15
 
 
 @pytest.mark.parametrize("text", ["s3://", "s3://bucket", "s3://bucket/", "s3://bucket/../x"])
