@@ -15,7 +15,8 @@ the memory that the parent and a worker hold by the number of images.
 
 With sam3-mini, whose tower takes a fifth of a second on two cores, decoding and writing compete
 with it for the same cores. --full, which a GPU takes by itself, is SAM 3's own size with random
-weights; on a CPU, where an image takes most of a minute, it is FULL_BLOCKS blocks of FULL_BLOCK_ROWS images each.
+weights; on a CPU, where an image takes most of a minute, it is FULL_BLOCKS blocks of
+FULL_BLOCK_ROWS images each.
 
 Exits with 1 when a bound is missed (none is checked with --quick: too few images):
 
