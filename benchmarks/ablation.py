@@ -6,8 +6,9 @@ turn:
 - heads: the default (film-detail), the same of the picture alone (stem only) and of the features
   alone, film-conv and linear, trained on 20 patients (80 pictures) for 6 epochs in batches of 4;
 - batch size: film-conv on 512 pictures for BATCH_EPOCHS epochs in batches of 16 to 512, with the
-  learning rate of a batch of 16, and, for SCALED_BATCHES, with that times the square root of
-  batch / 16: equal epochs, so the larger the batch, the fewer the steps;
+  learning rate of a batch of 16: equal epochs, so the larger the batch, the fewer the steps. For
+  SCALED_BATCH also with that rate times the square root of batch / 16, without and with half of
+  the training as warm-up; for LONG_BATCH also with as many steps as a batch of 16 makes;
 - branches: the default head for the 14 or so branches of a coronary tree, each pixel of one of them
   or of none, with the view angles, and with the angles unknown in training and test alike; their
   loss on a grid of BRANCHES_LOSS_PX, as docs/heads.md advises for many classes on a CPU.
@@ -26,17 +27,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from heads import VIEWS, Scores
-from reporting import Bound, Machine, Report, duration
+from reporting import Bound, Machine, Report, duration, interval_text
 
 from sam3cache.evaluation import EvalConfig, evaluate
 from sam3cache.extract import ExtractConfig, extract
@@ -56,12 +56,10 @@ NUM_SEEDS = 3
 MAX_LOSS = 0.01
 MAX_MIN = 60.0
 BATCHES = (16, 64, 128, 512)
-SCALED_BATCHES = (64, 512)
+SCALED_BATCH, LONG_BATCH = 64, 128
 BATCH_EPOCHS = 2
 BRANCHES_LOSS_PX = 252
 BRANCHES, BLIND = "branches", "blind"
-# Two-sided 95% points of Student's distribution, by degrees of freedom.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 @dataclass(frozen=True)
@@ -102,23 +100,26 @@ def contestants() -> list[Contestant]:
         Contestant(
             "heads", "`film-conv`", _SMALL | {"head": "film-conv", "learning_rate": 1e-3}, _DEFAULT
         ),
-        Contestant(
-            "heads", "`linear`", _SMALL | {"head": "linear", "learning_rate": 1e-2}, _DEFAULT
+        Contestant("heads", "`linear`", _SMALL | {"head": "linear"}, _DEFAULT),
+    ]
+    scaled: dict[str, Any] = {"batch_size": SCALED_BATCH, "lr_scaling": "sqrt"}
+    num_long = BATCH_EPOCHS * LONG_BATCH // BATCHES[0]
+    batches: list[tuple[str, dict[str, Any]]] = [
+        *((f"batch {size}", {"batch_size": size}) for size in BATCHES),
+        (f"batch {SCALED_BATCH}, rate × √(batch / 16)", scaled),
+        (
+            f"batch {SCALED_BATCH}, the same after a warm-up",
+            scaled | {"warmup_epochs": BATCH_EPOCHS / 2},
+        ),
+        (
+            f"batch {LONG_BATCH}, {num_long} epochs: as many steps",
+            {"batch_size": LONG_BATCH, "epochs": num_long},
         ),
     ]
-    for scaling in ("none", "sqrt"):
-        for batch_size in SCALED_BATCHES if scaling == "sqrt" else BATCHES:
-            label = f"`film-conv`, batch {batch_size}"
-            label += ", rate × √(batch / 16)" if scaling == "sqrt" else ""
-            settings = {
-                "head": "film-conv",
-                "learning_rate": 1e-3,
-                "epochs": BATCH_EPOCHS,
-                "batch_size": batch_size,
-                "lr_scaling": scaling,
-            }
-            against = "" if batch_size == BATCHES[0] else f"`film-conv`, batch {BATCHES[0]}"
-            lines.append(Contestant("batch", label, settings, against))
+    common = {"head": "film-conv", "learning_rate": 1e-3, "epochs": BATCH_EPOCHS}
+    for label, settings in batches:
+        against = "" if label == batches[0][0] else f"`film-conv`, {batches[0][0]}"
+        lines.append(Contestant("batch", f"`film-conv`, {label}", common | settings, against))
     branches = _SMALL | {"label_set": BRANCHES, "loss_size_px": BRANCHES_LOSS_PX}
     lines += [
         Contestant("branches", _WITH_ANGLES, branches),
@@ -304,7 +305,7 @@ def report(
     for line in lines:
         own = scores[line.label]
         row = [line.label, f"{own.parameters / 1e6:.2f} M", f"{own.gflop:.1f}"]
-        row += [f"{mean(own.dice):.3f}", interval_text(own.dice)]
+        row += [f"{mean(own.dice):.3f}", interval_text(own.dice, within=(0.0, 1.0))]
         differences: list[float] = []
         if line.against in scores:
             pairs = zip(own.dice, scores[line.against].dice, strict=True)
@@ -346,7 +347,7 @@ def report(
             f"{_SMALL['batch_size']}. Batches: 512 pictures, {BATCH_EPOCHS} epochs, so that "
             f"batch {BATCHES[-1]} makes {BATCH_EPOCHS * 512 // BATCHES[-1]} steps and batch "
             f"{BATCHES[0]} {BATCH_EPOCHS * 512 // BATCHES[0]}. Learning rates are the heads' own "
-            "but 0.001 for `film-conv` and 0.01 for `linear`, higher for so few steps.",
+            "but 0.001 for `film-conv`, higher for so few steps.",
             "sam3-mini is a miniature that learned from the masks of other phantoms: none of this "
             "says how good SAM 3 is.",
         ],
@@ -360,15 +361,6 @@ def report(
         },
         machine=machine.fields(),
     )
-
-
-def interval_text(values: Sequence[float], *, sign: bool = False) -> str:
-    """Write Student's 95% interval of a mean; a dash for one value."""
-    if len(values) < 2:
-        return "–"
-    half = _STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-    low, high = mean(values) - half, mean(values) + half
-    return f"{low:+.3f} to {high:+.3f}" if sign else f"{low:.3f} to {high:.3f}"
 
 
 if __name__ == "__main__":

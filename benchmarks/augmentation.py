@@ -1,7 +1,7 @@
 """What caching costs in quality: augmentation of a cached head, against the tower in the loop.
 
 Phantoms of this program's own seed go through sam3-mini once, with variants of the training
-pictures (VIEWS). The default head then learns from the same 10 patients, in turn, with three seeds:
+pictures (VIEWS). The default head then learns from the same 3 patients, in turn, with three seeds:
 
 - without augmentation;
 - with each of the free augmentations of `sam3cache train --augment`, and with all of them;
@@ -10,14 +10,23 @@ pictures (VIEWS). The default head then learns from the same 10 patients, in tur
   that it is seen, then goes through the frozen tower. That is what caching forgoes. Pictures lie
   decoded in memory, and changing them is left out of its time, both in its favour.
 
+Two more with the tower in the loop tell whether loop and cache train alike: with pictures as they
+are, which should reach what no augmentation does, and with the stored views, drawn with the cache's
+chances, which should reach what variants do.
+
 All have the head, the loss, the learning rate, the number of steps and the choice of the best
-epoch by validation in common, and are measured on the same test patients as `sam3cache eval` does.
+epoch by validation in common, and are measured on the same test patients as `sam3cache eval` does:
+on their pictures as they are, and on the same pictures changed, once, as the loop changes those
+that it learns from. That is where augmentation can help, if it does anywhere.
+
+Times are of epochs by turns, after all trainings: an epoch of each, TIME_ROUNDS times.
 
 Exits with 1 when a bound is missed (not checked with --quick: too few steps):
 
-- an epoch with all free augmentations takes at most FREE_TIME times one without;
+- an epoch with any free augmentation, and with all, takes at most FREE_TIME times one without;
 - an epoch with variants takes at most VARIANTS_TIME times one without;
-- an epoch with the tower in the loop takes at least LOOP_TIME times one without.
+- an epoch with the tower in the loop takes at least LOOP_TIME times one without;
+- on pictures as they are, each control is within CONTROL_DICE of what it should reach.
 
 What each gains in Dice is told, whatever it is.
 """
@@ -25,21 +34,23 @@ What each gains in Dice is told, whatever it is.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import numpy as np
 import torch
 from heads import write_split
 from numpy.typing import NDArray
-from reporting import Bound, Machine, Report, duration, significant
+from PIL import Image
+from reporting import Bound, Machine, Report, duration, interval_text, significant
 from torch import Tensor
 
 from sam3cache.backbone import Tower, load_tower
@@ -69,11 +80,17 @@ LOSS_PX, QUICK_LOSS_PX = 1008, 504
 FREE_TIME = 1.3
 VARIANTS_TIME = 1.2
 LOOP_TIME = 1.2
+CONTROL_DICE = 0.02
+TIME_ROUNDS = 5
 
 # Patients of four pictures each, in short of two.
 VIEWS_A_PATIENT, QUICK_VIEWS_A_PATIENT = 4, 2
-SPLITS = ("train",) * 10 + ("val",) * 4 + ("test",) * 14
+SPLITS = ("train",) * 3 + ("val",) * 2 + ("test",) * 10
 QUICK_SPLITS = ("train", "val", "test")
+
+
+Draw = Callable[[np.random.Generator], Sequence[Variant]]
+"""What a picture is changed by, at random."""
 
 
 @dataclass
@@ -83,30 +100,52 @@ class Contestant:
     Attributes:
         label: in the table.
         augment: names of free augmentations.
-        variants: as for ``TrainConfig``; None: the tower in the loop.
-        dice: by seed, mean over the test images.
-        epoch_s: by seed, median time that an epoch trained, validation left out.
+        variants: as for ``TrainConfig``.
+        draw: of the tower in the loop; None: from the cache.
+        control_of: label of another that it should reach as much as.
+        dice: by seed, mean over the test pictures as they are.
+        dice_changed: by seed, mean over the same pictures, changed.
+        epoch_s: by round, how long an epoch trained, validation left out.
     """
 
     label: str
     augment: tuple[str, ...] = ()
-    variants: str | None = "none"
+    variants: str = "none"
+    draw: Draw | None = None
+    control_of: str = ""
     dice: list[float] = field(default_factory=list)
+    dice_changed: list[float] = field(default_factory=list)
     epoch_s: list[float] = field(default_factory=list)
+
+
+NONE, ALL_FREE, VARIANTS = "no augmentation", "all free ones", "variants"
+IN_LOOP = "tower in the loop, pictures changed anew"
+
+
+def contestants(*, quick: bool) -> list[Contestant]:
+    """Return the lines of the table."""
+    found = [
+        Contestant(NONE),
+        *(Contestant(f"`{name}`", (name,)) for name in FREE),
+        Contestant(ALL_FREE, FREE),
+        Contestant(VARIANTS, variants="all"),
+        Contestant("variants and all free ones", FREE, "all"),
+        Contestant(
+            "control: tower in the loop, pictures as they are", draw=draw_none, control_of=NONE
+        ),
+        Contestant(
+            "control: tower in the loop, the stored views", draw=draw_stored, control_of=VARIANTS
+        ),
+        Contestant(IN_LOOP, draw=draw_anew),
+    ]
+    return [c for c in found if not quick or c.label in (NONE, ALL_FREE, VARIANTS, IN_LOOP)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit status."""
     options = parse_options(arguments)
     machine = Machine(options.device)
-    contestants = [
-        Contestant("no augmentation"),
-        *([] if options.quick else [Contestant(f"`{name}`", (name,)) for name in FREE]),
-        Contestant("all free ones", FREE),
-        Contestant("variants", variants="all"),
-        *([] if options.quick else [Contestant("variants and all free ones", FREE, "all")]),
-        Contestant("tower in the loop", variants=None),
-    ]
+    entered = contestants(quick=options.quick)
     with tempfile.TemporaryDirectory(dir=options.workdir, prefix="sam3cache-") as name:
         folder = Path(name)
         splits, views = options.splits, options.views_a_patient
@@ -116,38 +155,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         manifest = write_split(drawn, "10 patients, 5 epochs", splits)
         store, costs = extract_views(manifest, folder / "views.zarr", options.device)
+        changed = extract_changed(store, manifest, folder / "changed", options.device)
         loop = Loop(store, manifest, options.device)
+
+        def run(contestant: Contestant, name: str, seed: int, epochs: int) -> TrainConfig:
+            """Train, and leave a run's folder."""
+            config = TrainConfig(
+                store=str(store.path),
+                name=name,
+                output=str(folder),
+                head=HEAD,
+                epochs=epochs,
+                batch_size=4,
+                loss_size_px=QUICK_LOSS_PX if options.quick else LOSS_PX,
+                seed=seed,
+                device=options.device,
+                precision=options.precision,
+                augment=contestant.augment,
+                variants=contestant.variants,
+                overwrite=True,
+            )
+            if contestant.draw is None:
+                train(config)
+                contestant.epoch_s = epoch_times(config.run_dir)
+            else:
+                first = read_record(folder / "0-0" / "best")
+                contestant.epoch_s = loop.train(config, first, contestant.draw)
+            return config
+
         for seed in range(options.seeds):
-            for number, contestant in enumerate(contestants):
-                config = TrainConfig(
-                    store=str(store.path),
-                    name=f"{number}-{seed}",
-                    output=str(folder),
-                    head=HEAD,
-                    epochs=options.epochs,
-                    batch_size=4,
-                    loss_size_px=QUICK_LOSS_PX if options.quick else LOSS_PX,
-                    seed=seed,
-                    device=options.device,
-                    precision=options.precision,
-                    augment=contestant.augment,
-                    variants=contestant.variants or "none",
-                )
-                if contestant.variants is None:
-                    first = read_record(folder / f"0-{seed}" / "best")
-                    epoch_s = loop.train(config, first)
-                else:
-                    train(config)
-                    epoch_s = epoch_times(config.run_dir)
-                contestant.epoch_s.append(median(epoch_s))
-                contestant.dice.append(dice(store.path, config.run_dir, "test", options.device))
+            for number, contestant in enumerate(entered):
+                config = run(contestant, f"{number}-{seed}", seed, options.epochs)
+                for kept, root in (
+                    (contestant.dice, store.path),
+                    (contestant.dice_changed, changed),
+                ):
+                    kept.append(dice(root, config.run_dir, "test", options.device))
                 print(
-                    f"seed {seed}: {contestant.label} {contestant.dice[-1]:.4f}, an epoch "
-                    f"{duration(contestant.epoch_s[-1])}",
+                    f"seed {seed}: {contestant.label} {contestant.dice[-1]:.4f}, on changed "
+                    f"pictures {contestant.dice_changed[-1]:.4f}",
                     flush=True,
                 )
         tower_s = loop.tower_s / max(1, loop.num_images)
-    return report(options, machine, contestants, costs, tower_s).publish(options.json)
+        print("Epochs by turns", flush=True)
+        times: dict[str, list[float]] = {contestant.label: [] for contestant in entered}
+        for turn in range(options.time_rounds):
+            # Each begins as often as any other.
+            for contestant in (*entered[turn % len(entered) :], *entered[: turn % len(entered)]):
+                run(contestant, "timed", seed=turn, epochs=2)
+                times[contestant.label].append(contestant.epoch_s[-1])
+        for contestant in entered:
+            contestant.epoch_s = times[contestant.label]
+    return report(options, machine, entered, costs, tower_s).publish(options.json)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -158,7 +217,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="3 patients, one epoch, one seed, under a minute"
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="of every training [12]")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every training [40]")
     parser.add_argument("--precision", default="auto", help="what heads compute in [auto]")
     parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
     parser.add_argument("--workdir", type=Path, help="where pictures and stores lie meanwhile")
@@ -170,7 +229,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.seeds = 1 if options.quick else 3
     options.splits = QUICK_SPLITS if options.quick else SPLITS
     options.views_a_patient = QUICK_VIEWS_A_PATIENT if options.quick else VIEWS_A_PATIENT
-    options.epochs = options.epochs or (1 if options.quick else 12)
+    options.epochs = options.epochs or (1 if options.quick else 40)
+    options.time_rounds = 1 if options.quick else TIME_ROUNDS
     return options
 
 
@@ -189,6 +249,34 @@ def extract_views(manifest: Path, root: Path, device: str) -> tuple[FeatureStore
         "first_pass_bytes": bytes_before,
         "variants_bytes": level_bytes(store) - bytes_before,
     }
+
+
+def extract_changed(store: FeatureStore, manifest: Path, folder: Path, device: str) -> Path:
+    """Change the test pictures as the loop does those that it learns from; return their store."""
+    files = {sample.id: sample for sample in read_manifest(manifest).samples}
+    folder.mkdir()
+    random = np.random.default_rng(PHANTOM_SEED)
+    with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ("id", "image", "mask", "primary_angle", "secondary_angle", "split", "group")
+        )
+        for sample in store.samples:
+            mask_KHW = store.read_mask(sample.row)
+            if sample.split != "test" or mask_KHW is None:
+                continue
+            picture = Picture(sample, read_image(files[sample.id]), mask_KHW).changed(
+                draw_anew(random)
+            )
+            # What the picture does not show any more is no vessel.
+            mask_HW = np.where(picture.mask_KHW[0] == 1, 255, 0).astype(np.uint8)
+            Image.fromarray(picture.pixels_HWC.squeeze()).save(folder / f"{sample.id}.png")
+            Image.fromarray(mask_HW).save(folder / f"{sample.id}-mask.png")
+            names = (f"{sample.id}.png", f"{sample.id}-mask.png")
+            table.writerow((sample.id, *names, *picture.angles_deg, "test", sample.group))
+    root = folder.with_suffix(".zarr")
+    extract(ExtractConfig(folder / "manifest.csv", root, backbone="sam3-mini", devices=(device,)))
+    return root
 
 
 def level_bytes(store: FeatureStore) -> int:
@@ -232,6 +320,17 @@ class Picture:
     sample: StoredSample
     pixels_HWC: NDArray[np.uint8]
     mask_KHW: NDArray[np.uint8]
+    angles_deg: tuple[float, float] = (math.nan, math.nan)
+
+    def changed(self, variants: Sequence[Variant]) -> Picture:
+        """Return it as variants make it, one after the other."""
+        sample, pixels_HWC, mask_KHW = self.sample, self.pixels_HWC, self.mask_KHW
+        angles_deg = (sample.primary_angle_deg, sample.secondary_angle_deg)
+        for variant in variants:
+            pixels_HWC = variant.picture(pixels_HWC)
+            mask_KHW = variant.mask(mask_KHW, sample.height_px, sample.width_px)
+            angles_deg = variant.angles(*angles_deg)
+        return Picture(sample, pixels_HWC, mask_KHW, angles_deg)
 
 
 class Loop:
@@ -260,12 +359,13 @@ class Loop:
         )
         self.prepare_s, self.tower_s, self.num_images = 0.0, 0.0, 0
 
-    def train(self, config: TrainConfig, like: CheckpointInfo) -> list[float]:
+    def train(self, config: TrainConfig, like: CheckpointInfo, draw: Draw) -> list[float]:
         """Train a head as ``sam3cache.training.train`` does; return the time of each epoch.
 
         Args:
             config: of the run.
             like: the record of a run from the cache, with which the head is written.
+            draw: what a picture is changed by, each time that it is seen.
         """
         torch.manual_seed(config.seed)
         shapes = {name: spec.shape for name, spec in self.store.served_levels.items()}
@@ -284,7 +384,8 @@ class Loop:
             for start in range(0, len(order), config.batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-                batch = self.batch(order[start : start + config.batch_size], random, config)
+                chosen = order[start : start + config.batch_size]
+                batch = self.batch(chosen, [draw(random) for _ in chosen], config)
                 assert batch.target_BKTT is not None
                 with autocast(config):
                     logits_BKHW: Tensor = head(batch)
@@ -306,22 +407,17 @@ class Loop:
         return epoch_s
 
     def batch(
-        self, order: Sequence[int], random: np.random.Generator, config: TrainConfig
+        self, order: Sequence[int], changes: Sequence[Sequence[Variant]], config: TrainConfig
     ) -> Batch:
-        """Change pictures at random and put them through the tower."""
+        """Change pictures and put them through the tower."""
         started_s = time.perf_counter()
         images, targets, angles, contents = [], [], [], []
-        for picture in (self.pictures[i] for i in order):
-            sample, pixels_HWC, mask_KHW = picture.sample, picture.pixels_HWC, picture.mask_KHW
-            degrees = (sample.primary_angle_deg, sample.secondary_angle_deg)
-            for variant in draw_variants(random):
-                pixels_HWC = variant.picture(pixels_HWC)
-                mask_KHW = variant.mask(mask_KHW, sample.height_px, sample.width_px)
-                degrees = variant.angles(*degrees)
-            square_CHW, box = letterbox_image(pixels_HWC)
+        for i, variants in zip(order, changes, strict=True):
+            picture = self.pictures[i].changed(variants)
+            square_CHW, box = letterbox_image(picture.pixels_HWC)
             images.append(square_CHW)
-            targets.append(target_of(box, mask_KHW, config.loss_size_px))
-            angles.append(degrees)
+            targets.append(target_of(box, picture.mask_KHW, config.loss_size_px))
+            angles.append(picture.angles_deg)
             contents.append((box.content_height_px, box.content_width_px))
         self.prepare_s += time.perf_counter() - started_s
         image_BCHW = torch.stack(images).to(self.device)
@@ -354,8 +450,20 @@ def autocast(config: TrainConfig) -> torch.autocast | nullcontext[None]:
     return torch.autocast(torch.device(config.device).type, dtype)
 
 
-def draw_variants(random: np.random.Generator) -> list[Variant]:
-    """Return what a picture is changed by: of the kinds of VIEWS, but any amount between."""
+def draw_none(random: np.random.Generator) -> list[Variant]:
+    """Leave a picture as it is."""
+    del random
+    return []
+
+
+def draw_stored(random: np.random.Generator) -> list[Variant]:
+    """Take the picture or one of VIEWS, with equal chances, as an epoch from the cache does."""
+    view = random.choice(["", *VIEWS])
+    return [Variant.parse(view)] if view else []
+
+
+def draw_anew(random: np.random.Generator) -> list[Variant]:
+    """Change a picture by all the kinds of VIEWS, by any amount between."""
     changes = [
         Variant("rot", float(random.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG))),
         Variant("gamma", float(MAX_GAMMA ** random.uniform(-1, 1))),
@@ -371,67 +479,85 @@ def target_of(box: Letterbox, mask_KHW: NDArray[np.uint8], size_px: int) -> Tens
 def report(
     options: argparse.Namespace,
     machine: Machine,
-    contestants: Sequence[Contestant],
+    entered: Sequence[Contestant],
     costs: dict[str, float],
     tower_s: float,
 ) -> Report:
     """Lay out what was found, and check the bounds."""
-    plain = contestants[0]
-    slower = {
-        contestant.label: median(
-            own / without for own, without in zip(contestant.epoch_s, plain.epoch_s, strict=True)
-        )
-        for contestant in contestants
-    }
+    by_label = {contestant.label: contestant for contestant in entered}
+    plain = by_label[NONE]
+
+    def slower(contestant: Contestant) -> float:
+        pairs = zip(contestant.epoch_s, plain.epoch_s, strict=True)
+        return median(own / without for own, without in pairs)
+
     rows = []
-    for contestant in contestants:
-        gains = [own - base for own, base in zip(contestant.dice, plain.dice, strict=True)]
-        once = duration(costs["variants_s"]) if contestant.variants == "all" else ""
-        disk = f"{costs['variants_bytes'] / 1e6:.0f} MB" if contestant.variants == "all" else ""
-        rows.append(
-            (
-                contestant.label,
-                spread(contestant.dice),
-                "" if contestant is plain else spread(gains, "+.3f"),
-                duration(median(contestant.epoch_s)),
-                f"{significant(slower[contestant.label])} ×",
-                once,
-                disk,
-            )
-        )
-    limits = (
-        ("all free ones", "at most", FREE_TIME),
-        ("variants", "at most", VARIANTS_TIME),
-        ("tower in the loop", "at least", LOOP_TIME),
-    )
+    for contestant in entered:
+        cells = [contestant.label]
+        for own, base in (
+            (contestant.dice, plain.dice),
+            (contestant.dice_changed, plain.dice_changed),
+        ):
+            gains = [mine - theirs for mine, theirs in zip(own, base, strict=True)]
+            cells.append(f"{mean(own):.3f}")
+            cells.append("" if contestant is plain else f"{mean(gains):+.3f}")
+            cells.append("" if contestant is plain else interval_text(gains, sign=True))
+        cells += [duration(median(contestant.epoch_s)), f"{significant(slower(contestant))} ×"]
+        rows.append(cells)
+    limits = [
+        *((c.label, "at most", FREE_TIME) for c in entered if c.augment and c.variants == "none"),
+        (VARIANTS, "at most", VARIANTS_TIME),
+        (IN_LOOP, "at least", LOOP_TIME),
+    ]
     bounds = []
     for label, word, limit in () if options.quick else limits:
-        ratio = slower[label]
+        ratio = slower(by_label[label])
         holds = ratio <= limit if word == "at most" else ratio >= limit
         bounds.append(Bound(f"{label}: an epoch takes {word} {limit} × one without", ratio, holds))
+    for contestant in () if options.quick else entered:
+        if contestant.control_of:
+            other = by_label[contestant.control_of]
+            apart = abs(mean(contestant.dice) - mean(other.dice))
+            claim = f"{contestant.label}: within {CONTROL_DICE} of {other.label}"
+            bounds.append(Bound(claim, apart, apart <= CONTROL_DICE))
     counts = {
         name: options.views_a_patient * options.splits.count(name) for name in ("train", "test")
     }
     return Report(
         program="augmentation",
-        columns=("training", "Dice", "gained", "an epoch", "against none", "once", "disk"),
+        columns=(
+            "training",
+            "Dice",
+            "gained",
+            "95% over seeds",
+            "Dice, changed pictures",
+            "gained",
+            "95% over seeds",
+            "an epoch",
+            "against none",
+        ),
         rows=rows,
         notes=[
-            f"`{HEAD}` on sam3-mini's features of {counts['train']} synthetic angiograms, "
-            f"{options.epochs} epochs in batches of 4, heads in {options.precision}; Dice over "
-            f"{counts['test']} of other patients; mean ± standard deviation of {options.seeds} "
-            "seeds, and of what is gained seed by seed.",
+            f"`{HEAD}` on sam3-mini's features of {counts['train']} synthetic angiograms of "
+            f"{options.splits.count('train')} patients, {options.epochs} epochs in batches of 4, "
+            f"heads in {options.precision}. Dice: mean of {options.seeds} seeds over "
+            f"{counts['test']} pictures of other patients, as they are, and changed once as the "
+            "loop changes its own. What is gained is of each seed against no augmentation, with "
+            "Student's interval.",
             f"Variants: {', '.join(VIEWS)}; extracting them took {duration(costs['variants_s'])} "
-            f"once, and all pictures themselves {duration(costs['first_pass_s'])}. In the loop "
-            f"every picture is flipped half the time, turned by up to {MAX_ROTATION_DEG:g} degrees "
-            f"and raised to a gamma of up to {MAX_GAMMA:g} or its inverse, anew each time.",
+            f"and {costs['variants_bytes'] / 1e6:.0f} MB once, all pictures themselves "
+            f"{duration(costs['first_pass_s'])} and {costs['first_pass_bytes'] / 1e6:.0f} MB. In "
+            f"the loop every picture is flipped half the time, turned by up to "
+            f"{MAX_ROTATION_DEG:g} degrees and raised to a gamma of up to {MAX_GAMMA:g} or its "
+            f"inverse. Times: medians of {options.time_rounds} epochs, by turns.",
             f"sam3-mini is a miniature: its tower takes {significant(tower_s)} s an image here. "
             "SAM 3's own takes far longer (`benchmarks/train.py --full`), every time in the loop.",
         ],
         bounds=bounds,
         figures={
-            "dice": {c.label: c.dice for c in contestants},
-            "epoch_s": {c.label: c.epoch_s for c in contestants},
+            "dice": {c.label: c.dice for c in entered},
+            "dice_changed": {c.label: c.dice_changed for c in entered},
+            "epoch_s": {c.label: c.epoch_s for c in entered},
             "tower_s_per_image": tower_s,
             **costs,
         },
@@ -446,11 +572,6 @@ def report(
         },
         machine=machine.fields(),
     )
-
-
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Write a mean and, of several values, their standard deviation."""
-    return f"{mean(values):{form}}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

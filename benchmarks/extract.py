@@ -485,7 +485,8 @@ def report(
             f"{at_many['worker_bytes'] / 1e6:.0f} MB (medians; of {NUM_MEMORY_RUNS} runs)."
         )
     return Report(
-        program="extract",
+        # Two results beside each other: of the miniature and of SAM 3 itself.
+        program="extract-full" if bench.backbone == "sam3" else "extract",
         columns=(
             "levels",
             "tower alone, images/s",

@@ -7,6 +7,7 @@ what the README and docs/ say are the same strings.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import psutil
@@ -204,6 +205,24 @@ def machine_line(result: Mapping[str, Any]) -> str:
         share = f"{machine['share_of_others']:.0%}"
         line += f" Other programs took {share} of the processor meanwhile: it is faster alone."
     return line
+
+
+# Two-sided 95% points of Student's distribution, by degrees of freedom.
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def interval_text(
+    values: Sequence[float],
+    *,
+    sign: bool = False,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> str:
+    """Write Student's 95% interval of a mean, cut to what values can be; a dash for one value."""
+    if len(values) < 2:
+        return "–"
+    half = _STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    low, high = max(within[0], mean(values) - half), min(within[1], mean(values) + half)
+    return f"{low:+.3f} to {high:+.3f}" if sign else f"{low:.3f} to {high:.3f}"
 
 
 def newest_result(program: str, folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -136,6 +137,8 @@ def test_the_readme_is_in_step_with_the_results() -> None:
     for page in reporting.PAGES:
         text = page.read_text(encoding="utf-8")
         assert reporting.with_results(text) == text, "run: python benchmarks/readme_table.py"
+        for name in re.findall(r"<!-- benchmark:([\w-]+) -->", text):
+            assert reporting.newest_result(name) is not None, f"nothing measured: {name}"
 
 
 @pytest.mark.parametrize(
