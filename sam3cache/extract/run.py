@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from sam3cache.errors import UnsealedStoreError
 from sam3cache.extract.batching import find_batch_size, with_batch_size
@@ -28,6 +29,7 @@ from sam3cache.extract.worker import BlockTask, WorkerSetup
 from sam3cache.features import (
     LABEL_CHANGE,
     BlockClaims,
+    Place,
     block_of,
     finish_seal,
     interrupted_change,
@@ -47,6 +49,7 @@ _LOCK_PATIENCE_S = 60.0
 # For a process that has computed already: its holder lives, or the lock would be free.
 _LATER_LOCK_PATIENCE_S = 1200.0
 _MAX_PAUSES = 5
+_MAX_LOOKS = 4
 
 
 def extract(
@@ -98,9 +101,7 @@ def extract(
     patience_s = _LOCK_PATIENCE_S * rank.num_processes
     run_tasks, whole = _engine(config), None
     with ExitStack() as at_work:
-        with store_lock(root, timeout_s=patience_s):
-            if not state.is_current:
-                job = plan_job(request, StoreState.read(root, LABEL_SET))
+        with _locked(root, job, partial(plan_job, request), patience_s) as job:
             if batch_size is not None:
                 job = with_batch_size(job, batch_size)
             masks_before = hash_masks(job.state.receipts, job.changed_masks)
@@ -131,8 +132,7 @@ def extract(
                 # Another launch holds all that is left.
                 num_pauses += 1
                 time.sleep(claims.pause_s)
-            # Locked: whoever seals the store meanwhile folds the receipts that are read here.
-            with store_lock(root, timeout_s=max(patience_s, _LATER_LOCK_PATIENCE_S)):
+            with _locked(root, None, job.at, max(patience_s, _LATER_LOCK_PATIENCE_S)) as job:
                 if watch.batch_size < job.settings["batch_size"] and not is_sealed(root):
                     # Another process of the launch may have come down further.
                     recorded = read_description(root)["settings"]
@@ -140,7 +140,6 @@ def extract(
                         note_setting(root, name, value)
                         recorded[name] = value
                     job = replace(job, settings=recorded)
-                job = job.at(StoreState.read(root, LABEL_SET))
                 if job.tasks and job.state.sealed:
                     # By another launch, with other masks: what is written must not go behind that.
                     job = job.describe()
@@ -174,6 +173,37 @@ def extract(
         batch_size=job.settings["batch_size"],
         time_shares=watch.time_shares(),
     )
+
+
+@contextmanager
+def _locked(
+    root: Place, job: Job | None, plan: Callable[[StoreState], Job], patience_s: float
+) -> Iterator[Job]:
+    """Hold the store's lock, with a job for the store as it is described.
+
+    It is read and planned for without the lock, as that may take minutes and others wait for it.
+    What others have done of the blocks meanwhile is left to whoever turns to these.
+
+    Args:
+        root: the store.
+        job: that was planned already, or None.
+        plan: makes a job for a state.
+        patience_s: how long to wait for the lock.
+
+    Raises:
+        StoreBusyError: when another process holds it for longer.
+    """
+    for _ in range(_MAX_LOOKS):
+        if job is None:
+            job = plan(StoreState.read(root, LABEL_SET))
+        with store_lock(root, timeout_s=patience_s):
+            if job.state.is_described_so:
+                yield job
+                return
+        job = None
+    # Somebody changes it over and over.
+    with store_lock(root, timeout_s=patience_s):
+        yield plan(StoreState.read(root, LABEL_SET))
 
 
 def _engine(config: ExtractConfig) -> _RunTasks:
@@ -347,10 +377,10 @@ def _seal(job: Job, claims: BlockClaims, patience_s: float) -> bool:
 def _seal_now(job: Job) -> bool:
     """Seal the store, whose lock is held, unless something is missing of it."""
     root = job.state.root
-    state = job.state if job.state.is_current else StoreState.read(root, LABEL_SET)
-    if state.sealed:
+    if is_sealed(root):
         finish_seal(root)
         return True
+    state = job.state if job.state.is_current else StoreState.read(root, LABEL_SET)
     tasks = job.tasks if state is job.state else job.at(state).tasks
     if tasks or any(row.status == "pending" for row in state.rows):
         return False

@@ -30,6 +30,8 @@ from sam3cache.backbone import Tower
 from sam3cache.commands.interrupts import signals_interrupt, stopped_by
 from sam3cache.errors import ConfigError, WorkerError
 from sam3cache.extract import ExtractConfig, extract
+from sam3cache.extract.agenda import MAX_DEATHS_IN_A_ROW
+from sam3cache.extract.config import FATAL_REASON
 from sam3cache.features import is_sealed, open_store
 
 PICTURES = ("image_1008",)
@@ -41,14 +43,14 @@ def config(folder: Path, levels: tuple[str, ...] = PICTURES, **options: Any) -> 
 
 
 @contextmanager
-def killed_by(picture: Path) -> Iterator[list[int]]:
-    """Kill, as a crash of its decoder would, every worker that has a picture open."""
+def killed_by(*pictures: Path) -> Iterator[list[int]]:
+    """Kill, as a crash of its decoder would, every worker that has one of some pictures open."""
     killed: list[int] = []
     over = threading.Event()
 
     def is_open_in(process: psutil.Process) -> bool:
         links = Path(f"/proc/{process.pid}/fd").iterdir()
-        return any(link.readlink() == picture for link in links)
+        return any(link.readlink() in pictures for link in links)
 
     def watch() -> None:
         while not over.is_set():
@@ -103,6 +105,24 @@ def test_a_picture_that_kills_its_workers_is_set_aside_and_the_rest_is_stored(
     assert (mended.num_computed, mended.num_samples, mended.set_aside) == (1, 2, ())
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what processes have open in /proc")
+def test_a_block_with_pictures_that_kill_in_three_of_its_quarters_ends_nothing(
+    tmp_path: Path,
+) -> None:
+    folder = write_images(tmp_path / "pictures", num_images=18)
+    fatal = [folder / f"images/{number:02}.png" for number in (0, 4, 8)]
+    for picture in fatal:
+        Image.fromarray(np.zeros((8000, 10_500), np.uint8)).save(picture)
+        Image.fromarray(np.zeros((80, 105), np.uint8)).save(folder / "masks" / picture.name)
+    with killed_by(*(picture.resolve() for picture in fatal)) as killed:
+        result = extract(config(folder))
+    assert len(set(killed)) > MAX_DEATHS_IN_A_ROW
+    assert (result.sealed, result.num_samples) == (True, 15)
+    assert {aside.id for aside in result.set_aside} == {"s00", "s04", "s08"}
+    assert all(FATAL_REASON in aside.reason for aside in result.set_aside)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="its programs have other ways to end")
 def test_workers_that_never_begin_are_not_started_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +140,8 @@ def test_workers_that_never_begin_are_not_started_for_ever(
 SCRIPT = """
 from pathlib import Path
 from sam3cache.extract import ExtractConfig, extract
+from sam3cache.extract.agenda import MAX_DEATHS_IN_A_ROW
+from sam3cache.extract.config import FATAL_REASON
 
 extract(ExtractConfig(Path("pictures"), Path("x.zarr"), levels=("image_1008",)))
 """
