@@ -16,7 +16,7 @@ the memory that the parent and a worker hold by the number of images.
 With sam3-mini, whose tower takes a fifth of a second on two cores, decoding and writing compete
 with it for the same cores. --full, which a GPU takes by itself, is SAM 3's own size with random
 weights; on a CPU, where an image takes most of a minute, it is FULL_BLOCKS blocks of
-FULL_BLOCK_ROWS images each.
+FULL_BLOCK_ROWS images each, FULL_ROUNDS times, at the default levels alone.
 
 Exits with 1 when a bound is missed (none is checked with --quick: too few images):
 
@@ -70,7 +70,7 @@ MIN_SHARE_CPU, MIN_SHARE_CUDA, MIN_SHARE_TRUNK = 0.95, 0.97, 0.85
 SLOPE_BYTES = 1_000
 NUMBERS = (200, 1_000, 4_000, 20_000)
 NUM_MEMORY_RUNS = 3
-FULL_BLOCKS, FULL_BLOCK_ROWS = 3, 2
+FULL_BLOCKS, FULL_BLOCK_ROWS, FULL_ROUNDS = 3, 2, 2
 PICTURE_PX, TINY_PX = 1016, 16
 _NUM_DRAWN = 16
 
@@ -82,13 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind, given = options.measure
         print(json.dumps(MEASURES[kind](**json.loads(given))))
         return 0
+    spare_memory()  # As the program does; of effect in the processes that are started from here.
     device = pick_device(options.device)
     machine = Machine(device)
     with tempfile.TemporaryDirectory(dir=options.workdir, prefix="sam3cache-") as name:
         bench = Bench(Path(name), device, options)
         by_levels = measure_levels(bench)
         scaling = measure_scaling(bench)
-        memory = {} if options.quick else measure_memory(Path(name))
+        memory = {} if options.quick or bench.is_cut else measure_memory(Path(name))
     return report(options, machine, bench, by_levels, scaling, memory).publish(options.json)
 
 
@@ -159,12 +160,12 @@ class Bench:
         self.on_cuda = device.startswith("cuda")
         self.backbone = "sam3" if options.full else "sam3-mini"
         self.num_images = options.images or self._default_images()
-        self.levels = LEVELS[:1] if options.quick else LEVELS
-        self.rounds = 1 if options.quick or (options.full and not self.on_cuda) else ROUNDS
-        self.scaling_rounds = 1 if options.quick else SCALING_ROUNDS
         # Of SAM 3's size an image takes a CPU most of a minute: blocks are cut short there.
-        cut = options.full and not self.on_cuda
-        self.block_rows = FULL_BLOCK_ROWS if cut else BLOCK_ROWS
+        self.is_cut = options.full and not self.on_cuda
+        self.levels = LEVELS[:1] if options.quick or self.is_cut else LEVELS
+        self.rounds = 1 if options.quick else FULL_ROUNDS if self.is_cut else ROUNDS
+        self.scaling_rounds = 1 if options.quick else SCALING_ROUNDS
+        self.block_rows = FULL_BLOCK_ROWS if self.is_cut else BLOCK_ROWS
         self._batch_size: int | None = None if self.on_cuda else 1
         self._num_stores = 0
 
@@ -315,7 +316,6 @@ def measure_extraction(folder: str) -> dict[str, float]:
     in hand, the median. And by how much either grew an image, by a line through all reports from
     the first of NUMBERS on; NaN where there are none.
     """
-    spare_memory()  # As the program does.
     num_images: list[int] = []
     held_bytes: dict[str, list[int]] = {"parent": [], "worker": []}
 

@@ -185,7 +185,7 @@ class Receipt:
 
 ReceiptKey = tuple[str, int]
 
-_NUM_UNPACKED, _NUM_GROUPS = 1024, 64
+_NUM_UNPACKED, _NUM_GROUPS = 256, 64
 _GROUP_RECEIPTS = 16
 _RECEIPTS_MARK = b',"receipts":['
 _BLOCK_MARK = re.compile(rb'\{"block":(?P<block>\d+),"digest":')
