@@ -61,7 +61,8 @@ class Sample:
         extra: every other column of the manifest, as text.
         image_location: where the image is when ``source`` is not its path; it never enters a store.
         mask_location: the same for the mask.
-        line: of the manifest, to say in messages where names alone do not lead to a file.
+        line: of the manifest, as "line 3" or "file 3", to say in messages where names alone do not
+            lead to a file.
         masks: of each column that was asked for in place of ``mask``, name and location as there;
             None where the cell is empty.
         variant: of which changed view of the image the pixels are, by its name in
@@ -81,7 +82,7 @@ class Sample:
     extra: Mapping[str, str] = field(default_factory=dict)
     image_location: Path | None = None
     mask_location: Path | None = None
-    line: int | None = None
+    line: str | None = None
     masks: tuple[tuple[str, Path | None] | None, ...] = ()
     variant: str = ""
     base_id: str = ""

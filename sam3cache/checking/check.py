@@ -144,8 +144,8 @@ def check(config: CheckConfig, report: Report = lambda num_done, num_total: None
     for column in config.by:
         if column not in manifest.extra:
             raise ConfigError(
-                f"--by {column}: no such column is kept of {config.manifest.name}; expected one of "
-                f"{', '.join(manifest.extra) or 'none: there are no other columns'}"
+                f"--by {column}: no such column is kept of {manifest.name}; "
+                f"expected one of {', '.join(manifest.extra) or 'none: no other column is kept'}"
             )
     looked: list[Looked] = []
     problems: list[SetAside] = []

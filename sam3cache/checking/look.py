@@ -39,6 +39,8 @@ class Look:
         mask_size_px: height and width of its mask's own grid; None without a mask.
         marked_share: share of the mask that is marked, of what counts; None without a mask, and
             where nothing counts.
+        orientations: tags by which picture and mask were turned upright, 1 where one was not; None
+            without a mask.
         classes: indices of the classes that its mask shows.
         shift: where its mask fits best; None where that cannot be told.
     """
@@ -51,6 +53,7 @@ class Look:
     digest: str
     mask_size_px: tuple[int, int] | None
     marked_share: float | None
+    orientations: tuple[int, int] | None
     classes: tuple[int, ...]
     shift: Shift | None
 
@@ -84,6 +87,7 @@ def look_at(sample: Sample, table: ClassTable) -> Look | str:
         pixel_hash(picture_HWC)[:_DIGEST_CHARS],
         None if labels_MHW is None else labels_MHW.shape[1:],
         marked_share,
+        None if labels_MHW is None else (info.orientation, info.mask_orientation or 1),
         () if labels_MHW is None else _classes(labels_MHW, table),
         shift,
     )

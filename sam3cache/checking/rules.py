@@ -150,6 +150,7 @@ def _masks(looked: Sequence[Looked]) -> Iterator[Finding]:
         yield _shifted_masks(with_mask)
         yield _all_shifted(with_mask)
         yield _masks_of_other_size(with_mask)
+        yield _turned_alone(with_mask)
     else:
         yield _no_masks(looked)
 
@@ -263,6 +264,21 @@ def _masks_of_other_size(with_mask: Sequence[Looked]) -> Finding:
         ),
         "any size of the same aspect ratio",
         "leave it: results are measured on the mask's own grid",
+    )
+
+
+def _turned_alone(with_mask: Sequence[Looked]) -> Finding:
+    return Finding(
+        "orientation",
+        "warning",
+        "picture and mask turned by different orientation tags",
+        tuple(
+            Case((item.sample.id,), f"picture {tags[0]}, mask {tags[1]} (1 is not turned)")
+            for item in with_mask
+            if (tags := item.look.orientations) is not None and tags[0] != tags[1]
+        ),
+        "one orientation tag, or none, in both",
+        "look at the overlay: if the mask lies otherwise, save both as seen, without a tag",
     )
 
 
@@ -429,13 +445,16 @@ def _splits(manifest: Manifest, looked: Sequence[Looked]) -> Iterator[Finding]:
         "leave it; or share classes and views out evenly once the store is there, by `sam3cache "
         "store annotations split`",
     )
+    num_ungrouped, num_samples = manifest.num_ungrouped, len(manifest.samples)
     yield Finding(
         "no-groups",
         "note",
-        "no groups in the manifest",
-        (Case((), "each file is a group of its own"),) if "group" not in manifest.fields else (),
+        "without a group",
+        (Case((), f"{num_ungrouped} of {num_samples} samples are groups of their own"),)
+        if num_ungrouped
+        else (),
         "a group (patient) for each sample",
-        "name the column: pictures of one patient may now be in two splits unseen",
+        "name the column, or fill it in: pictures of one patient may now be in two splits unseen",
     )
 
 

@@ -102,7 +102,7 @@ def read_request(
         state.stored,
         find_variants(config, state.description),
     )
-    require_some(config, wanted)
+    require_some(manifest.name, wanted)
     if config.strict:
         require_all(manifest, wanted)
     if digest is None:
@@ -131,15 +131,19 @@ def require_all(manifest: Manifest, wanted: WantedSamples) -> None:
     )
 
 
-def require_some(config: ExtractConfig, wanted: WantedSamples) -> None:
+def require_some(name: str, wanted: WantedSamples) -> None:
     """Refuse a manifest of which nothing can be read.
+
+    Args:
+        name: of the manifest, in messages.
+        wanted: its samples.
 
     Raises:
         ManifestError: when that is so.
     """
     if not wanted.num_usable:
         raise ManifestError(
-            f"{config.manifest}: none of its {len(wanted)} samples can be used, the first because: "
+            f"{name}: none of its {len(wanted)} samples can be used, the first because: "
             f"{wanted[0].reason}; correct the manifest or its files"
         )
 
@@ -249,7 +253,7 @@ def plan_job(request: Request, state: StoreState) -> Job:
     if IMAGE_LEVEL in levels:
         wanted = wanted.fit_channels(levels[IMAGE_LEVEL][0].shape[0], _HAS_COLOUR)
     plan = plan_rows(state.stored, wanted, request.hashes)
-    _require_common_picture(state, config, plan)
+    _require_common_picture(state, request.manifest.name, plan)
     label_set = _label_set(state, plan)
     label_sets = {
         name: read_label_set_spec(root, name)
@@ -287,14 +291,14 @@ def _key_setting(request: Request, state: StoreState) -> dict[str, str]:
     return {"names_key": now or before} if now or before else {}
 
 
-def _require_common_picture(state: StoreState, config: ExtractConfig, plan: RowPlan) -> None:
+def _require_common_picture(state: StoreState, manifest_name: str, plan: RowPlan) -> None:
     """Refuse a manifest that has nothing to do with the store: mostly a slip in -o."""
     if plan.num_kept:
         return
     stored = {row.source for row in state.rows if row.status == "ok"}
     if stored and stored.isdisjoint(sample.source for sample in plan.wanted.samples):
         raise StoreError(
-            f"none of the {len(stored)} images in {state.root} is in {config.manifest}, under "
+            f"none of the {len(stored)} images in {state.root} is in {manifest_name}, under "
             "whatever name, so that all would be given up; give -o another folder, or the manifest "
             "that this store was made from"
         )

@@ -12,7 +12,7 @@ from sam3cache.records import Sample
 
 
 def match_samples(
-    stored: Sequence[StoredSample], given: Sequence[Sample], *, manifest: Path, store: Path
+    stored: Sequence[StoredSample], given: Sequence[Sample], *, manifest: str, store: Path
 ) -> dict[int, Sample]:
     """Find the samples of a store that a manifest's rows speak of.
 
@@ -22,8 +22,8 @@ def match_samples(
     Args:
         stored: samples of the store.
         given: rows of the manifest.
-        manifest: to name it in messages.
-        store: likewise.
+        manifest: what messages call it.
+        store: to name it in messages.
 
     Returns:
         By row of the store, the manifest's sample.

@@ -311,10 +311,10 @@ def _look_at_some(
         lambda num_done, num_total: report(ExtractProgress("checking", num_done, num_total, {})),
     )
     check_s = (time.monotonic() - begun_s) / max(1, len(some))
-    require_some(config, wanted)
+    require_some(manifest.name, wanted)
     usable = [item for item in wanted if item.info is not None]
     if not num_samples:
-        raise ManifestError(f"{config.manifest}: no rows; expected a header and a row a sample")
+        raise ManifestError(f"{manifest.name}: no rows; expected a header and a row a sample")
     return _Sampled(num_samples, usable, len(wanted), check_s)
 
 

@@ -195,7 +195,7 @@ def recompute(
         image = images.get((stored.source, stored.frame))
         if image is not None and stored.variant:
             image = replace(image, variant=stored.variant)
-        comparisons.append(_compare_sample(store, stored, image, tower, config))
+        comparisons.append(_compare_sample(store, stored, image, tower, config, manifest.name))
         report(num_done, len(chosen))
     return RecomputeResult(
         samples=tuple(comparisons),
@@ -237,10 +237,11 @@ def _compare_sample(
     image: Sample | None,
     tower: Tower | None,
     config: RecomputeConfig,
+    manifest_name: str,
 ) -> SampleComparison:
     about = (stored.id, stored.row, stored.source)
     if image is None:
-        reason = f"{config.manifest} does not name it"
+        reason = f"{manifest_name} does not name it"
         return SampleComparison(*about, "unreadable", reason)
     try:
         pixels_HWC = read_image(image)

@@ -48,7 +48,7 @@ from sam3cache.features.files import sha256_of_json
 from sam3cache.features.summary import groups_in_several_splits
 from sam3cache.groups import part_of_groups, values_to_share
 from sam3cache.images import FOREGROUND, ClassTable, Manifest, key_path, read_labels, read_manifest
-from sam3cache.records import SPLITS, Sample, SetAside
+from sam3cache.records import CONTRAST, MEMBER_MARK, SPLITS, Sample, SetAside
 from sam3cache.runtime import write_atomic
 
 Report = Callable[[int, int], None]
@@ -173,12 +173,12 @@ def set_labels(
             known_groups=_known_groups(store),
         )
         matched = match_samples(
-            store.samples, manifest.samples, manifest=config.manifest, store=config.store
+            store.samples, manifest.samples, manifest=manifest.name, store=config.store
         )
         if not any(any(sample.each_mask()) for sample in matched.values()):
             column = ", ".join(config.mask_columns) or "mask"
             raise ManifestError(
-                f"{config.manifest}: none of the {len(matched)} rows that match a sample has a "
+                f"{manifest.name}: none of the {len(matched)} rows that match a sample has a "
                 f"mask; fill the column {column!r}, or name another with --masks"
             )
         staging = staging_of(root, config.name)
@@ -190,7 +190,7 @@ def set_labels(
             if not num_with_mask:
                 shutil.rmtree(staging)
                 raise ManifestError(
-                    f"{config.manifest}: none of its masks can be used, the first because: "
+                    f"{manifest.name}: none of its masks can be used, the first because: "
                     f"{asides[0].reason}; correct the masks, or what --classes and --masks say of "
                     "them. The labels are as they were"
                 )
@@ -445,7 +445,7 @@ def set_annotations(config: AnnotationsConfig) -> AnnotationsResult:
         if "group" in fields:
             _require_key(store, manifest, config)
         matched = match_samples(
-            store.samples, manifest.samples, manifest=config.manifest, store=config.store
+            store.samples, manifest.samples, manifest=manifest.name, store=config.store
         )
         stored = {sample.row: sample for sample in store.samples}
         before = store.annotations
@@ -679,14 +679,12 @@ def _fields(config: AnnotationsConfig, manifest: Manifest) -> tuple[str, ...]:
     has = [name for name in ANNOTATIONS if name in manifest.fields] + list(manifest.extra)
     if not has:
         raise ManifestError(
-            f"{config.manifest} has no annotations; expected a CSV with some of the columns "
+            f"{manifest.name} has no annotations; expected a CSV with some of the columns "
             f"{', '.join(ANNOTATIONS)}, or others (for samples of DICOM files, those that extra in "
             "columns.toml lists)"
         )
     if unknown := [name for name in config.only if name not in has]:
-        raise ConfigError(
-            f"{config.manifest} has no {unknown[0]!r} to set; it has {', '.join(has)}"
-        )
+        raise ConfigError(f"{manifest.name} has no {unknown[0]!r} to set; it has {', '.join(has)}")
     return config.only or tuple(has)
 
 
@@ -696,7 +694,9 @@ def _corrected(
     if "split" in fields:
         note = replace(note, split=given.split)
     if "group" in fields:
-        note = replace(note, group=given.group or stored.source)
+        note = replace(
+            note, group=given.group or stored.source.removesuffix(MEMBER_MARK + CONTRAST)
+        )
     if "primary_angle" in fields:
         note = replace(note, primary_angle_deg=given.primary_angle_deg)
     if "secondary_angle" in fields:

@@ -92,7 +92,8 @@ def extract(
     forecast = forecast_job(job)
     announce(forecast)
     forecast.require_space()
-    for message in (*request.manifest.notes, *_what_is_lost(job), *_what_to_know(job)):
+    name = request.manifest.name
+    for message in (*request.manifest.notes, *_what_is_lost(job, name), *_what_to_know(job, name)):
         warn(message)
     batch_size = find_batch_size(job)
     num_given, blocks_given = 0, set[int]()
@@ -263,18 +264,18 @@ class _Watch:
         return TimeShares.of(self._states.values()) if self._states else None
 
 
-def _what_is_lost(job: Job) -> Iterator[str]:
+def _what_is_lost(job: Job, manifest_name: str) -> Iterator[str]:
     """Say which masks are taken away: a manifest that names some speaks for all."""
     if job.num_unmasked:
         yield (
             f"{job.num_unmasked} samples have a mask in {job.state.root} and none in "
-            f"{job.config.manifest}, which names masks of others: theirs are taken away. To have "
+            f"{manifest_name}, which names masks of others: theirs are taken away. To have "
             "them back, name them in the manifest and run it again, or set masks by `sam3cache "
             "store labels set`"
         )
 
 
-def _what_to_know(job: Job) -> Iterator[str]:
+def _what_to_know(job: Job, manifest_name: str) -> Iterator[str]:
     """Say what a user should know before long work: why it is done, and what it is good for."""
     if not job.tasks.num_to_compute():
         return
@@ -310,7 +311,7 @@ def _what_to_know(job: Job) -> Iterator[str]:
         lacking.append("both view angles, which heads then take as unknown")
     if lacking:
         yield (
-            f"no sample of {job.config.manifest} has {', and none '.join(lacking)}; a manifest "
+            f"no sample of {manifest_name} has {', and none '.join(lacking)}; a manifest "
             "that names them later costs no new features (docs/data.md)"
         )
 

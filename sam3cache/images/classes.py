@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ class ClassTable:
         numbers: by number in the file, number in the store: 0 for background, 1 to C for the
             classes, 255 for what does not count. None: files hold foreground, a plane a class.
         other: what every number that is not in ``numbers`` becomes; None: it is a mistake.
+        is_of_coco: whether the numbers are a COCO file's, and the names its categories'.
     """
 
     names: tuple[str, ...]
     numbers: Mapping[int, int] | None = field(default=None)
     other: int | None = None
+    is_of_coco: bool = False
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -80,6 +82,19 @@ class ClassTable:
         # Faster than the inverse that unique gives, which sorts every pixel.
         return stored[np.searchsorted(found, mask_HW)], unknown[0] if unknown else None
 
+    def contradicts(self, class_names: Mapping[int, str]) -> int | None:
+        """Return a number that a file, by its names, has for something else; None without one.
+
+        A number may be named anew by hand, but not if its file knows that name for another one.
+        """
+        assert self.numbers is not None
+        for number, name in class_names.items():
+            stored = self.numbers.get(number, self.other)
+            own = self.names[stored - 1] if stored and stored != IGNORE_LABEL else None
+            if name != own and (name in self.names or (self.is_of_coco and own is not None)):
+                return number
+        return None
+
 
 FOREGROUND = ClassTable(("foreground",))
 """One class: whatever a mask marks."""
@@ -97,7 +112,8 @@ def parse_classes(text: str) -> ClassTable:
         ConfigError: saying what cannot be understood.
     """
     if text.lower().endswith((".json", ".toml")):
-        return _table(_read_table(Path(text)), text)
+        table, is_of_coco = _read_table(Path(text))
+        return replace(_table(table, text), is_of_coco=is_of_coco)
     parts = [part.strip() for part in text.split(",")]
     if not any("=" in part for part in parts):
         return ClassTable(tuple(parts))
@@ -113,8 +129,8 @@ def parse_classes(text: str) -> ClassTable:
     return _table(pairs, text)
 
 
-def _read_table(path: Path) -> list[tuple[str, Any]]:
-    """Return the pairs of a file in its order."""
+def _read_table(path: Path) -> tuple[list[tuple[str, Any]], bool]:
+    """Return the pairs of a file in its order, and whether they are a COCO file's categories."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
@@ -129,11 +145,10 @@ def _read_table(path: Path) -> list[tuple[str, Any]]:
         raise ConfigError(f'classes {path}: expected numbers with their names, {{"1": "lad", …}}')
     if "categories" in table:
         try:
-            return [
-                (str(number), name) for number, name in category_names(table["categories"]).items()
-            ]
+            names = category_names(table["categories"])
         except ValueError as error:
             raise ConfigError(f"classes {path}: {error}; export the COCO file again") from None
+        return [(str(number), name) for number, name in names.items()], True
     pairs: list[tuple[str, Any]] = []
     for key, value in table.items():
         numbers = value if isinstance(value, list) else [value]
@@ -141,7 +156,7 @@ def _read_table(path: Path) -> list[tuple[str, Any]]:
             pairs += [(str(number), key) for number in numbers]
         else:
             pairs.append((key, value))
-    return pairs
+    return pairs, False
 
 
 def _table(pairs: Iterable[tuple[str, Any]], where: str) -> ClassTable:

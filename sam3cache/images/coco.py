@@ -13,7 +13,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +170,7 @@ def open_coco_mask(
         name: what to call the mask in messages.
         image_id: as text.
         as_numbers: whether a still of class numbers is wanted; else one of foreground.
-        as_planes: whether a cine of a plane a category is wanted.
+        as_planes: whether a cine of a plane a category's name is wanted: several may have one.
 
     Raises:
         ImageError: no such image, or annotations that cannot be understood.
@@ -192,10 +192,13 @@ def open_coco_mask(
     if height_px * width_px > MAX_PIXELS:
         raise ImageError(f"{name}: {height_px} x {width_px} pixels, more than {MAX_PIXELS:,}")
     annotations = coco.annotations.get(image_id, ())
-    numbers = sorted(coco.names)
+    numbers_of: dict[str, set[int]] = {}
+    for number, category in sorted(coco.names.items()):
+        numbers_of.setdefault(category, set()).add(number)
+    planes = list(numbers_of.values())
 
-    def paint(wanted: int | None) -> NDArray[np.uint8]:
-        """Return class numbers, or 1 for a category (0: for any), uint8 (H, W)."""
+    def paint(wanted: Collection[int]) -> NDArray[np.uint8]:
+        """Return class numbers, or 1, where one of these categories is marked, uint8 (H, W)."""
         mask_HW = np.zeros((height_px, width_px), np.uint8)
         ignored_HW = np.zeros((height_px, width_px), bool)
         for place, annotation in enumerate(annotations):
@@ -204,29 +207,29 @@ def open_coco_mask(
             number = coco.numbers.get(category_id) if isinstance(category_id, int) else None
             if number is None:
                 raise ImageError(f"{where} is of no known category; add it to the categories")
-            if wanted not in (None, 0, number):
+            if number not in wanted:
                 continue
             marked_HW = _rasterise(annotation.get("segmentation"), height_px, width_px, where)
             if annotation.get("iscrowd") or annotation.get("ignore"):
                 ignored_HW |= marked_HW
             else:
-                mask_HW[marked_HW] = number if wanted is None else 1
+                mask_HW[marked_HW] = number if as_numbers else 1
         mask_HW[ignored_HW & (mask_HW == 0)] = IGNORE_LABEL
         return mask_HW
 
     def read(index: int) -> NDArray[np.uint8]:
-        wanted = numbers[index] if as_planes else (None if as_numbers else 0)
-        return paint(wanted)[..., None]
+        return paint(planes[index] if as_planes else coco.names)[..., None]
 
     return Picture(
         height_px,
         width_px,
         1,
-        len(numbers) if as_planes else None,
+        len(planes) if as_planes else None,
         is_lossy=False,
         read=read,
         ignored=IGNORE_LABEL,
-        plane_names=tuple(coco.names[number] for number in numbers) if as_planes else (),
+        plane_names=tuple(numbers_of) if as_planes else (),
+        class_names=coco.names,
     )
 
 
@@ -247,6 +250,8 @@ def find_coco_files(folder: Path) -> list[Path]:
 
 def _looks_like_coco(path: Path) -> bool:
     try:
+        if not path.is_file():
+            return False  # A pipe would let us wait.
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError:

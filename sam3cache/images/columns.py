@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -35,24 +35,36 @@ from sam3cache.images.dicom import (
     read_facts,
 )
 from sam3cache.images.paths import is_absolute, resolve_path
-from sam3cache.images.picture import CONTAINER_SUFFIXES, SUFFIXES
+from sam3cache.images.picture import CONTAINER_SUFFIXES, SUFFIXES, require_regular
 from sam3cache.images.pseudonyms import Key, load_key, pseudonym
-from sam3cache.records import split_member
+from sam3cache.records import CONTRAST, MEMBER_MARK, split_member
 
 FIELDS = ("image", "mask", "frame", "primary_angle", "secondary_angle", "split", "group", "id")
 
 _ENTRY_KEYS = ("column", "json", "key", "constant", "values", "hash")
 
+ROW = "(row)"
+"""Column of a container's table with each row's place in the file, to be hidden as paths are."""
+
+UNNAMED = "the manifest"
+"""What messages call a manifest where names of files are hidden, of which its own may be one."""
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_WHOSE_NAME = "first|last|full|family|given|middle|maiden|person|operators?"
 _IDENTITY = re.compile(
-    r"(patient|subject).*|mrn|dob|birth.*|date_of_birth|surname|((first|last|full)_?)?name",
-    re.IGNORECASE,
+    "_(patient|accession|birth|surname|forename|physician|doctor|telephone|phone|e?mail|address)"
+    "|_(medical_record|hospital)_?(id|no|nr|num|number)_"
+    "|_(subject(s|id|name)?|pat(id|name)?|pid|mrn|ssn|dob|uid|[a-z]+instanceuid)_"
+    "|_(study|series|exam|scan|visit|acquisition)?date(time)?_"
+    f"|_({_WHOSE_NAME})_?names?_|^_names?_$"
 )
-"""Columns that tend to name a person: never kept as text unless asked for."""
+"""Columns that tend to tell who somebody is: never kept as text unless asked for."""
 
 
 def names_a_person(column: str) -> bool:
     """Tell whether a column's name says that it identifies a patient."""
-    return _IDENTITY.fullmatch(column) is not None
+    words = "_".join(_WORDS.findall(column)).lower()
+    return _IDENTITY.search(f"_{words}_") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,7 @@ class ColumnMap:
         fields: where each field comes from.
         extra: the columns that are kept beside them.
         listed: those of them that the user has asked for by name.
+        left_out: columns that are not kept, as they seem to name a person.
         hash_paths: whether paths become pseudonyms, since they name persons; None: those of DICOM
             files and what belongs to them.
     """
@@ -89,6 +102,7 @@ class ColumnMap:
     fields: Mapping[str, FieldSource]
     extra: tuple[str, ...]
     listed: frozenset[str]
+    left_out: tuple[str, ...]
     hash_paths: bool | None
 
 
@@ -128,6 +142,8 @@ def map_columns(
     hash_paths = entries.pop("hash_paths", None)
     if not isinstance(hash_paths, bool | None):
         raise ManifestError(f"{where}: hash_paths = {hash_paths!r}; expected true or false")
+    manifest = UNNAMED if hash_paths else manifest
+    has = known_columns(header, hash_paths)
     unknown = sorted(set(entries) - set(FIELDS))
     if unknown:
         raise ManifestError(
@@ -147,22 +163,39 @@ def map_columns(
     if "image" not in fields and not (by_id and "id" in fields):
         wanted = "'image' or 'id'" if by_id else "'image'"
         raise ManifestError(
-            f"{manifest}: no column {wanted}; it has {', '.join(header)}; rename the column, or "
-            "say which one it is with --columns columns.toml"
+            f"{manifest}: no column {wanted}; it has {has}; rename the column, or say which one it "
+            "is with --columns columns.toml"
         )
     used = [source.column for source in fields.values() if source.column is not None]
     for column in [*used, *(extra or ())]:
         if column not in header:
-            raise ManifestError(
-                f"{where}: column {column!r} is not in {manifest}, which has {', '.join(header)}"
-            )
+            raise ManifestError(f"{where}: column {column!r} is not in {manifest}, which has {has}")
     listed = frozenset(extra or ())
+    left_out: list[str] = []
     if extra is None and (hash_paths or (is_private and hash_paths is None)):
         extra = []  # any of them may hold a path, or part of one
     elif extra is None:
         consumed = {*FIELDS, *used, *unkept}
-        extra = [c for c in header if c and c not in consumed and not names_a_person(c)]
-    return ColumnMap(fields, tuple(extra), listed, hash_paths)
+        others = [c for c in header if c and c not in consumed]
+        left_out = [c for c in others if names_a_person(c)]
+        extra = [c for c in others if c not in left_out]
+    return ColumnMap(fields, tuple(extra), listed, tuple(left_out), hash_paths)
+
+
+def known_columns(header: Sequence[str], hash_paths: bool | None) -> str:
+    """Name the columns, but for those of a container whose own names are hidden."""
+    return "others" if hash_paths and ROW in header else ", ".join(c for c in header if c != ROW)
+
+
+def hides_paths(columns: Path | None) -> bool:
+    """Tell whether a ``columns.toml`` hides all names of files.
+
+    Raises:
+        ManifestError: a ``columns.toml`` that cannot be read.
+    """
+    if columns is None or not columns.exists():
+        return False
+    return _read_toml(columns).get("hash_paths") is True
 
 
 def read_setting(columns: Path | None, name: str) -> str | None:
@@ -266,6 +299,7 @@ class RowReader:
         column_map: where fields come from.
         root: folder that paths are relative to.
         num_dicoms: rows so far whose image is a DICOM file.
+        num_with_text: DICOM files so far that say that text is burnt into their pixels.
         has_spacing: whether any of them tells the size of its pixels.
         patients: that groups were made of.
     """
@@ -292,7 +326,7 @@ class RowReader:
         self.known_groups = known_groups
         self._is_keyed = is_keyed or known_groups is not None
         self._has_unkeyed = False
-        self.num_dicoms = 0
+        self.num_dicoms = self.num_with_text = 0
         self.has_spacing = False
         self.patients: set[str] = set()
         self.root = root
@@ -351,6 +385,7 @@ class RowReader:
         text = str(path)
         if self._facts[0] != text:
             self._facts = text, read_facts(path, name)
+            self.num_with_text += self._facts[1] is not None and self._facts[1].has_text
         facts = self._facts[1]
         if facts is None:
             raise ImageError(f"{name}: DICOM without a picture; leave it out")
@@ -375,11 +410,6 @@ class RowReader:
             raise ImageError(problem)
         return value
 
-    def hashed_name(self, name: str, location: Path | None) -> str:
-        """Return what is kept in place of a path."""
-        # What is hashed does not change when the manifest's folder moves.
-        return self.hashed(name if location is None else PureWindowsPath(location).as_posix(), 16)
-
 
 @dataclass(slots=True)
 class Row:
@@ -389,13 +419,17 @@ class Row:
         reader: whose row it is.
         cells: by column.
         image: the image as the row names it; empty without one.
+        is_of_contrast: whether it is the frame with the most contrast agent, by its name.
         dicom: where it is when it is a DICOM file.
+        is_ungrouped: whether nothing gives its group, once that was asked for.
     """
 
     reader: RowReader
     cells: Mapping[str, str]
     image: str = ""
+    is_of_contrast: bool = False
     dicom: Path | None = None
+    is_ungrouped: bool = False
 
     @property
     def hides(self) -> bool:
@@ -421,13 +455,18 @@ class Row:
                 none of a file's.
             LateKeyError: as :meth:`RowReader.use_key` does.
         """
-        self.image = self.value("image")
+        text = self.value("image")
+        self.image = text.removesuffix(MEMBER_MARK + CONTRAST)
+        self.is_of_contrast = text != self.image
         file = split_member(self.image)[0]
-        if file and not PurePosixPath(file).name:
-            raise ImageError(f"the image {file!r} is no file's name; mend the cell")
-        if not file or not may_be_dicom(file.replace("\\", "/").rpartition("/")[2]):
+        if not file:
             return
-        name, location = resolve_path(file, self.reader.root)
+        last = file.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        if last in ("", ".", ".."):
+            raise ImageError(f"the image {file!r} is no file's name; mend the cell")
+        if not may_be_dicom(last):
+            return
+        name, location, _ = resolve_path(file, self.reader.root)
         path = location or self.reader.root / name
         # Of one that is not there, its name tells.
         if is_called_dicom(path.name) or is_dicom(path):
@@ -467,6 +506,24 @@ class Row:
             return text
         return self.reader.group(text) if source.hash is None else self.reader.hashed(text, 12)
 
+    def group(self, source: str) -> str:
+        """Return the group, or where nothing gives one what makes the row a group of its own.
+
+        Args:
+            source: the name that may be kept of the image.
+
+        Raises:
+            ImageError: as :meth:`value` does.
+        """
+        if group := self.value("group"):
+            return group
+        self.is_ungrouped = True
+        # A row of a stack is a picture among others in one file.
+        place = "" if "group" in self.reader.column_map.fields else self.cells.get(ROW, "")
+        if not place:
+            return source
+        return self.reader.hashed(place, 12) if self.hides else place
+
     def _of_dicom(self, name: str) -> str:
         facts = self.facts()
         if facts is None or name not in ("primary_angle", "secondary_angle", "group"):
@@ -500,20 +557,23 @@ class Row:
     def resolve(self, path_text: str) -> tuple[str, Path | None]:
         """Return the name that may be kept of a path, and where it is when that does not say it."""
         root = self.reader.root
-        name, location = resolve_path(path_text, root)
+        name, location, whole = resolve_path(path_text, root)
         if not self.hides:
             return name, location
         is_image = self.dicom is not None and path_text == self.image
         suffix = PurePosixPath(split_member(name)[0]).suffix
         known = suffix if suffix.lower() in {*SUFFIXES, *CONTAINER_SUFFIXES} else ""
-        hashed = self.reader.hashed_name(name, location)
+        hashed = self.reader.hashed(whole, 16)
         return hashed + (".dcm" if is_image else known), location or root / name
 
 
 def _read_json(path: Path) -> tuple[Any, str]:
     """Return a file's document, or what is wrong with the file."""
     try:
+        require_regular(path, path.name)
         return json.loads(path.read_text(encoding="utf-8-sig")), ""
+    except ImageError:
+        return None, "no file, but a pipe, device or socket; name a file"
     except OSError as error:
         problem = error.strerror or "cannot be read"
         return None, f"{problem}; restore the JSON file or empty the cell"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.errors import ImageError
+from sam3cache.errors import ImageError, ManifestError
 from sam3cache.images import dicom_codecs
 from sam3cache.images.opened import kept_open
 from sam3cache.images.picture import (
@@ -34,6 +34,7 @@ from sam3cache.images.picture import (
     Picture,
     apply_window,
     quietly,
+    require_regular,
 )
 from sam3cache.images.picture import SUFFIXES as PICTURE_SUFFIXES
 from sam3cache.images.tables import Table
@@ -58,11 +59,20 @@ _DEFLATED, _EXPLICIT = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.1"
 _STILL_DEG = 1.0
 """How far angles of a run's frames may differ that is not rotational."""
 
+_XRAY_CLASSES = "1.2.840.10008.5.1.4.1.1.12."
+"""What SOP classes of angiography and fluoroscopy begin with, enhanced and biplane ones too."""
+
+_CAPTURE_CLASS = "1.2.840.10008.5.1.4.1.1.7"
+"""Secondary Capture, and with a dot behind, those of many frames."""
+
 _LOSSY_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 
 # All that is read of a header. Of whom it is, only what groups are made of.
 _FACTS = (
     "SpecificCharacterSet",
+    "SOPClassUID",
+    "Modality",
+    "BurnedInAnnotation",
     "PatientID",
     "IssuerOfPatientID",
     "StudyInstanceUID",
@@ -87,7 +97,6 @@ _FACTS = (
 _COLOURS = ("Red", "Green", "Blue")
 _PICTURE = (
     *_FACTS,
-    "Modality",
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "PlanarConfiguration",
@@ -119,32 +128,62 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 
 @dataclass(frozen=True)
+class RunAngles:
+    """One angle of a run's frames: as few numbers as the header has, whatever it claims of frames.
+
+    Attributes:
+        listed_deg: one of all frames, or one a frame; None when unknown.
+        step_deg: what each frame adds to the one before, where the one that is listed is the first
+            frame's; None when unknown.
+    """
+
+    listed_deg: tuple[float | None, ...]
+    step_deg: float | None = 0.0
+
+    def of_frame(self, frame: int | None, num_frames: int) -> float | None:
+        """Return a frame's; None where they differ and the frame is not known."""
+        first_deg = self.listed_deg[0]
+        if len(self.listed_deg) == 1 and self.step_deg == 0:
+            return first_deg
+        if frame is None or not 0 <= frame < num_frames:
+            return None
+        if len(self.listed_deg) > 1:
+            return self.listed_deg[frame] if frame < len(self.listed_deg) else None
+        if frame == 0 or first_deg is None:
+            return first_deg
+        return None if self.step_deg is None else _turned(first_deg, self.step_deg * frame)
+
+
+@dataclass(frozen=True)
 class DicomFacts:
     r"""What a header says beside the pixels, as the cells of a manifest.
 
     Attributes:
         num_frames: 1 of a still.
-        primary_angles: degrees, LAO positive, "" when unknown: one of all frames, or one a frame.
-        secondary_angles: likewise, cranial positive.
+        primary_angles: degrees, LAO positive.
+        secondary_angles: degrees, cranial positive.
         spacing_mm: rows and columns in the plane of the patient, as ``0.2\0.2``; "" when unknown.
         spacing_from: what that comes from, in words.
         patient: what tells patients apart, "" where the header does not. Never to be kept but as a
             hash.
+        is_xray: whether it is of angiography or fluoroscopy, or does not say of what it is.
+        has_text: whether the header says that text which may name the patient is in the pixels.
     """
 
     num_frames: int
-    primary_angles: tuple[str, ...]
-    secondary_angles: tuple[str, ...]
+    primary_angles: RunAngles
+    secondary_angles: RunAngles
     spacing_mm: str
     spacing_from: str
     patient: str
+    is_xray: bool
+    has_text: bool
 
     def angle(self, which: str, frame: int | None) -> str:
         """Return an angle of a frame; "" where they differ and the frame is not known."""
         angles = self.primary_angles if which == "primary_angle" else self.secondary_angles
-        if len(angles) == 1:
-            return angles[0]
-        return angles[frame] if frame is not None and 0 <= frame < len(angles) else ""
+        angle_deg = angles.of_frame(frame, self.num_frames)
+        return "" if angle_deg is None else f"{angle_deg:g}"
 
 
 def may_be_dicom(name: str) -> bool:
@@ -169,6 +208,8 @@ def is_head(head: bytes) -> bool:
 def is_dicom(path: Path) -> bool:
     """Tell by a file's first bytes whether it is DICOM; False when it cannot be read."""
     try:
+        if not path.is_file():
+            return False  # A pipe has no first bytes, but lets whoever asks for them wait.
         with path.open("rb") as file:
             return is_head(file.read(HEAD_BYTES))
     except (OSError, ValueError):
@@ -197,7 +238,7 @@ def find_dicoms(folder: Path, on_error: Callable[[OSError], None] | None = None)
 
 @contextmanager
 def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
-    """Find the pictures of a folder of DICOM files, or take one file.
+    """Find the X-ray angiograms of a folder of DICOM files, or take one file.
 
     Of a cine it is the frame with the most contrast agent, unless ``columns.toml`` says another.
     """
@@ -221,7 +262,7 @@ def dicom_table(path: Path, columns: Path | None) -> Iterator[Table]:
                 f"them: {unread[0].strerror}"
             )
 
-    yield _table_of(path, root, files(), notes)
+    yield _table_of(path, root, files(), notes, is_folder=True)
 
 
 @contextmanager
@@ -239,11 +280,21 @@ def dicom_files_table(files: Sequence[tuple[int, Path]]) -> Iterator[Table]:
     yield _table_of(root, root, zip(numbers, paths, strict=True), [])
 
 
-def _table_of(path: Path, root: Path, files: Iterable[tuple[int, Path]], notes: list[str]) -> Table:
-    """Return a table of DICOM files, a row each that has a picture."""
+def _table_of(
+    path: Path,
+    root: Path,
+    files: Iterable[tuple[int, Path]],
+    notes: list[str],
+    *,
+    is_folder: bool = False,
+) -> Table:
+    """Return a table of DICOM files, a row each that has a picture.
+
+    Of a folder only X-ray angiography is meant: studies also hold screens with doses and names.
+    """
 
     def rows() -> Iterator[tuple[int, list[str]]]:
-        num_without = 0
+        num_rows = num_without = num_others = num_with_text = 0
         for number, file in files:
             num_frames = 1
             # What is wrong with a file is said where its row is understood.
@@ -252,13 +303,35 @@ def _table_of(path: Path, root: Path, files: Iterable[tuple[int, Path]], notes: 
                 if facts is None:
                     num_without += 1
                     continue
+                if is_folder and not facts.is_xray:
+                    num_others += 1
+                    continue
+                num_with_text += facts.has_text
                 num_frames = facts.num_frames
+            num_rows += 1
             name = file.relative_to(root) if file.is_relative_to(root) else file
             yield number, [name.as_posix(), CONTRAST if num_frames > 1 else ""]
         if num_without:
             notes.append(f"{num_without} DICOM files without a picture were left out")
+        if num_others:
+            notes.append(
+                f"{num_others} DICOM files that are no X-ray angiography (secondary captures, or "
+                "of another modality) were left out: name them in a CSV if they are meant"
+            )
+        if num_with_text:
+            notes.append(text_note(num_with_text))
+        if not num_rows:
+            raise ManifestError(f"no DICOM file with a picture to take; {'; '.join(notes)}")
 
     return Table(path, root, ("image", "frame"), rows(), unit="file", notes=notes)
+
+
+def text_note(num_files: int) -> str:
+    """Say how many files tell of text in their pixels."""
+    return (
+        f"{num_files} DICOM files say that text is burnt into their pixels (Burned In Annotation), "
+        "which may name the patient and is stored with them: look at them"
+    )
 
 
 def _count_files(folder: Path) -> int:
@@ -272,7 +345,10 @@ def read_facts(path: Path, name: str) -> DicomFacts | None:
         ImageError: a header that cannot be read.
     """
     try:
+        require_regular(path, name)
         file = path.open("rb")
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "no path"
         raise ImageError(f"{name}: {reason}; mend its path or restore the file") from None
@@ -281,57 +357,72 @@ def read_facts(path: Path, name: str) -> DicomFacts | None:
         if "Rows" not in header or "Columns" not in header:
             return None
         spacing_mm, spacing_from = _spacing(header)
+        num_frames = max(1, int(header.get("NumberOfFrames", 1) or 1))
         return DicomFacts(
-            max(1, int(header.get("NumberOfFrames", 1) or 1)),
-            _angles(header, "PositionerPrimaryAngle"),
-            _angles(header, "PositionerSecondaryAngle"),
+            num_frames,
+            _angles(header, "PositionerPrimaryAngle", num_frames),
+            _angles(header, "PositionerSecondaryAngle", num_frames),
             spacing_mm,
             spacing_from,
             _patient(header),
+            _is_xray(header),
+            _text(header, "BurnedInAnnotation") == "YES",
         )
+
+
+def _is_xray(header: Dataset) -> bool:
+    """Tell whether a picture is of angiography or fluoroscopy, or does not say of what it is.
+
+    A secondary capture is of any screen, and has the modality of what was seen there.
+    """
+    kind, modality = _text(header, "SOPClassUID"), _text(header, "Modality")
+    if kind == _CAPTURE_CLASS or kind.startswith(f"{_CAPTURE_CLASS}."):
+        return False
+    return modality in ("", "XA", "RF") or kind.startswith(_XRAY_CLASSES)
+
+
+def _text(header: Dataset, keyword: str) -> str:
+    return str(header.get(keyword, "") or "").strip()
 
 
 def _patient(header: Dataset) -> str:
     """Return what tells patients apart: their id and who gave it, else their study."""
-    patient_id = str(header.get("PatientID", "") or "").strip()
+    patient_id = _text(header, "PatientID")
     if not patient_id:
-        return str(header.get("StudyInstanceUID", "") or "").strip()
-    issuer = str(header.get("IssuerOfPatientID", "") or "").strip()
+        return _text(header, "StudyInstanceUID")
+    issuer = _text(header, "IssuerOfPatientID")
     return f"{issuer}\n{patient_id}" if issuer else patient_id
 
 
-def _angles(header: Dataset, keyword: str) -> tuple[str, ...]:
+def _angles(header: Dataset, keyword: str, num_frames: int) -> RunAngles:
     """Return the angles of PS3.3, C.8.7.5, or of an enhanced XA (C.8.19.6.10): one, or one a frame.
 
     Where the positioner stood still, as far as angles are known to a degree, they are one.
     """
-    angles = [_known(header.get(keyword))]
-    num_frames = max(1, int(header.get("NumberOfFrames", 1) or 1))
-    if angles[0] is None:
+    first_deg = _known(header.get(keyword))
+    listed_deg = [first_deg]
+    if first_deg is None:
         per_frame = header.get("PerFrameFunctionalGroupsSequence") or ()
         positions = [_first(group, "PositionerPositionSequence") for group in per_frame]
-        angles = [_known(None if p is None else p.get(keyword)) for p in positions]
-        if not angles or angles[0] is None:
+        listed_deg = [_known(None if p is None else p.get(keyword)) for p in positions]
+        if not listed_deg or listed_deg[0] is None:
             shared = _first(header, "SharedFunctionalGroupsSequence")
             position = _first(shared, "PositionerPositionSequence")
-            angles = [_known(None if position is None else position.get(keyword))]
-    elif num_frames > 1 and str(header.get("PositionerMotion", "") or "").strip() == "DYNAMIC":
-        increments = _increments(header.get(f"{keyword}Increment"), num_frames)
-        angles = [None if more is None else _turned(angles[0], more) for more in increments]
-    known = [angle for angle in angles if angle is not None]
-    if len(known) == len(angles) and max(known) - min(known) <= _STILL_DEG:
-        angles = angles[:1]
-    return tuple("" if angle is None else f"{angle:g}" for angle in angles)
-
-
-def _increments(value: Any, num_frames: int) -> list[float | None]:
-    """Return what is to be added for each frame (PS3.3, C.8.7.5.1.3); None where nobody knows."""
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    numbers = [float(one) for one in value] if several else []
-    if len(numbers) == num_frames:
-        return list(numbers)
-    step = _known(numbers[0] if len(numbers) == 1 else None if several else value)
-    return [0.0 if frame == 0 else step and step * frame for frame in range(num_frames)]
+            listed_deg = [_known(None if position is None else position.get(keyword))]
+    elif num_frames > 1 and _text(header, "PositionerMotion") == "DYNAMIC":
+        # What is to be added for each frame (PS3.3, C.8.7.5.1.3).
+        value = header.get(f"{keyword}Increment")
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        increments = [_known(one) for one in value] if is_list else [_known(value)]
+        if len(increments) != num_frames:
+            step_deg = increments[0] if len(increments) == 1 else None
+            is_still = step_deg is not None and abs(step_deg) * (num_frames - 1) <= _STILL_DEG
+            return RunAngles((first_deg,), 0.0 if is_still else step_deg)
+        listed_deg = [None if more is None else _turned(first_deg, more) for more in increments]
+    known_deg = [angle_deg for angle_deg in listed_deg if angle_deg is not None]
+    if len(known_deg) == len(listed_deg) and max(known_deg) - min(known_deg) <= _STILL_DEG:
+        listed_deg = listed_deg[:1]
+    return RunAngles(tuple(listed_deg))
 
 
 def _turned(angle_deg: float, more_deg: float) -> float:
@@ -447,7 +538,8 @@ def open_dicom(path: Path, name: str) -> Picture:
         ImageError: when it is damaged, or of a kind that cannot be read.
     """
     with _saying_name(name):
-        return kept_open(path, _DicomFile).picture(name)
+        # One that is inflated as a whole takes up to MAX_INFLATED_BYTES.
+        return kept_open(path, _DicomFile, lambda file: not file.is_inflated).picture(name)
 
 
 @contextmanager
@@ -485,6 +577,7 @@ class _DicomFile:
         try:
             with quietly():
                 self._header, self._syntax, self._file = _read_header(self._file, _PICTURE)
+                self.is_inflated = isinstance(self._file, io.BytesIO)
                 self._options = self._read_options()
                 self._looks = _Looks(self._header)
             self._decoder = self._find_decoder()

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from sam3cache.errors import ImageError, QuotingError
 from sam3cache.images.coco import open_coco_mask
 from sam3cache.images.contrast import contrast_frame
-from sam3cache.images.dicom import HEAD_BYTES, is_head, open_dicom
+from sam3cache.images.dicom import HEAD_BYTES, is_head, may_be_dicom, open_dicom
 from sam3cache.images.hdf5 import HDF5_MAGIC, open_hdf5
 from sam3cache.images.npz import ZIP_MAGIC, open_npz
 from sam3cache.images.picture import (
@@ -35,7 +34,9 @@ from sam3cache.images.picture import (
     SUFFIXES,
     Picture,
     array_picture,
+    find_once,
     quietly,
+    require_regular,
 )
 from sam3cache.records import CONTRAST, MEMBER_MARK
 
@@ -134,14 +135,18 @@ class _How:
 
 @contextmanager
 def _opened(path: Path, name: str, how: _How) -> Iterator[Picture]:
-    if path.is_dir():
-        raise ImageError(f"{name}: is a folder; name a file")
+    require_regular(path, name)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"{name}: empty file; restore it")
     # First, as the preamble of DICOM may be the beginning of a TIFF.
     if is_head(head) and not how.member:
+        if not how.is_mask and not may_be_dicom(path.name):
+            raise ImageError(
+                f"{name}: DICOM under the suffix of another format, so that nothing of its header "
+                "was taken and its name is not hidden; let its name end in .dcm"
+            )
         yield open_dicom(path, name)
     elif head.startswith(HDF5_MAGIC):
         yield open_hdf5(path, name, how.member, frame=how.frame, is_mask=how.is_mask)
@@ -181,7 +186,7 @@ def _of_contrast(picture: Picture, path: Path, name: str, how: _How) -> Picture:
     return replace(picture, num_frames=None, read=read, is_one_of_cine=True)
 
 
-@lru_cache(maxsize=1024)
+@find_once
 def _contrast_frame(path: Path, name: str, how: _How, size_bytes: int, mtime_ns: int) -> int:
     """Return the index of a cine's frame; found once, as it takes all of them."""
     del size_bytes, mtime_ns  # Part of the cache's key: a changed file has another.
@@ -211,7 +216,7 @@ def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int, as_numbers: 
     if not ends or max(ends) > size_bytes:
         raise ImageError(f"{name}: damaged or truncated (pixels beyond the end); restore the file")
 
-    orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
+    orientation = _orientation(page.tags["Orientation"].value if "Orientation" in page.tags else 1)
     height_px, width_px = page.shape[axes.index("Y")], page.shape[axes.index("X")]
     palette = page.colormap if photometric == "PALETTE" and not as_numbers else None
     if palette is None:
@@ -242,6 +247,7 @@ def _open_tiff(tiff: tifffile.TiffFile, name: str, size_bytes: int, as_numbers: 
         len(series.pages) if len(series.pages) > 1 else None,
         is_lossy=_tag_name(page.compression) in ("OJPEG", "JPEG", "JPEG_LOSSY"),
         read=read,
+        orientation=orientation,
     )
 
 
@@ -262,7 +268,7 @@ def _require_end(tiff: tifffile.TiffFile, name: str) -> None:
 
 def _open_pillow(image: Image.Image, path: Path, head: bytes, as_numbers: bool) -> Picture:
     with quietly():
-        orientation = int(image.getexif().get(0x0112, 1))
+        orientation = _orientation(image.getexif().get(0x0112, 1))
     # Pillow cuts 16-bit colour to 8 bits. In a PNG, byte 24 is the depth and byte 25 the colours.
     is_png16 = image.format == "PNG" and head[24] == 16
     palette: NDArray[np.uint8] | None = None
@@ -298,7 +304,12 @@ def _open_pillow(image: Image.Image, path: Path, head: bytes, as_numbers: bool) 
 
     width_px, height_px = image.size if orientation < 5 else image.size[::-1]
     is_lossy = image.format in ("JPEG", "MPO")
-    return Picture(height_px, width_px, num_channels, None, is_lossy, read)
+    return Picture(height_px, width_px, num_channels, None, is_lossy, read, orientation=orientation)
+
+
+def _orientation(tag: Any) -> int:
+    """Return an orientation tag's value; upright of one that TIFF does not define, such as 0."""
+    return int(tag) if int(tag) in range(1, 9) else 1
 
 
 def _tag_name(value: Any) -> str:

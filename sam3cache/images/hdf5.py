@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam3cache.errors import QuotingError
 from sam3cache.images.opened import kept_open
-from sam3cache.images.picture import Picture, array_picture
+from sam3cache.images.picture import Picture, array_picture, names_stack
 
 if TYPE_CHECKING:
     import h5py
@@ -36,6 +36,7 @@ def open_hdf5(path: Path, name: str, member: str, *, frame: int | None, is_mask:
         ImageError: none that is a picture.
     """
     file = kept_open(path, Hdf5File)
+    is_stack = names_stack(member)
     if not member:
         names = [one for one, shape in file.shapes().items() if len(shape) >= 2]
         if len(names) != 1:
@@ -50,7 +51,7 @@ def open_hdf5(path: Path, name: str, member: str, *, frame: int | None, is_mask:
     except LookupError as error:
         plain = f"{name}: no such dataset that can be used; mend the name behind ::"
         raise QuotingError(f"{name}: {error.args[0]}", plain) from None
-    return array_picture(dataset, name, frame=frame, is_mask=is_mask)
+    return array_picture(dataset, name, frame=frame, is_mask=is_mask, is_stack=is_stack)
 
 
 class Hdf5File:

@@ -11,8 +11,8 @@ import io
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,8 +20,18 @@ from typing import Any
 import numpy as np
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.columns import LateKeyError, Row, RowReader, map_columns, read_setting
-from sam3cache.images.dicom import dicom_files_table
+from sam3cache.images.columns import (
+    ROW,
+    UNNAMED,
+    LateKeyError,
+    Row,
+    RowReader,
+    hides_paths,
+    known_columns,
+    map_columns,
+    read_setting,
+)
+from sam3cache.images.dicom import dicom_files_table, text_note
 from sam3cache.images.files import SUFFIXES
 from sam3cache.images.readers import FOLDER, READERS, find_reader
 from sam3cache.images.tables import SPLIT_SYNONYMS, Table, read_csv_rows, saying_path
@@ -52,11 +62,14 @@ class Manifest:
         header_fields: of these, what headers of DICOM files give, and nothing else does.
         extra: other columns that it gives.
         notes: what is to be told of it, a sentence each.
+        notes_of_files: of these, what concerns those who store nothing of it, too.
         key_mark: of the key that names of persons are hashed with, what tells it from another; ""
             where none was needed.
         lines: of ``samples`` and then of ``set_aside``, where they stand; none of a folder.
         unit: what these numbers count, as "line".
         is_hidden: whether hashes are kept in place of any row's paths, which name persons.
+        num_ungrouped: samples that nothing gives a group: each file, or picture in one, is its own.
+        name: what messages call it: its path, unless that is hidden as well.
     """
 
     root: Path
@@ -68,10 +81,13 @@ class Manifest:
     header_fields: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    notes_of_files: tuple[str, ...] = ()
     key_mark: str = ""
     lines: Sequence[int] = ()
     unit: str = ""
     is_hidden: bool = False
+    num_ungrouped: int = 0
+    name: str = ""
 
 
 def read_manifest(
@@ -112,7 +128,7 @@ def read_manifest(
                 f"{path} is a folder, which has no columns; leave {columns.name} out or give a CSV"
             )
         return _read_folder(path, seed, mask_columns)
-    with saying_path(path):
+    with saying_path(path), _unnamed(path, hides_paths(columns)):
         return _read(
             lambda: READERS[reader](path, columns),
             columns,
@@ -123,16 +139,33 @@ def read_manifest(
         )
 
 
-def read_dicoms(files: Sequence[tuple[int, Path]]) -> Manifest:
+@contextmanager
+def _unnamed(path: Path, is_hidden: bool) -> Iterator[None]:
+    """Leave the manifest's name out of what is wrong with it, where names are hidden.
+
+    Raises:
+        ManifestError: in place of one that begins with the name.
+    """
+    try:
+        yield
+    except ManifestError as error:
+        for name in (f"{path}: ", f"{path.name}: "):
+            if is_hidden and str(error).startswith(name):
+                raise ManifestError(f"{UNNAMED}: {str(error).removeprefix(name)}") from None
+        raise
+
+
+def read_dicoms(files: Sequence[tuple[int, Path]], columns: Path | None = None) -> Manifest:
     """Read DICOM files that are named one by one, wherever they lie.
 
     Args:
         files: with each the number that messages call it by; none is a folder.
+        columns: as for :func:`read_manifest`.
 
     Raises:
         ManifestError: when none can be used.
     """
-    return _read(lambda: dicom_files_table(files), None, 0)
+    return _read(lambda: dicom_files_table(files), columns, 0)
 
 
 def _read(
@@ -196,7 +229,8 @@ def _read_folder(folder: Path, seed: int, mask_folders: Sequence[str] = ()) -> M
     ]
     samples, odd = without_odd_names(samples)
     set_aside += odd
-    return _with_splits(root, samples, [""] * len(samples), set_aside, "", seed)
+    manifest = _with_splits(root, samples, [""] * len(samples), set_aside, "", seed)
+    return replace(manifest, num_ungrouped=len(samples), name=str(folder))
 
 
 def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[str]]:
@@ -250,9 +284,8 @@ def _read_table(
     )
     for name in mask_columns:
         if name not in header:
-            raise ManifestError(
-                f"{where}: no column {name!r} with masks; it has {', '.join(header)}"
-            )
+            has = known_columns(header, column_map.hash_paths)
+            raise ManifestError(f"{where}: no column {name!r} with masks; it has {has}")
     reader = RowReader(column_map, root, is_keyed=is_keyed, known_groups=known_groups)
 
     samples: list[Sample] = []
@@ -261,7 +294,7 @@ def _read_table(
     shared: dict[Any, Any] = {}
     line_of: dict[str, int] = {}
     lines, lines_aside = array("I"), array("I")
-    is_hidden = False
+    is_hidden, num_ungrouped = False, 0
     for line, cells in table.rows:
         given_id, row = "", Row(reader, dict(zip(header, cells, strict=True)))
         try:
@@ -287,17 +320,17 @@ def _read_table(
         row_id = _claim(line_of, ids, line, table)
         lines.append(line)
         is_hidden |= row.hides
-        named_line = line if row.hides else None
+        num_ungrouped += row.is_ungrouped
+        named_line = f"{table.unit} {line}" if row.hides else None
         split = shared.setdefault(split, split)
         samples.append(Sample(row_id, root=root, split=split, line=named_line, **fields))
     splits = [sample.split for sample in samples]
     if not samples and not set_aside:
         raise ManifestError(f"{where}: no rows; expected a header and a row a sample")
+    name = UNNAMED if is_hidden else str(where)
     if not samples:
-        # The path of what holds DICOM files alone may name a person.
-        these = "these DICOM files" if is_hidden and table.unit == "file" else str(where)
         raise ManifestError(
-            f"{these}: none of {len(set_aside)} {table.unit}s can be used; the first: "
+            f"{name}: none of {len(set_aside)} {table.unit}s can be used; the first: "
             f"{set_aside[0].reason}"
         )
     source_of_split = column_map.fields.get("split")
@@ -321,19 +354,36 @@ def _read_table(
                 "others without, which makes two groups of each: if these are the same patients, "
                 "give groups in a CSV's column"
             )
+    if num_ungrouped and (reader.num_dicoms or ROW in header):
+        notes.append(
+            f"{num_ungrouped} of {len(samples)} samples have no group, and are groups of their "
+            "own: pictures of one patient may fall into two splits"
+        )
+    if left_out := column_map.left_out:
+        notes.append(
+            f"not kept, as they may tell who somebody is: columns {', '.join(left_out)} (those "
+            "that extra in a columns.toml lists are kept)"
+        )
+    if reader.num_with_text and table.unit != "file":
+        notes.append(text_note(reader.num_with_text))
+    notes_of_files = list(table.notes)
     if reader.uses_key:
         key_mark = reader.key.mark
-        notes += [reader.key.note] if reader.key.is_new else []
+        notes_of_files += [reader.key.note] if reader.key.is_new else []
+        notes += notes_of_files[len(table.notes) :]
     return replace(
         manifest,
         fields=tuple(sorted(given)),
         header_fields=tuple(sorted(of_headers)),
         extra=extra,
         notes=tuple(notes),
+        notes_of_files=tuple(notes_of_files),
         key_mark=key_mark,
         lines=lines + lines_aside,
         unit=table.unit,
         is_hidden=is_hidden,
+        num_ungrouped=num_ungrouped,
+        name=name,
     )
 
 
@@ -394,6 +444,7 @@ def sample_manifest(
     num_rows = count_rows(path)
     if num_rows <= num_samples:
         return ManifestSample(num_rows, read_manifest(path, columns, seed=seed))
+    is_hidden = hides_paths(columns)
     with saying_path(path), path.open("rb") as file:
         header = file.readline()
         begin, end = file.tell(), path.stat().st_size
@@ -404,19 +455,21 @@ def sample_manifest(
                 file.readline()  # the rest of a row
             lines[file.tell()] = file.readline()
         text = b"".join([header, *(line for _, line in sorted(lines.items()))]).decode("utf-8-sig")
-    manifest = _read(
-        lambda: nullcontext(read_csv_rows(io.StringIO(text, newline=""), path)), columns, seed
-    )
+    with _unnamed(path, is_hidden):
+        manifest = _read(
+            lambda: nullcontext(read_csv_rows(io.StringIO(text, newline=""), path)), columns, seed
+        )
     return ManifestSample(num_rows, manifest)
 
 
 def _fields(row: Row, shared: dict[Any, Any]) -> dict[str, Any]:
     """Resolve one row, all but its id, line and split; without an image its source is empty."""
     source, image_location = row.resolve(row.image) if row.image else ("", None)
-    frame = _frame(row.value("frame"))
-    if frame == CONTRAST:
+    frame, own_group = _frame(row.value("frame")), source
+    if frame == CONTRAST or row.is_of_contrast:
         # A picture of its own, whichever frame that is: it is looked for when it is read.
-        source, frame = source + MEMBER_MARK + CONTRAST, None
+        source += MEMBER_MARK + CONTRAST
+        frame = None if frame == CONTRAST else frame
         if image_location is not None:
             image_location = Path(f"{image_location}{MEMBER_MARK}{CONTRAST}")
     mask_text = row.value("mask")
@@ -433,7 +486,7 @@ def _fields(row: Row, shared: dict[Any, Any]) -> dict[str, Any]:
         "mask": mask,
         "primary_angle_deg": _angle(row, "primary"),
         "secondary_angle_deg": _angle(row, "secondary"),
-        "group": row.value("group") or source,
+        "group": row.group(own_group),
         "extra": shared[extra],
         "image_location": image_location,
         "mask_location": mask_location,

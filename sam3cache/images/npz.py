@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import QuotingError
 from sam3cache.images.opened import kept_open
-from sam3cache.images.picture import Picture, array_picture
+from sam3cache.images.picture import Picture, array_picture, names_stack
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -34,6 +34,7 @@ def open_npz(path: Path, name: str, member: str, *, frame: int | None, is_mask: 
         ImageError: none that is a picture.
     """
     archive = kept_open(path, NpzFile)
+    is_stack = names_stack(member)
     if not member:
         if len(archive.names) != 1:
             some = ", ".join(archive.names[:8]) or "none"
@@ -47,7 +48,9 @@ def open_npz(path: Path, name: str, member: str, *, frame: int | None, is_mask: 
             f"{name}: no array {member!r}; it has {', '.join(archive.names[:8]) or 'none'}",
             f"{name}: no such array; mend the name behind ::",
         )
-    return array_picture(archive.array(member), name, frame=frame, is_mask=is_mask)
+    return array_picture(
+        archive.array(member), name, frame=frame, is_mask=is_mask, is_stack=is_stack
+    )
 
 
 class NpzFile:

@@ -5,16 +5,19 @@ Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB).
 
 from __future__ import annotations
 
+import stat
 import struct
 import threading
 import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +54,11 @@ DECODER_ERRORS = (
     zlib.error,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_NUM_FOUND = 1024
+
 _warnings_lock = threading.Lock()
 
 
@@ -68,7 +76,10 @@ class Picture:
         to_8_bits: maps a frame to uint8 as the file itself says, or None where it says nothing.
         ignored: value of a mask's pixels that are not to be counted, or None.
         plane_names: what the frames are of, when they are a mask's planes with names.
+        class_names: by number, of a mask of class numbers whose file names them.
         is_one_of_cine: whether a still is a frame of a cine.
+        is_stack: whether the frames are pictures of their own, and no cine.
+        orientation: the tag by which the file's pixels were turned upright; 1 when they were not.
     """
 
     height_px: int
@@ -80,12 +91,15 @@ class Picture:
     to_8_bits: Callable[[NDArray[Any]], NDArray[np.uint8]] | None = None
     ignored: int | None = None
     plane_names: tuple[str, ...] = ()
+    class_names: Mapping[int, str] = field(default_factory=dict)
     is_one_of_cine: bool = False
+    is_stack: bool = False
+    orientation: int = 1
 
     @property
     def is_of_cine(self) -> bool:
         """Whether there are other frames, with which a window is shared."""
-        return self.is_one_of_cine or self.num_frames is not None
+        return self.is_one_of_cine or (self.num_frames is not None and not self.is_stack)
 
     def frames(self) -> Iterator[NDArray[Any]]:
         """Read every frame in turn."""
@@ -93,7 +107,52 @@ class Picture:
             yield self.read(index)
 
 
-def array_picture(array: Any, name: str, *, frame: int | None, is_mask: bool) -> Picture:
+def require_regular(path: Path, name: str) -> None:
+    """Refuse what is no regular file: opening a pipe waits for ever, and a device may never end.
+
+    Args:
+        path: what is about to be opened.
+        name: what to call it in messages.
+
+    Raises:
+        OSError: when it is not there.
+        ImageError: a folder, pipe, device or socket.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise ImageError(f"{name}: is a folder; name a file")
+    if not stat.S_ISREG(mode):
+        raise ImageError(f"{name}: is no file but a pipe, device or socket; name a file")
+
+
+def find_once(find: Callable[P, T]) -> Callable[P, T]:
+    """Remember what takes a whole file to find: threads that ask meanwhile wait for the first."""
+    remembered = cast("Callable[P, T]", lru_cache(maxsize=_NUM_FOUND)(find))
+    lock_of = lru_cache(maxsize=_NUM_FOUND)(lambda *_: threading.Lock())
+    lock = threading.Lock()
+
+    @wraps(find)
+    def found(*args: P.args, **kwargs: P.kwargs) -> T:
+        with lock:
+            own_lock = lock_of(*args)
+        with own_lock:
+            return remembered(*args, **kwargs)
+
+    return found
+
+
+def names_stack(member: str) -> bool:
+    """Tell whether what is named in a container is a stack: a picture a row, each of its own.
+
+    What lies in a group (``p1/cine``), and what is all of its file and need not be named, is a
+    cine where it has several frames.
+    """
+    return bool(member) and "/" not in member.strip("/")
+
+
+def array_picture(
+    array: Any, name: str, *, frame: int | None, is_mask: bool, is_stack: bool = False
+) -> Picture:
     """Return an array as a picture: H x W (x 1 or 3), or a cine T x H x W (x 1 or 3).
 
     Args:
@@ -102,6 +161,7 @@ def array_picture(array: Any, name: str, *, frame: int | None, is_mask: bool) ->
         name: what to call it in messages.
         frame: as for :func:`sam3cache.images.files.open_picture`.
         is_mask: likewise.
+        is_stack: whether what would be frames of a cine are pictures of their own.
 
     Raises:
         ImageError: of no such shape or type.
@@ -127,7 +187,7 @@ def array_picture(array: Any, name: str, *, frame: int | None, is_mask: bool) ->
         part = array[...] if num_frames is None else array[index]
         return np.array(part).reshape(frame_shape)  # out of a map: only this frame is read
 
-    return Picture(*frame_shape, num_frames, is_lossy=False, read=read)
+    return Picture(*frame_shape, num_frames, is_lossy=False, read=read, is_stack=is_stack)
 
 
 def apply_window(pixels: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:

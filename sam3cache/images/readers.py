@@ -74,6 +74,8 @@ def find_reader(path: Path, columns: Path | None) -> tuple[Path, str]:
             f"{columns}: reader {wanted!r}; expected one of {', '.join([*READERS, FOLDER])}"
         )
     if not path.is_dir():
+        if path.exists() and not path.is_file():
+            raise ManifestError(f"{path}: is no file but a pipe, device or socket; name a file")
         return path, wanted or _of_file(path)
     for name in ("csv", "parquet"):
         table = path / f"manifest.{name}"

@@ -5,11 +5,9 @@ Shape legend: T frames, H height, W width, C channels (1 grey, 3 RGB), M planes 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ from numpy.typing import NDArray
 from sam3cache.errors import ImageError, QuotingError
 from sam3cache.images.classes import FOREGROUND, ClassTable
 from sam3cache.images.files import open_picture
-from sam3cache.images.picture import Picture, apply_window
+from sam3cache.images.percentiles import exact_percentiles
+from sam3cache.images.picture import Picture, apply_window, find_once
 from sam3cache.records import CONTRAST, IGNORE_LABEL, MEMBER_MARK, Sample
 from sam3cache.variants import Variant
 
 WINDOW_PERMILLE = (5, 995)
-"""Beyond 8 bits, this share of a file's values is mapped to 0 and to 255."""
+"""Beyond 8 bits, this share of a picture's or a cine's values is mapped to 0 and to 255."""
 
 LOSSY_MASK_THRESHOLD = 128
 """JPEG blurs a mask of 0 and 255, so the middle decides."""
@@ -45,6 +44,8 @@ class ImageInfo:
         mask_width_px: width of the mask's own grid, or None when there is no mask.
         size_bytes: size of the image's file.
         mtime_ns: when the image's file was last changed.
+        orientation: the tag by which the image was turned upright; 1 when it was not.
+        mask_orientation: the same for the mask, or None when there is no mask.
     """
 
     height_px: int
@@ -54,6 +55,8 @@ class ImageInfo:
     mask_width_px: int | None
     size_bytes: int
     mtime_ns: int
+    orientation: int = 1
+    mask_orientation: int | None = None
 
 
 def probe(sample: Sample) -> ImageInfo:
@@ -66,13 +69,14 @@ def probe(sample: Sample) -> ImageInfo:
     with _open_image(sample) as picture:
         _frame_index(picture, sample.frame, sample.source)
         height_px, width_px = picture.height_px, picture.width_px
-        num_channels = picture.num_channels
-    mask_height_px = mask_width_px = None
+        num_channels, orientation = picture.num_channels, picture.orientation
+    mask_height_px = mask_width_px = mask_orientation = None
     if sample.mask_path is not None:
         with _open_mask(sample) as mask:
             _mask_index(mask, sample)
             mask_height_px, mask_width_px = mask.height_px, mask.width_px
-            _check_aspect(sample, (height_px, width_px), (mask_height_px, mask_width_px))
+            mask_orientation = mask.orientation
+            _check_aspect(sample, (height_px, width_px), mask, orientation)
     stat = sample.image_path.stat()
     return ImageInfo(
         height_px,
@@ -82,15 +86,17 @@ def probe(sample: Sample) -> ImageInfo:
         mask_width_px,
         stat.st_size,
         stat.st_mtime_ns,
+        orientation,
+        mask_orientation,
     )
 
 
 def read_image(sample: Sample) -> NDArray[np.uint8]:
     """Decode a sample's image, or its frame of a cine; of a variant, its changed view.
 
-    8-bit pixels stay as they are. Of any other type, the 0.5 and 99.5 percentiles of the whole
-    file (all frames of a cine, all channels) become 0 and 255, so that the frames of a cine share
-    one window.
+    8-bit pixels stay as they are. Of any other type, the 0.5 and 99.5 percentiles of the picture
+    (all its channels) become 0 and 255; of a cine those of all frames, so that they share one
+    window. A stack, whose rows are pictures of their own, is no cine.
 
     Returns:
         uint8 (H, W, 1) or (H, W, 3), upright, without alpha.
@@ -125,7 +131,9 @@ def _read_as_it_is(sample: Sample) -> tuple[NDArray[np.uint8], np.dtype[Any]]:
         if picture.to_8_bits is not None:
             return picture.to_8_bits(pixels_HWC), pixel_type
         if not picture.is_of_cine:
-            window = _window([pixels_HWC], pixel_type, sample.source)
+            window = exact_percentiles(
+                lambda: [pixels_HWC], pixel_type, WINDOW_PERMILLE, sample.source
+            )
         else:
             stat = sample.image_path.stat()
             window = _cine_window(
@@ -164,7 +172,7 @@ def read_mask(
         with _open_image(sample) as picture:
             image_size_px = (picture.height_px, picture.width_px)
     with _open_mask(sample) as mask:
-        _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
+        _check_aspect(sample, image_size_px, mask)
         values_HWC = mask.read(_mask_index(mask, sample))
         return _foreground(values_HWC, mask, sample)[None]
 
@@ -230,7 +238,7 @@ def _read_numbers(
 ) -> NDArray[np.uint8]:
     """Return class numbers as the store has them, uint8 (1, H, W)."""
     with _open_mask(sample, as_numbers=True) as mask:
-        _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
+        _check_aspect(sample, image_size_px, mask)
         if mask.is_lossy:
             raise ImageError(f"{sample.mask}: JPEG blurs class numbers; save them as PNG or .npy")
         values_HWC = mask.read(_mask_index(mask, sample))
@@ -242,6 +250,12 @@ def _read_numbers(
         values_HW = values_HWC[..., 0]
         if values_HW.dtype.kind == "f" and not np.array_equal(values_HW, np.rint(values_HW)):
             raise ImageError(f"{sample.mask}: fractions; expected class numbers")
+        if (number := table.contradicts(mask.class_names)) is not None:
+            raise ImageError(
+                f"{sample.mask}: category {number} is {mask.class_names[number]!r}, which is not "
+                "what the classes say; name them as this file does, or without numbers, as "
+                f"{','.join(table.names)}"
+            )
         mask_HW, unknown = table.renumber(values_HW)
         if unknown is not None:
             assert table.numbers is not None
@@ -274,6 +288,7 @@ def _read_planes(
         ) as mask,
     ):
         if mask.plane_names:
+            _check_aspect(sample, image_size_px, mask)
             return _named_planes(sample, mask, names)
         if mask.num_frames != len(names):
             raise ImageError(
@@ -282,7 +297,7 @@ def _read_planes(
                 f"{len(names)} x H x W, or a column of masks a class; if the file holds class "
                 f"numbers, give each class its own, as {names[0]}=1,{names[1]}=2"
             )
-        _check_aspect(sample, image_size_px, (mask.height_px, mask.width_px))
+        _check_aspect(sample, image_size_px, mask)
         return np.stack([_foreground(plane, mask, sample) for plane in mask.frames()])
 
 
@@ -305,14 +320,14 @@ def _named_planes(sample: Sample, mask: Picture, names: Sequence[str]) -> NDArra
 
 @contextmanager
 def _saying_line(sample: Sample) -> Iterator[None]:
-    """Begin errors with the manifest's line, where its names are hidden."""
+    """Begin errors with the place in the manifest, where its names are hidden."""
     try:
         yield
     except ImageError as error:
         if sample.line is None:
             raise
         text = error.plain if isinstance(error, QuotingError) else str(error)
-        raise ImageError(f"line {sample.line}: {text}") from None
+        raise ImageError(f"{sample.line}: {text}") from None
 
 
 @contextmanager
@@ -368,22 +383,39 @@ def _mask_index(mask: Picture, sample: Sample) -> int:
     return _frame_index(mask, frame, str(sample.mask))
 
 
-def _check_aspect(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
+def _check_aspect(
+    sample: Sample, image: tuple[int, int], mask: Picture, orientation: int = 1
+) -> None:
     """Refuse a mask that no resize of the image could have, but for one pixel's rounding."""
+    size_px = (mask.height_px, mask.width_px)
+    if _has_aspect(image, size_px):
+        return
+    is_on_its_side = (
+        orientation >= 5 and mask.orientation == 1 and _has_aspect(image[::-1], size_px)
+    )
+    raise ImageError(
+        f"{sample.mask}: mask of {size_px[0]} x {size_px[1]} for an image of {image[0]} x "
+        f"{image[1]} (height x width); "
+        + (
+            f"the image was turned upright by its orientation tag ({orientation}), and the mask "
+            "was not, which has none; save both as they are seen, without a tag"
+            if is_on_its_side
+            else "expected the same aspect ratio; check that it belongs to this image"
+        )
+    )
+
+
+def _has_aspect(image: tuple[int, int], mask: tuple[int, int]) -> bool:
     expected_width = image[1] * mask[0] / image[0]
     expected_height = image[0] * mask[1] / image[1]
-    if (
-        abs(mask[1] / expected_width - 1) > MAX_ASPECT_DIFFERENCE
-        and abs(mask[1] - expected_width) > 1
-        and abs(mask[0] - expected_height) > 1
-    ):
-        raise ImageError(
-            f"{sample.mask}: mask of {mask[0]} x {mask[1]} for an image of {image[0]} x {image[1]} "
-            "(height x width); expected the same aspect ratio; check that it belongs to this image"
-        )
+    return (
+        abs(mask[1] / expected_width - 1) <= MAX_ASPECT_DIFFERENCE
+        or abs(mask[1] - expected_width) <= 1
+        or abs(mask[0] - expected_height) <= 1
+    )
 
 
-@lru_cache(maxsize=64)
+@find_once
 def _cine_window(
     path: Path, member: str, name: str, dtype: np.dtype[Any], size_bytes: int, mtime_ns: int
 ) -> tuple[float, float]:
@@ -391,28 +423,4 @@ def _cine_window(
     del size_bytes, mtime_ns  # part of the cache's key: a changed file has a new window
     cine = member.removesuffix(CONTRAST).removesuffix(MEMBER_MARK)
     with open_picture(path, name, member=cine, frame=0) as picture:
-        return _window(picture.frames(), dtype, name)
-
-
-def _window(frames: Iterable[NDArray[Any]], dtype: np.dtype[Any], name: str) -> tuple[float, float]:
-    """Return the exact percentiles of all values: the smallest that so many do not exceed."""
-    if dtype.kind in "iu" and dtype.itemsize <= 2:
-        offset = int(np.iinfo(dtype).min)
-        histogram = np.zeros(1 << 16, dtype=np.int64)
-        for frame in frames:
-            histogram += np.bincount(frame.ravel().astype(np.int64) - offset, minlength=1 << 16)
-        ranks = _ranks(int(histogram.sum()))
-        low, high = np.searchsorted(histogram.cumsum(), [rank + 1 for rank in ranks]) + offset
-    else:
-        values = np.concatenate([frame.ravel() for frame in frames])
-        if not np.isfinite(values).all():
-            raise ImageError(f"{name}: holds values that are not finite; export it again")
-        ranks = _ranks(values.size)
-        low, high = np.partition(values, ranks)[list(ranks)]
-    return float(low), float(high)
-
-
-def _ranks(num_values: int) -> tuple[int, int]:
-    """Positions of the window's ends among the sorted values."""
-    low, high = (max(0, math.ceil(num_values * p / 1000) - 1) for p in WINDOW_PERMILLE)
-    return low, high
+        return exact_percentiles(picture.frames, dtype, WINDOW_PERMILLE, name)

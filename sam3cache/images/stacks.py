@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images.columns import read_names, read_setting
+from sam3cache.images.columns import ROW, hides_paths, read_names, read_setting
 from sam3cache.images.hdf5 import Hdf5File
 from sam3cache.images.npz import NpzFile
 from sam3cache.images.picture import DECODER_ERRORS
@@ -35,8 +35,19 @@ _NAMES = {
 _ANGLES = ("angles", "view_angles")
 _BOTH_ANGLES = ("primary", "secondary")
 _PAIRS = tuple(f"{name}.{which}" for name in _ANGLES for which in _BOTH_ANGLES)
-_ROW = "(row)"
 _COLUMN_ROWS = 4096
+
+
+class _QuotingError(ManifestError):
+    """Words that may quote a name inside the container.
+
+    Attributes:
+        plain: the same without any.
+    """
+
+    def __init__(self, path: Path, text: str, plain: str) -> None:
+        super().__init__(f"{path}: {text}")
+        self.plain = f"{path}: {plain}"
 
 
 class Arrays(Protocol):
@@ -61,14 +72,19 @@ def container_table(
     Raises:
         ManifestError: when it is damaged, or has no images.
     """
+    is_hidden = hides_paths(columns)
     try:
         with closing(open_container(path)) as arrays:
             yield stack_table(path, arrays, read_setting(columns, "image"), read_names(columns))
+    except _QuotingError as error:
+        if is_hidden:
+            raise ManifestError(error.plain) from None
+        raise
     except (ManifestError, ImageError, FileNotFoundError, PermissionError):
         raise
     except DECODER_ERRORS as error:
-        reason = " ".join(str(error).split())[:80]
-        raise ManifestError(f"{path}: damaged ({reason}); restore it") from None
+        reason = "" if is_hidden else f" ({' '.join(str(error).split())[:80]})"
+        raise ManifestError(f"{path}: damaged{reason}; restore it") from None
 
 
 def stack_table(
@@ -96,9 +112,9 @@ def stack_table(
             return _grouped(path, arrays, shapes, name, groups, settled)
     some = ", ".join(list(shapes)[:8]) or "nothing"
     wanted = "'images' or 'image'" if image is None else repr(image)
-    raise ManifestError(
-        f"{path}: no {wanted}; it has {some}; say which they are by "
-        'image = "NAME" in a columns.toml'
+    advice = 'say which they are by image = "NAME" in a columns.toml'
+    raise _QuotingError(
+        path, f"no {wanted}; it has {some}; {advice}", f"no such images in it; {advice}"
     )
 
 
@@ -110,10 +126,13 @@ def _field_of(name: str, settled: Collection[str]) -> str:
     return next((field for field in fields if field not in settled), "")
 
 
-def _misfit(path: Path, name: str, shape: tuple[int, ...], wanted: str) -> ManifestError:
-    return ManifestError(
-        f"{path}: {name!r} has the shape {shape}; expected {wanted}; reshape it, or call it "
-        "otherwise if it is something else"
+def _misfit(
+    path: Path, name: str, field: str, shape: tuple[int, ...], wanted: str, beside: str = ""
+) -> ManifestError:
+    is_not = f"has the shape {shape}; expected {wanted}"
+    advice = "reshape it, or call it otherwise if it is something else"
+    return _QuotingError(
+        path, f"{name!r} {is_not}{beside}; {advice}", f"what is the {field} {is_not}; {advice}"
     )
 
 
@@ -128,6 +147,7 @@ def _stacked(
     shape = shapes[image]
     is_still = len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3))
     num_rows = 1 if is_still else shape[0]
+    beside = f", beside {image!r} of {shape}"
     pictures, columns, pairs = [], [], []
     values_shapes = ((num_rows,), (num_rows, 1), *([()] if num_rows == 1 else []))
     for name, other in shapes.items():
@@ -136,27 +156,20 @@ def _stacked(
         is_stack = (len(other) >= 3 and other[0] == num_rows) or (is_still and len(other) >= 2)
         if field == "angles":
             if other != (num_rows, 2) and not (num_rows == 1 and other == (2,)):
-                raise _misfit(path, name, other, f"{(num_rows, 2)}, beside {image!r} of {shape}")
+                raise _misfit(path, name, field, other, f"{(num_rows, 2)}", beside)
             pairs.append(name)
         elif is_stack and not is_value:
             pictures.append(name)
         elif field not in ("image", "mask") and other in values_shapes:
             columns.append(name)
         elif is_value:
-            raise _misfit(path, name, other, f"{(num_rows,)}, beside {image!r} of {shape}")
+            raise _misfit(path, name, field, other, f"{(num_rows,)}", beside)
         elif field == "mask":
-            raise _misfit(path, name, other, f"as many as {image!r} of {shape}")
+            raise _misfit(path, name, field, other, "a mask a picture", beside)
     header = [*pictures, *columns, *(f"{name}.{which}" for name in pairs for which in _BOTH_ANGLES)]
     defaults = _defaults(header)
     has_frame = "frame" in defaults
-    header += [_ROW] if has_frame else ["frame", _ROW]
-    notes = []
-    if "group" not in defaults:
-        defaults["group"] = _ROW
-        notes.append(
-            f"{path.name} has no groups: each picture is a group of its own, so that pictures of "
-            "one patient may fall into two splits"
-        )
+    header += [ROW] if has_frame else ["frame", ROW]
     members = [f"{path.name}{MEMBER_MARK}{name}" for name in pictures]
 
     def rows() -> Iterator[tuple[int, list[str]]]:
@@ -185,8 +198,7 @@ def _stacked(
         header,
         rows(),
         defaults=defaults,
-        unkept=(*pictures, *_PAIRS, "frame", _ROW),
-        notes=notes,
+        unkept=(*pictures, *_PAIRS, "frame", ROW),
     )
 
 
@@ -219,10 +231,10 @@ def _grouped(
                 columns[name] = None
             elif field := _field_of(name, settled):
                 wanted = {"angles": "(2,)", "mask": "a picture", "image": "a picture"}
-                raise _misfit(path, f"{group}/{name}", shape, wanted.get(field, "one value"))
+                expected = wanted.get(field, "one value")
+                raise _misfit(path, f"{group}/{name}", field, shape, expected)
         columns |= dict.fromkeys(arrays.attributes(group))
-    header = [*pictures, *(name for name in columns if name not in pictures), _ROW]
-    defaults = {"group": _ROW} | _defaults(header[:-1])
+    header = [*pictures, *(name for name in columns if name not in pictures), ROW]
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         for number, group in enumerate(groups):
@@ -241,7 +253,7 @@ def _grouped(
                 elif name in columns:
                     values = arrays.values(full, 0, 1)
                     cells[name] = cell(values[0] if shapes[full] == (1,) else values)
-            cells[_ROW] = f"{path.name}{MEMBER_MARK}{group}"
+            cells[ROW] = f"{path.name}{MEMBER_MARK}{group}"
             yield number, [cells.get(name, "") for name in header]
 
     return Table(
@@ -250,8 +262,8 @@ def _grouped(
         header,
         rows(),
         unit="group",
-        defaults=defaults,
-        unkept=(*pictures, *_PAIRS, _ROW),
+        defaults=_defaults(header),
+        unkept=(*pictures, *_PAIRS, ROW),
     )
 
 

@@ -164,7 +164,8 @@ def parquet_table(path: Path, columns: Path | None) -> Iterator[Table]:
                         yield number, [cell(value) for value in cells]
 
             yield Table(path, path.parent.absolute(), kept, rows())
-    except (pa.ArrowException, ValueError) as error:
+    # A time beyond what Python can tell is an OverflowError.
+    except (pa.ArrowException, ValueError, ArithmeticError) as error:
         if isinstance(error, ManifestError):
             raise
         reason = " ".join(str(error).split())[:80]

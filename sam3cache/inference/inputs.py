@@ -51,7 +51,7 @@ def find_images(
             * ? [ for any of these, ** for folders of any depth. What is named twice is taken once.
             Of a cine that no manifest speaks of, every frame is taken; of a DICOM file, the frame
             that extraction takes.
-        columns: a ``columns.toml`` for the manifests.
+        columns: a ``columns.toml`` for the manifests, and for DICOM files that are named.
         primary_angle_deg: of all images, before what a DICOM header says; None: as the manifest or
             header says, or unknown.
         secondary_angle_deg: likewise.
@@ -106,7 +106,8 @@ def find_images(
     if num_empty == len(is_table):
         raise ConfigError("no DICOM file that is named holds a picture; name one that does")
     if dicoms:
-        manifests.append(read_dicoms([(number, path) for path, number in dicoms.items()]))
+        numbered = [(number, path) for path, number in dicoms.items()]
+        manifests.append(read_dicoms(numbered, columns))
         samples += manifests[-1].samples
     named, odd = without_odd_names(_of_files(files))
     samples += _with_frames(named)
@@ -114,7 +115,7 @@ def find_images(
     if angles:
         samples = [replace(sample, **angles) for sample in samples]  # type: ignore[arg-type]
     set_aside += [aside for manifest in manifests for aside in manifest.set_aside]
-    notes = dict.fromkeys(note for manifest in manifests for note in manifest.notes)
+    notes = dict.fromkeys(note for manifest in manifests for note in manifest.notes_of_files)
     return Inputs(tuple(_each_once(samples)), (*set_aside, *odd), tuple(notes))
 
 
@@ -122,6 +123,8 @@ def _matches(name: str | Path) -> list[Path]:
     """Return the paths of a name: itself, or in order what its pattern matches."""
     path = Path(name)
     if path.exists():
+        if not _is_there(path):
+            raise ConfigError(f"{name}: is a pipe, device or socket; name a file")
         return [path]
     file, separator, _ = str(name).partition("::")
     if separator and Path(file).is_file():
@@ -134,7 +137,7 @@ def _matches(name: str | Path) -> list[Path]:
     # Not every shell does this, and Windows' own never.
     found = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207
     # Beside pictures lie JSON files of any kind: one of COCO is named by itself.
-    found = [p for p in found if p.suffix.lower() != ".json"]
+    found = [p for p in found if p.suffix.lower() != ".json" and _is_there(p)]
     kept = [
         p for p in found if p.suffix.lower() in SUFFIXES or _makes_table(p, _reader_of(p, None))
     ]
@@ -145,6 +148,11 @@ def _matches(name: str | Path) -> list[Path]:
             "HDF5, .npz and DICOM"
         )
     return kept
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether a path is a file or folder, and no pipe whose opening would wait for ever."""
+    return path.is_file() or path.is_dir()
 
 
 def _reader_of(path: Path, columns: Path | None) -> str:

@@ -190,11 +190,12 @@ class PredictResult:
     images: tuple[ImageResult, ...]
 
     def record(self) -> dict[str, Any]:
-        """Return everything but the single images, as plain JSON values."""
+        """Return all but the single images and the notes, as plain JSON values."""
         record = {
             name: value.as_posix() if isinstance(value, Path) else value
             for name, value in vars(self).items()
-            if name != "images"
+            # Notes are for who sits there: one says where their key is.
+            if name not in ("images", "notes")
         }
         record["set_aside"] = [asdict(aside) for aside in self.set_aside]
         return record

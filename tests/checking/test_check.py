@@ -6,8 +6,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from dicom_files import write_dicom
 from PIL import Image
 
 from sam3cache.checking import PAGE_FILE, CheckConfig, check
@@ -252,6 +254,48 @@ def test_good_data_has_nothing_to_mend(data):
 def test_a_folder_is_said_to_have_neither_groups_nor_splits(data):
     kinds = [finding.kind for finding in check(CheckConfig(data.root, min_samples=0)).findings]
     assert kinds == ["missing-angles", "hashed-split", "no-groups"]
+
+
+def write_stack(data):
+    with h5py.File(data.root / "a.h5", "w") as file:
+        file["images"] = np.stack([data.image(i) for i in range(4)])
+    return data.root / "a.h5", "4 of 4 samples"
+
+
+def write_dicoms(data):
+    (data.root / "study").mkdir()
+    for i, patient in enumerate(("P1", None, None)):
+        tags = {"PatientID": patient, "StudyInstanceUID": None}
+        write_dicom(data.root / f"study/{i}.dcm", data.image(i), **tags)
+    return data.root / "study", "2 of 3 samples"
+
+
+def write_csv_with_gaps(data):
+    for row in data.rows[:5]:
+        row["group"] = ""
+    return data.write(), "5 of 24 samples"
+
+
+@pytest.mark.parametrize("write", [write_stack, write_dicoms, write_csv_with_gaps])
+def test_samples_without_a_group_are_counted_whatever_they_come_from(
+    data, monkeypatch, tmp_path, write
+):
+    monkeypatch.setenv("SAM3CACHE_KEY_FILE", str(tmp_path / "names.key"))
+    manifest, words = write(data)
+    findings = {finding.kind: finding for finding in check(CheckConfig(manifest)).findings}
+    (case,) = findings["no-groups"].cases
+    assert case.value.startswith(words)
+
+
+def test_a_container_of_hidden_names_shows_none(data, invoke, tmp_path):
+    path, _ = write_stack(data)
+    named = path.rename(data.root / f"{NAME}.h5")
+    (tmp_path / "columns.toml").write_text("hash_paths = true", encoding="utf-8")
+    out = tmp_path / "out"
+    result = invoke("check", named, "--columns", tmp_path / "columns.toml", "-o", out)
+    assert "4 of 4 samples" in result.output
+    texts = [result.output, *(path.read_text(encoding="utf-8") for path in out.iterdir())]
+    assert not any(re.search("doe.?john", text, re.IGNORECASE) for text in texts)
 
 
 @pytest.mark.parametrize(("num", "expected"), [(6, []), (7, ["val", "test"])])

@@ -245,6 +245,65 @@ def test_one_name_is_a_plane_of_that_category(tmp_path):
     assert np.array_equal(labels, [BLOB])
 
 
+def with_categories(names):
+    """The document with categories of these names, by id, in place of its own of 6 and 13."""
+    document = copy.deepcopy(DOCUMENT)
+    document["categories"] = [{"id": number, "name": name} for number, name in names.items()]
+    for annotation, number in zip(document["annotations"], list(names)[-2:], strict=True):
+        annotation["category_id"] = number
+    return document
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (1, 2)])
+def test_categories_of_one_name_are_one_plane(tmp_path, ids):
+    document = with_categories(dict.fromkeys(ids, "stenosis"))
+    for annotation in document["annotations"]:
+        annotation["category_id"] = ids[1]
+    path = write(tmp_path, document)
+    sample = read_manifest(path).samples[0]
+    for classes in ("stenosis", str(path)):
+        labels = read_labels(sample.each_mask(), parse_classes(classes), (HEIGHT, WIDTH))
+        assert np.array_equal(labels, [polygon() | BLOB])
+    with pytest.raises(ImageError, match=r"no category 'lad'; it has stenosis$"):
+        read_labels(sample.each_mask(), parse_classes("lad"), (HEIGHT, WIDTH))
+
+
+def test_of_categories_of_one_name_a_crowd_of_one_does_not_hide_the_other(tmp_path):
+    document = with_categories({1: "stenosis", 2: "stenosis"})
+    document["annotations"][0] |= {"iscrowd": 1, "segmentation": [[0, 0, 50, 0, 50, 40, 0, 40]]}
+    sample = read_manifest(write(tmp_path, document)).samples[0]
+    labels = read_labels(sample.each_mask(), parse_classes("stenosis"), (HEIGHT, WIDTH))
+    assert np.array_equal(labels[0], np.where(BLOB, 1, 255))
+
+
+@pytest.mark.parametrize("classes", ["lad,lcx", "lad=6,lcx=13", "lad"])
+def test_a_mask_of_another_shape_is_refused_whatever_the_classes(tmp_path, classes):
+    sample = read_manifest(write(tmp_path)).samples[0]
+    with pytest.raises(ImageError, match="40 x 50 for an image of 40 x 40"):
+        read_labels(sample.each_mask(), parse_classes(classes), (40, 40))
+
+
+OTHER_NAMES = {"lcx": {1: "lcx", 2: "lad"}, "stent": {1: "lad", 2: "stent"}}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_classes_of_another_coco_file_are_refused_where_its_categories_differ(tmp_path, name):
+    table = parse_classes(str(write(tmp_path / "a", with_categories({1: "lad", 2: "lcx"}))))
+    sample = read_manifest(write(tmp_path / "b", with_categories(OTHER_NAMES[name]))).samples[0]
+    with pytest.raises(ImageError, match=rf"category \d is '{name}', .*without numbers") as caught:
+        read_labels(sample.each_mask(), table, (HEIGHT, WIDTH))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_ones_own_may_name_categories_anew_but_not_by_anothers_name(tmp_path):
+    sample = read_manifest(write(tmp_path)).samples[0]
+    labels = read_labels(sample.each_mask(), parse_classes("left=6,left=13"), (HEIGHT, WIDTH))
+    assert np.array_equal(labels[0], polygon() | BLOB)
+    for classes in ("lad=13,lcx=6", "lcx=6,background=*"):
+        with pytest.raises(ImageError, match=r"category \d+ is 'l"):
+            read_labels(sample.each_mask(), parse_classes(classes), (HEIGHT, WIDTH))
+
+
 def test_of_annotations_that_overlap_the_later_is_on_top_and_planes_have_both(tmp_path):
     box = [[10, 25, 40, 25, 40, 35, 10, 35]]
     sample = read_manifest(write(tmp_path, changed(segmentation=box))).samples[0]

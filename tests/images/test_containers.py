@@ -1,5 +1,6 @@
 """HDF5, .npz and Parquet: containers and tables as manifests, and their members in a CSV."""
 
+import re
 import zipfile
 
 import h5py
@@ -173,8 +174,15 @@ def test_a_group_a_sample_has_its_values_as_datasets_or_attributes(tmp_path):
 
 def test_without_groups_it_is_told_what_may_follow(tmp_path):
     manifest = read_manifest(write_h5(tmp_path / "a.h5", images=IMAGES))
-    assert len({sample.group for sample in manifest.samples}) == 5
+    assert [sample.group for sample in manifest.samples] == [f"a.h5::images#{i}" for i in range(5)]
+    assert "5 of 5 samples have no group" in manifest.notes[0]
     assert "two splits" in manifest.notes[0]
+    assert "group" not in manifest.fields
+    manifest = read_manifest(write_h5(tmp_path / "b.h5", study__p1__image=IMAGES[0]))
+    assert [sample.group for sample in manifest.samples] == ["b.h5::study/p1"]
+    assert manifest.num_ungrouped == 1
+    write_h5(tmp_path / "c.h5", images=IMAGES, group=np.array([b"a", b"a", b"", b"b", b"b"]))
+    assert read_manifest(tmp_path / "c.h5").num_ungrouped == 1
 
 
 def test_a_csv_may_name_members_of_containers(tmp_path):
@@ -197,6 +205,83 @@ def test_hashed_names_tell_nothing_of_what_is_inside_a_container(tmp_path):
     assert sample.source.endswith(".h5")
     assert "JOHN" not in sample.source + sample.group + sample.id
     assert np.array_equal(read_image(sample)[..., 0], IMAGES[0])
+
+
+def half_h5(path):
+    write_h5(path, images=IMAGES)
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def quack_groups(path):
+    write_h5(path, DOE_JOHN__lao__image=IMAGES[0], DOE_JOHN__rao__image=IMAGES[1])
+
+
+def quack_stack(path):
+    write_h5(path, images=IMAGES, DOE_JOHN=MASKS)
+
+
+def quack_npz(path):
+    np.savez(path, images=IMAGES, DOE_JOHN=MASKS)
+
+
+NAMES = re.compile("doe|john|quack|/lao", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(quack_groups, "QUACK.h5"), (quack_stack, "QUACK.h5"), (quack_npz, "QUACK.npz")],
+)
+def test_a_container_whose_names_are_hidden_has_groups_without_them(tmp_path, write, name):
+    write(tmp_path / name)
+    (tmp_path / "c.toml").write_text("hash_paths = true", encoding="utf-8")
+    manifest = read_manifest(tmp_path / name, tmp_path / "c.toml")
+    assert len({sample.group for sample in manifest.samples}) == len(manifest.samples) > 1
+    assert "have no group" in manifest.notes[0]
+    kept = [[s.id, s.source, s.group, s.split, dict(s.extra)] for s in manifest.samples]
+    assert not NAMES.search(f"{kept} {manifest.notes} {manifest.name} {manifest.split_rule}")
+    assert read_image(manifest.samples[1]).shape == (20, 30, 1)
+
+
+# What a container holds, and what is said of it beside its columns.toml.
+HIDDEN_FAULTS = {
+    "no images": (lambda p: write_h5(p, DOE_JOHN=IMAGES), "", "no such images in it"),
+    "a misfit": (
+        lambda p: write_h5(p, DOE_JOHN__image=IMAGES[0], DOE_JOHN__group=[1, 2]),
+        "",
+        "what is the group has the shape (2,); expected one value",
+    ),
+    "a misfit of a stack": (
+        lambda p: write_h5(p, DOE_JOHN=IMAGES, masks=MASKS[:3]),
+        'image = "DOE_JOHN"',
+        "what is the mask has the shape (3, 20, 30); expected a mask a picture",
+    ),
+    "damage": (half_h5, "", "damaged; restore it"),
+    "one id twice": (
+        lambda p: write_h5(p, images=IMAGES, id=np.zeros(5), DOE_JOHN=MASKS),
+        "",
+        "rows 0 and 1 both have the id",
+    ),
+    "no such column": (quack_stack, 'split = "part"', "'part' is not in the manifest, which has"),
+    "nothing to be used": (
+        lambda p: write_h5(p, images=IMAGES, primary_angle=np.full(5, 400)),
+        "",
+        "none of 5 rows can be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", HIDDEN_FAULTS)
+def test_what_is_wrong_with_a_container_is_told_without_names_that_are_hidden(tmp_path, fault):
+    write, columns, words = HIDDEN_FAULTS[fault]
+    path = tmp_path / "QUACK_DOE.h5"
+    write(path)
+    (tmp_path / "c.toml").write_text(f"hash_paths = true\n{columns}", encoding="utf-8")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path, tmp_path / "c.toml")
+    assert words in str(caught.value)
+    assert not NAMES.search(str(caught.value))
+    with pytest.raises(ManifestError, match=r"masks; it has"):
+        read_manifest(write_h5(path, images=IMAGES), mask_columns=["vessel"])
 
 
 @pytest.mark.parametrize(("write", "name"), STACKS)
@@ -276,11 +361,6 @@ def outside(path):
         file.create_dataset(
             "images", IMAGES.shape, "u1", external=[(str(path.with_name("raw")), 0, IMAGES.size)]
         )
-
-
-def half_h5(path):
-    write_h5(path, images=IMAGES)
-    path.write_bytes(path.read_bytes()[:1500])
 
 
 def large_chunks(path):

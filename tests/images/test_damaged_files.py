@@ -5,16 +5,21 @@
 
 import itertools
 import struct
+import time
 
 import pytest
 import tifffile
-from damage import FILES, damaged, read_all
+from damage import FILES, damaged, forget_peak, peak_bytes, read_all
 
 from sam3cache.images import read_manifest
 from sam3cache.images.pseudonyms import KEY_FILE_VARIABLE
 
-NUM_DAMAGED = 8
+NUM_DAMAGED = 16
 """Of each kind of file, so that all of it takes seconds."""
+
+MAX_S = 10.0
+MAX_GROWN_BYTES = 300_000_000
+"""Bounds of what 3 kB of damage may cost, far above what reading them takes."""
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -23,11 +28,16 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, monkeypatch, ca
     path = FILES[kind](tmp_path)
     data = path.read_bytes()
     assert read_all(path) == ""
+    forget_peak()
+    before_bytes = peak_bytes()
     for bytes_ in itertools.islice(damaged(data, seed=7), NUM_DAMAGED):
         path.write_bytes(bytes_)
+        begun_s = time.monotonic()
         problem = read_all(path)
+        assert time.monotonic() - begun_s < MAX_S
         assert "\n" not in problem
         assert len(problem) < 600
+    assert peak_bytes() - before_bytes < MAX_GROWN_BYTES
     assert capfd.readouterr() == ("", "")
 
 

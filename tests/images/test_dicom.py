@@ -1,8 +1,11 @@
 """DICOM files as pydicom writes them, in every transfer syntax that can be written here."""
 
+import io
 import json
 import os
 import shutil
+import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from damage import forget_peak, peak_bytes
 from dicom_files import (
     DEFLATED,
     EXPLICIT,
@@ -20,9 +24,11 @@ from dicom_files import (
     angiogram,
     write_dicom,
 )
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
+from pydicom.uid import SecondaryCaptureImageStorage
 
 from sam3cache.errors import ImageError, ManifestError
 from sam3cache.images import dicom, probe, read_image, read_manifest, read_mask
@@ -73,6 +79,28 @@ def test_a_lossily_compressed_frame_is_near(tmp_path, syntax, bits):
     cine = angiogram(2, 64, bits)
     pixels = read(write_dicom(tmp_path / "a.dcm", cine, bits=bits, syntax=syntax), 1)
     assert np.abs(pixels[..., 0].astype(float) - cine[1]).mean() < 2**bits / 64
+
+
+@pytest.mark.parametrize(
+    ("photometric", "most"), [("MONOCHROME2", 1), ("YBR_FULL_422", 4), ("YBR_FULL", 4)]
+)
+def test_a_jpeg_is_decoded_as_by_another_decoder(tmp_path, photometric, most):
+    ground = angiogram(2, 64, 8)
+    pixels = ground[0]
+    if photometric != "MONOCHROME2":
+        pixels = np.stack([ground[0], ground[1][::-1], ground[0].T], -1)
+    path = tmp_path / "a.dcm"
+    write_dicom(
+        path, pixels, syntax="1.2.840.10008.1.2.4.50", PhotometricInterpretation=photometric
+    )
+    jpeg = io.BytesIO()
+    subsampling = "4:2:2" if photometric.endswith("422") else "4:4:4"
+    Image.fromarray(pixels).save(jpeg, "JPEG", quality=90, subsampling=subsampling)
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = encapsulate([jpeg.getvalue()])
+    dataset.save_as(path)
+    expected = np.asarray(Image.open(jpeg)).reshape(read(path).shape).astype(int)
+    assert np.abs(read(path) - expected).max() <= most
 
 
 @pytest.mark.parametrize("side_px", [512, 1016, 1024])
@@ -242,6 +270,75 @@ def test_a_folder_gives_its_pictures_with_views_spacing_and_patients(tmp_path):
     assert [probe(sample).height_px for sample in manifest.samples] == [48, 48, 48]
 
 
+def test_of_a_folder_only_x_ray_angiography_is_taken_and_the_rest_by_name(tmp_path):
+    frame = angiogram(1, 32, 8)[0]
+    capture = {"SOPClassUID": SecondaryCaptureImageStorage}
+    kinds = {
+        "angiogram": {},
+        "fluoroscopy": {"Modality": "RF", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.12.2"},
+        "nothing said": {"Modality": None, "SOPClassUID": None},
+        "class alone": {"Modality": "OT"},
+        "dose report": {"Modality": "SC", "BurnedInAnnotation": "YES", **capture},
+        "screen of an angiography": {"Modality": "XA", **capture},
+        "capture of frames": {"Modality": "XA", "SOPClassUID": f"{SecondaryCaptureImageStorage}.2"},
+        "tomogram": {"Modality": "CT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"},
+    }
+    for name, tags in kinds.items():
+        write_dicom(tmp_path / f"{name}.dcm", frame, **tags)
+        if tags.get("Modality", "") is None:
+            dataset = pydicom.dcmread(tmp_path / f"{name}.dcm")
+            del dataset.Modality, dataset.SOPClassUID
+            dataset.save_as(tmp_path / f"{name}.dcm")
+    write_dicom(tmp_path / "named.dcm", frame, BurnedInAnnotation="YES")
+    manifest = read_manifest(tmp_path)
+    assert sorted(sample.image_path.stem for sample in manifest.samples) == [
+        "angiogram",
+        "class alone",
+        "fluoroscopy",
+        "named",
+        "nothing said",
+    ]
+    told = [note for note in manifest.notes if "left out" in note]
+    assert [note[:44] for note in told] == ["4 DICOM files that are no X-ray angiography "]
+    assert "name them in a CSV" in told[0]
+    assert sum(note.startswith("1 DICOM files say that text") for note in manifest.notes) == 1
+    alone = read_manifest(tmp_path / "dose report.dcm")
+    assert np.array_equal(read_image(alone.samples[0])[..., 0], frame)
+    assert any(note.startswith("1 DICOM files say that text") for note in alone.notes)
+    (tmp_path / "m.csv").write_text("image\ntomogram.dcm\n", encoding="utf-8")
+    assert len(read_manifest(tmp_path / "m.csv").samples) == 1
+
+
+def test_a_folder_without_an_angiogram_says_what_it_has(tmp_path):
+    write_dicom(
+        tmp_path / "a.dcm",
+        angiogram(1, 16, 8)[0],
+        Modality="CT",
+        SOPClassUID="1.2.840.10008.5.1.4.1.1.2",
+    )
+    shutil.copy(EXAMPLES / "reportsi.dcm", tmp_path)
+    with pytest.raises(ManifestError, match=r"1 DICOM files without a picture .* 1 DICOM files"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes among its files")
+@pytest.mark.timeout(60)
+def test_a_pipe_is_no_dicom_file_and_nothing_waits_for_it(tmp_path):
+    write_dicom(tmp_path / "a.dcm", angiogram(1, 16, 8)[0])
+    for name in ("b", "c.dcm"):
+        os.mkfifo(tmp_path / name)
+    assert not dicom.is_dicom(tmp_path / "b")
+    manifest = read_manifest(tmp_path)
+    assert [sample.image_path.name for sample in manifest.samples] == ["a.dcm"]
+    (aside,) = manifest.set_aside
+    assert "is no file but a pipe" in aside.reason
+    (tmp_path / "m.csv").write_text("image\na.dcm\nb\nc.dcm\n", encoding="utf-8")
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert "is no file but a pipe" in manifest.set_aside[0].reason
+    with pytest.raises(ImageError, match="is no file but a pipe"):
+        probe(manifest.samples[1])
+
+
 def test_a_csv_may_name_dicoms_and_say_more_than_their_headers(tmp_path):
     write_study(tmp_path / "study")
     lines = [
@@ -322,6 +419,40 @@ def test_angles_of_a_rotational_run_are_those_of_the_frame_or_unknown(tmp_path, 
     assert views(path) == [(-90, 10), second, (None, 10)]
     write_dicom(path, angiogram(3, 16, 8), **(tags | {"PositionerMotion": "STATIC"}))
     assert len(set(views(path))) == 1
+
+
+def test_a_header_that_claims_frames_without_end_costs_nothing(tmp_path):
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        angiogram(3, 16, 8),
+        NumberOfFrames=2**31 - 1,
+        PositionerMotion="DYNAMIC",
+        PositionerPrimaryAngle="-90",
+        PositionerPrimaryAngleIncrement="1.5",
+    )
+    forget_peak()
+    before_bytes = peak_bytes()
+    assert views(path) == [(-90, None), (-88.5, None), (None, None)]
+    assert peak_bytes() - before_bytes < 100_000_000
+    with pytest.raises(ImageError, match="damaged"):
+        image(path, 3)
+
+
+def test_a_deflated_file_is_inflated_once_for_who_reads_it_and_given_back(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.ones((5, 1000, 1000), np.uint8), syntax=DEFLATED)
+    read(path, 1)
+    tracemalloc.start()
+    try:
+        with open_picture(path, "a.dcm", frame=0) as first, open_picture(path, "a.dcm", frame=0):
+            first.read(4)
+            _, peak = tracemalloc.get_traced_memory()
+        del first
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # While it is inflated, blocks and what is made of them lie side by side.
+    assert peak < 14_000_000
+    assert kept < 1_000_000
 
 
 def test_a_patient_with_an_issuer_here_and_without_there_is_told(tmp_path):

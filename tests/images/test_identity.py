@@ -1,6 +1,5 @@
 """Whom a picture is of stays out of everything that is written, and strictness of what is bad."""
 
-import shutil
 from pathlib import Path
 
 import h5py
@@ -63,7 +62,9 @@ def write_study(folder):
     header = inner / "Maximiliaan-header.dcm"
     write_dicom(header, angiogram(1, 16, 8)[0], **TAGS)
     header.write_bytes(header.read_bytes().replace(b"Zwartebroek^Maximiliaan", b"\xff" * 23)[:400])
-    shutil.copy(REAL, inner / "Zwartebroek-real.dcm")
+    real = pydicom.dcmread(REAL)
+    del real.SOPClassUID, real.Modality  # Of a folder, what says it is no X-ray is left out.
+    real.save_as(inner / "Zwartebroek-real.dcm")
     return folder
 
 
@@ -81,16 +82,22 @@ def test_nobody_is_named_in_what_an_extraction_writes_and_says(
     tmp_path, monkeypatch, key_file, invoke
 ):
     monkeypatch.chdir(tmp_path)
-    study = write_study(tmp_path / "study")
-    result = invoke("extract", "study", "-o", "x.zarr", *EXTRACT)
+    # The folder's own name is one of those that nobody may be told.
+    folder = "Zwartebroek-Maximiliaan"
+    study = write_study(tmp_path / folder)
+    result = invoke("extract", folder, "-o", "x.zarr", *EXTRACT)
     assert result.exit_code == 3, result.output
     assert "set aside" in result.stderr
+    assert "warning: no sample of the manifest has a mask" in result.stderr
     assert str(key_file) in result.stderr
     shown = [
         invoke("store", "info", "x.zarr").output,
         invoke("store", "annotations", "show", "x.zarr").output,
-        invoke("extract", "study", "-o", "x.zarr", *EXTRACT).output,
-        invoke("extract", "study", "-o", "y.zarr", "--strict", *EXTRACT).output,
+        invoke("extract", folder, "-o", "x.zarr", *EXTRACT).output,
+        invoke("extract", folder, "-o", "y.zarr", "--strict", *EXTRACT).output,
+        invoke("plan", folder, "-o", "y.zarr", "--no-time", *EXTRACT).output,
+        invoke("check", folder, "--by", "phase").output,
+        invoke("store", "verify", "x.zarr", "--recompute", "3", "--from", folder).output,
     ]
     written = [result.output.encode(), *(text.encode() for text in shown)]
     written += everything_written(tmp_path, but=study)
@@ -103,9 +110,44 @@ def test_nobody_is_named_in_what_an_extraction_writes_and_says(
     assert sorted(sample.primary_angle_deg == 30 for sample in store.samples) == [False, True, True]
     # Names that another key gives belong to other files and patients: nothing is mixed.
     monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / "other.key"))
-    other = invoke("extract", "study", "-o", "x.zarr", *EXTRACT)
+    other = invoke("extract", folder, "-o", "x.zarr", *EXTRACT)
     assert other.exit_code == 1
     assert "put the old key back" in other.stderr
+
+
+def test_a_folder_of_somebodys_name_is_not_named_by_what_is_wrong_with_it(
+    tmp_path, monkeypatch, key_file, invoke
+):
+    monkeypatch.chdir(tmp_path)
+    for name, side_px in (("1", 64), ("2", 48)):
+        (tmp_path / f"Zwartebroek-{name}").mkdir()
+        path = tmp_path / f"Zwartebroek-{name}" / f"{name}.dcm"
+        write_dicom(path, angiogram(1, side_px, 8)[0], **TAGS)
+    assert invoke("extract", "Zwartebroek-1", "-o", "x.zarr", *EXTRACT).exit_code == 0
+    other = invoke("extract", "Zwartebroek-2", "-o", "x.zarr", *EXTRACT)
+    path.write_bytes(path.read_bytes()[: -48 * 48 - 12])  # A header is left, without pixels.
+    none = invoke("extract", "Zwartebroek-2", "-o", "y.zarr", *EXTRACT)
+    labels = invoke("store", "labels", "set", "x.zarr", "lad", "--from", "Zwartebroek-1")
+    for result, words in (
+        (other, "is in the manifest, under whatever name"),
+        (none, "the manifest: none of its 1 samples can be used"),
+        (labels, "the manifest: none of the 1 rows"),
+    ):
+        assert result.exit_code == 1
+        assert words in result.stderr
+        assert "Zwartebroek" not in result.output
+
+
+def test_frames_of_a_dicom_file_that_tells_no_patient_are_one_group(tmp_path, key_file):
+    tags = {"PatientID": None, "StudyInstanceUID": None}
+    write_dicom(tmp_path / "a.dcm", angiogram(3, 32, 8), **tags)
+    (tmp_path / "m.csv").write_text(
+        "image,frame\na.dcm,contrast\na.dcm,1\n./a.dcm,2\n", encoding="utf-8"
+    )
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert len({sample.group for sample in manifest.samples}) == 1
+    assert manifest.num_ungrouped == 3
+    assert any("3 of 3 samples have no group" in note for note in manifest.notes)
 
 
 @pytest.mark.parametrize("named", [["study"], ["study/*/*"]], ids=["folder", "files"])
@@ -216,7 +258,7 @@ ODD_CELLS = [
     ("C:\\data\\a.npy", "no such file"),
     ("\\\\server\\share\\a.npy", "no such file"),
     ("sub", "is a folder"),
-    ("a.npy::x", "used|no such file"),
+    ("a.npy::x", "no such file"),
     ("a.npy::contrast", "used"),
     ("con\x00trol.npy", "damaged"),
     ("n" * 300 + ".npy", "damaged"),
@@ -245,5 +287,5 @@ def test_an_odd_path_is_used_or_told_in_one_line(tmp_path, cell, outcome):
         probe(sample)
     except (ImageError, ManifestError) as error:
         said = str(error)
-    assert any(part in said for part in outcome.split("|"))
+    assert outcome in said
     assert "\n" not in said

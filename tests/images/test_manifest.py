@@ -12,6 +12,7 @@ from PIL import Image
 
 from sam3cache.errors import ManifestError
 from sam3cache.images import read_manifest
+from sam3cache.images.columns import names_a_person
 from sam3cache.records import Sample, SetAside
 
 COLUMNS = "id,image,mask,frame,primary_angle,secondary_angle,split,group\n"
@@ -98,7 +99,6 @@ def test_dialects_of_csv(tmp_path, text, options):
     [
         (r"cines\p1\a.npy", "cines/p1/a.npy"),
         (r"cines\p1/a.npy", "cines/p1/a.npy"),
-        (r"..\shared\a.npy", "../shared/a.npy"),
         ("scans with spaces/é.npy", "scans with spaces/é.npy"),
     ],
 )
@@ -128,6 +128,96 @@ def test_an_absolute_path_outside_keeps_a_name_and_a_hash_and_is_still_found(tmp
     assert sample.source.endswith(".png")
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "./i/a.npy",
+        "i//a.npy",
+        "i/./a.npy",
+        ".\\i\\a.npy",
+        "i/a.npy/",
+        "x/../i/a.npy",
+        "../here/i/a.npy",
+    ],
+)
+def test_a_path_is_called_the_same_however_it_is_spelt(tmp_path, cell):
+    root = tmp_path / "here"
+    for folder in ("x", "i"):
+        (root / folder).mkdir(parents=True)
+    np.save(root / "i" / "a.npy", np.zeros((4, 4), np.uint8))
+    for text in (cell, root / cell.replace("\\", "/")):
+        (sample,) = read(root, f"image,mask\n{text},{text}\n").samples
+        assert (sample.id, sample.source, sample.group) == ("i/a", "i/a.npy", "i/a.npy")
+        assert sample.mask == "i/a.npy"
+        assert sample.image_path.is_file()
+        assert sample.mask_path.is_file()
+
+
+@pytest.mark.parametrize("cell", ["a.h5::p//x/../y", "file:///a.png", ".a.npy", "a..b/x.npy"])
+def test_what_is_meant_inside_a_file_is_no_path_nor_is_an_address(tmp_path, cell):
+    assert read(tmp_path, f"image\n{cell}\n").samples[0].source == cell
+
+
+@pytest.mark.parametrize(
+    "cell", ["../DOE_JOHN/a.png", "..\\DOE_JOHN\\a.png", "x/../../DOE_JOHN/./a.png"]
+)
+def test_a_relative_path_that_leads_outside_keeps_a_name_and_a_hash_and_is_still_found(
+    tmp_path, cell
+):
+    names = set()
+    for place in ("one", "two"):
+        root = tmp_path / place / "here"
+        (root / "x").mkdir(parents=True)
+        picture(root.parent / "DOE_JOHN" / "a.png")
+        for columns in ("", "hash_paths = true"):
+            (sample,) = read(root, f"image,mask\n{cell},{cell}\n", columns).samples
+            kept = [sample.id, sample.source, sample.mask, sample.group]
+            assert not any("DOE" in text or "/" in text for text in kept)
+            assert sample.image_path.is_file()
+            assert sample.mask_path.is_file()
+            names.add(sample.source)
+    # The same wherever both folders lie together.
+    plain, hashed_name = sorted(names, key=len)
+    assert re.fullmatch(r"a-[0-9a-f]{8}\.png", plain)
+    assert HASHED.fullmatch(hashed_name)
+
+
+def test_a_detour_through_a_link_leads_where_the_system_says(tmp_path):
+    root, elsewhere = tmp_path / "here", tmp_path / "elsewhere" / "deep"
+    root.mkdir()
+    elsewhere.mkdir(parents=True)
+    picture(elsewhere.parent / "a.png")
+    try:
+        (root / "link").symlink_to(elsewhere, target_is_directory=True)
+    except OSError:
+        pytest.skip("this user may not make links")
+    if sys.platform == "win32":
+        pytest.skip("there, the system itself drops the detour")
+    (sample,) = read(root, "image\nlink/../a.png\n").samples
+    assert sample.image_path.samefile(elsewhere.parent / "a.png")
+
+
+def test_the_manifests_own_folder_is_no_image_and_no_traceback(tmp_path):
+    root = tmp_path / "here"
+    root.mkdir()
+    for cell in (root, "../here", "sub/..", "."):
+        manifest = read(root, f"id,image\nx,{cell}\ny,a.npy\n")
+        names = [sample.source for sample in manifest.samples]
+        assert len(names) + len(manifest.set_aside) == 2
+        assert names[-1] == "a.npy"
+
+
+@pytest.mark.parametrize("columns", ["", "hash_paths = true"])
+def test_rows_of_one_cine_are_one_group_whatever_frame_and_spelling(tmp_path, columns):
+    rows = ["1,a.npy,contrast", "2,a.npy,1", "3,./a.npy,2", "4,a.npy::contrast,", "5,x/../a.npy,3"]
+    samples = read(tmp_path, "id,image,frame\n" + "\n".join(rows), columns).samples
+    assert len({sample.group for sample in samples}) == 1
+    assert len({sample.split for sample in samples}) == 1
+    assert {sample.source.partition("::")[0] for sample in samples} == {samples[0].group}
+    assert [sample.image_member for sample in samples] == ["contrast", "", "", "contrast", ""]
+    assert [sample.frame for sample in samples] == [None, 1, 2, None, 3]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there, these are the machine's own paths")
 def test_paths_of_a_windows_machine_do_not_enter_elsewhere_either(tmp_path):
     text = "image,note\n" + "D:\\Data\\Doe\\a.npy,\\\\server\\Doe\\x\nD:/Data/Doe/b.npy,ok\n"
@@ -151,6 +241,35 @@ def test_columns_that_name_a_person_are_not_kept_unless_asked_for(tmp_path):
     assert sample.extra == {"vessel_name": "LAD"}
     (sample,) = read(tmp_path, text, 'extra = ["patient_id"]').samples
     assert sample.extra == {"patient_id": "7"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_kept"),
+    [
+        ("patient_id PatientName patient subjectID SUBJECT pat_name PAT_ID patid", False),
+        ("StudyInstanceUID studyinstanceuid sop_instance_uid uid case_uid", False),
+        ("accession_number AccessionNumber accession", False),
+        ("study_date StudyDate studydate date date_of_birth exam-date datetime", False),
+        ("name full_name LastName firstname surname physician_name OperatorsName", False),
+        ("birthdate birth_year dob mrn MRN ssn pid email phone_number address", False),
+        ("hospital_id HospitalNumber medical_record_number referring_physician", False),
+        ("class_name vessel_name file_name dataset_name hospital_name fluid guid_wire", True),
+        ("frame_rate frame_time update candidate subjective_quality pattern patch path", True),
+        ("case_id study vendor hospital age sex n_frames birefringence space", True),
+    ],
+)
+def test_names_of_columns_tell_whether_they_tell_who_somebody_is(columns, is_kept):
+    for column in columns.split():
+        assert names_a_person(column) != is_kept, column
+
+
+def test_it_is_told_which_columns_are_left_out(tmp_path):
+    text = "image,patient_id,vessel_name,StudyDate\na.png,7,LAD,19991231\n"
+    (note,) = read(tmp_path, text).notes
+    assert "patient_id, StudyDate" in note
+    assert "vessel_name" not in note
+    for columns in ('group = "patient_id"\nextra = ["StudyDate"]', "hash_paths = true"):
+        assert read(tmp_path, text, columns).notes == ()
 
 
 def test_a_group_from_a_patients_column_becomes_a_pseudonym(tmp_path):
@@ -343,7 +462,10 @@ def test_a_hashed_path_is_the_same_however_it_is_written_and_wherever_the_folder
     sources = set()
     for root in (tmp_path / "one", tmp_path / "two"):
         root.mkdir()
-        for cell in ("i/a.png", "i\\a.png", root / "i" / "a.png"):
+        for cell in (
+            "i/a.png", "i\\a.png", "./i/a.png", "x/../i/a.png", "i//a.png",
+            root / "i" / "a.png", root / "x" / ".." / "i" / "a.png",
+        ):  # fmt: skip
             sources.add(hashed(root, f"image\n{cell}\n").samples[0].source)
     assert len(sources) == 1
 
@@ -455,7 +577,7 @@ WRONG = {
     "header only": ("image,mask\n", None, ["no rows"]),
     "blank rows only": ("image,mask\n,\n\n , \n", None, ["no rows"]),
     "no image column": ("path,mask\na,b\n", None, ["'image'", "path, mask", "--columns"]),
-    "no row has an image": ("image,mask\n,b\n,c\n", None, ["none of its 2 rows", "no image"]),
+    "no row has an image": ("image,mask\n,b\n,c\n", None, ["none of 2 lines", "no image"]),
     "duplicated ids": ("id,image\nx,a\ny,b\nx,c\n", None, ["'x'", "lines 2 and 4"]),
     "the same sample twice": ("image,mask\na,m\na,m\na,m\n", None, ["lines", "'a@m'"]),
     "duplicated columns": ("image,image\na,b\n", None, ["two columns", "'image'"]),

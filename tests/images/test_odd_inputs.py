@@ -9,9 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tifffile
 from PIL import Image
+from pyarrow import parquet
 
 from sam3cache.errors import ImageError, ManifestError
 from sam3cache.images import read_image, read_manifest, read_mask
@@ -110,6 +112,9 @@ def _write_files(root: Path) -> None:
     with suppress(OSError):  # Windows grants links to few.
         (root / "in/link.png").symlink_to(root / "outside.png")
         (root / "in/dead-link.png").symlink_to(root / "nowhere.png")
+    if hasattr(os, "mkfifo"):
+        for name in ("pipe", "pipe.png", "pipe.npy", "pipe.json"):
+            os.mkfifo(root / "in" / name)
 
 
 def _outcome(root: Path, cells: str) -> str:
@@ -236,6 +241,13 @@ ROWS = {
     "s,g.png,mrgb.npy,,,,": "12 x 10 x 1, 0 to 238; mask 12 x 10, 48 marked",
     "s,g.png,nowhere.npy,,,,": "nowhere.npy: no such file; mend its path or restore the file",
     "s,g.png,text.png,,,,": "text.png: not an image; expected *",
+    "s,pipe.png,,,,,": "pipe.png: is no file but a pipe, device or socket; name a file",
+    "s,pipe,,,,,": "pipe: is no file but a pipe, device or socket; name a file",
+    "s,g.png,pipe.npy,,,,": "pipe.npy: is no file but a pipe, device or socket; name a file",
+    "s,g.png,pipe.json::1,,,,": (
+        "pipe.json::1: is no file but a pipe, device or socket; name a file"
+    ),
+    "s,/dev/zero,,,,,": "zero-*: is no file but a pipe, device or socket; name a file",
     "s,g.png,,,30,-20,": "12 x 10 x 1, 0 to 238; angles 30.0, -20.0",
     "s,g.png,,,+30.5,-0,": "12 x 10 x 1, 0 to 238; angles 30.5, -0.0",
     "s,g.png,,,nan,20,": "12 x 10 x 1, 0 to 238; angles None, 20.0",
@@ -274,6 +286,7 @@ ROWS = {
 }
 """What becomes of each; * stands for words of a decoder's, or for the formats that are known."""
 
+SPECIAL_FILES = ("pipe", "/dev/zero")
 NEEDS_LINKS = ("s,link.png,,,,,", "s,dead-link.png,,,,,")
 
 
@@ -288,6 +301,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_odd_input_gives_its_pixels_or_the_line_that_says_why_not(root, capfd, cells):
     if cells in NEEDS_LINKS and not (root / "in/link.png").exists():
         pytest.skip("this user may make no links here")
+    if not hasattr(os, "mkfifo") and any(name in cells for name in SPECIAL_FILES):
+        pytest.skip("no such files on this system")
     assert fnmatch.fnmatchcase(_outcome(root, cells), ROWS[cells].replace("[", "[[]"))
     assert capfd.readouterr() == ("", "")
 
@@ -300,6 +315,26 @@ def test_a_manifest_in_latin_1_is_refused_in_one_line(root):
     path = root / "in" / "latin.csv"
     path.write_text(f"{HEADER}\ns,with space/ä.png,,,,,\n", encoding="latin-1")
     with pytest.raises(ManifestError, match=r"latin\.csv.*UTF-8") as caught:
+        read_manifest(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among files here")
+def test_a_pipe_in_a_folder_holds_nothing_up(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    os.mkfifo(tmp_path / "annotations" / "a.json")
+    os.mkfifo(tmp_path / "pipe.png")
+    _png(tmp_path / "g.png", GREY)
+    assert [sample.id for sample in read_manifest(tmp_path).samples] == ["g"]
+
+
+@pytest.mark.parametrize(
+    "times", [pa.array([2**62], pa.timestamp("us")), pa.array([2**62], pa.duration("s"))]
+)
+def test_a_time_that_no_calendar_has_is_told_in_one_line(tmp_path, times):
+    path = tmp_path / "m.parquet"
+    parquet.write_table(pa.table({"image": ["g.png"], "taken": times}), path)
+    with pytest.raises(ManifestError, match=r"m\.parquet: damaged Parquet \(") as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value)
 

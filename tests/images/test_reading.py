@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import h5py
 import imagecodecs
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ import tifffile
 from PIL import Image
 
 from sam3cache.errors import ImageError
-from sam3cache.images import ImageInfo, probe, read_image, read_mask
+from sam3cache.images import (
+    ImageInfo,
+    close_kept_files,
+    probe,
+    read_image,
+    read_manifest,
+    read_mask,
+)
 from sam3cache.records import Sample
 
 RNG = np.random.default_rng(0)
@@ -80,6 +88,62 @@ def test_the_frames_of_a_cine_share_the_window_of_the_file(tmp_path, name):
     for frame in (0, 5):
         pixels = read_image(sample(tmp_path, cine, frame=frame, image_name=name))
         assert np.array_equal(pixels[..., 0], windowed(cine[frame], *window))
+
+
+STACK = (
+    RNG.integers(0, 1000, (4, 20, 30)).astype(np.float32)
+    * np.array([1, 5, 0.2, 300], np.float32)[:, None, None]
+)
+
+
+def write_stack(path, **arrays):
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+        return
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name] = values
+
+
+def of_stack(root, name):
+    """All pictures of a container, which is its own manifest."""
+    samples = read_manifest(root / name).samples
+    return [read_image(sample)[..., 0] for sample in samples]
+
+
+@pytest.fixture
+def files_are_closed():
+    yield
+    close_kept_files()
+
+
+@pytest.mark.usefixtures("files_are_closed")
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+@pytest.mark.parametrize("suffix", [".h5", ".npz"])
+def test_a_picture_of_a_stack_depends_on_no_other(tmp_path, suffix, dtype):
+    stack = STACK.astype(dtype)
+    write_stack(tmp_path / f"three{suffix}", images=stack[:3])
+    write_stack(tmp_path / f"four{suffix}", images=stack)
+    write_stack(tmp_path / f"groups{suffix}", **{f"p{t}/image": one for t, one in enumerate(stack)})
+    expected = [windowed(one, *exact_window(one)) for one in stack]
+    assert np.array_equal(of_stack(tmp_path, f"three{suffix}"), expected[:3])
+    assert np.array_equal(of_stack(tmp_path, f"four{suffix}"), expected)
+    assert np.array_equal(of_stack(tmp_path, f"groups{suffix}"), expected)
+
+
+@pytest.mark.usefixtures("files_are_closed")
+@pytest.mark.parametrize(
+    ("name", "array", "source"),
+    [
+        ("a.h5", "p1/cine", "a.h5::p1/cine"),
+        ("a.npz", "p1/cine", "a.npz::p1/cine"),
+        ("a.npz", "cine", "a.npz"),
+    ],
+)
+def test_a_cine_in_a_container_shares_one_window(tmp_path, name, array, source):
+    write_stack(tmp_path / name, **{array: STACK})
+    pixels = read_image(Sample("a", source, tmp_path, frame=1))[..., 0]
+    assert np.array_equal(pixels, windowed(STACK[1], *exact_window(STACK)))
 
 
 def test_a_changed_cine_gets_a_new_window(tmp_path):
@@ -248,6 +312,40 @@ def test_a_mask_of_another_shape_is_refused_with_both_sizes(tmp_path, function, 
         function(sample(tmp_path, np.zeros(image, np.uint8), np.zeros(mask, bool)))
     assert f"{mask[0]} x {mask[1]}" in str(caught.value)
     assert f"{image[0]} x {image[1]}" in str(caught.value)
+
+
+def save_turned(path, array, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(path, exif=exif)
+
+
+def test_the_probe_tells_what_was_turned_and_what_was_not(tmp_path):
+    save_turned(tmp_path / "a.jpg", GREY, 6)
+    save_turned(tmp_path / "turned.png", GREY, 6)
+    save(tmp_path / "upright.png", np.rot90(GREY, -1))
+    turned = probe(Sample("a", "a.jpg", tmp_path, mask="turned.png"))
+    upright = probe(Sample("a", "a.jpg", tmp_path, mask="upright.png"))
+    assert (turned.orientation, turned.mask_orientation) == (6, 6)
+    assert (upright.orientation, upright.mask_orientation) == (6, 1)
+    assert (upright.height_px, upright.width_px) == (30, 40)
+
+
+def test_a_mask_as_its_turned_image_lies_in_the_file_is_refused_with_the_reason(tmp_path):
+    save_turned(tmp_path / "a.jpg", GREY, 6)
+    save(tmp_path / "stored.png", GREY)
+    with pytest.raises(ImageError, match=r"40 x 30 for .* 30 x 40 .*orientation tag \(6\)"):
+        probe(Sample("a", "a.jpg", tmp_path, mask="stored.png"))
+    save(tmp_path / "other.png", GREY[:, :7])
+    with pytest.raises(ImageError, match="same aspect ratio"):
+        probe(Sample("a", "a.jpg", tmp_path, mask="other.png"))
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, orientation):
+    save_turned(tmp_path / "a.png", GREY, orientation)
+    found = probe(Sample("a", "a.png", tmp_path))
+    assert (found.orientation, found.height_px, found.width_px) == (1, *GREY.shape)
 
 
 def test_a_missing_mask_is_found_by_the_probe(tmp_path):

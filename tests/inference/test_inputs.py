@@ -99,7 +99,8 @@ def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(KEY_FILE_VARIABLE, str(here / "names.key"))
     for folder, angle in (("a", "30"), ("b", "-20")):
         pixels = np.full((4, 4), int(angle) + 20, np.uint8)
-        write_dicom(here / folder / "IM001.dcm", pixels, PositionerPrimaryAngle=angle)
+        tags = {"PatientID": "7", "PositionerPrimaryAngle": angle}
+        write_dicom(here / folder / "IM001.dcm", pixels, **tags)
     (here / "runs.csv").write_text("image\na/IM001.dcm\nb/IM001.dcm\n", encoding="utf-8")
     return here
 
@@ -115,6 +116,29 @@ def test_dicom_files_of_one_name_in_several_folders_are_several(runs: Path) -> N
     assert not find_images(names).notes
 
 
+@pytest.mark.parametrize("names", [["a/run.dcm"], ["a/run.dcm", "b/IM001.dcm"]])
+def test_a_columns_file_speaks_for_dicom_files_that_are_named(runs: Path, names: list[str]) -> None:
+    cine = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
+    write_dicom(runs / "a" / "run.dcm", cine, PatientID="8")
+    columns = runs / "c.toml"
+    columns.write_text('frame = { constant = "0" }\nhash_paths = false\n', encoding="utf-8")
+    found = find_images(names, columns=columns).samples
+    assert [sample.frame for sample in found] == [0] * len(names)
+    assert [sample.image_path.name for sample in found] == [Path(name).name for name in names]
+    assert found[0].source.endswith("run.dcm")
+    np.testing.assert_array_equal(read_image(found[0])[..., 0], cine[0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes among its files")
+@pytest.mark.timeout(60)
+def test_a_pipe_is_refused_and_no_pattern_matches_it(here: Path) -> None:
+    for name in ("a/b", "a/c.dcm", "a/d.png"):
+        os.mkfifo(here / name)
+    with pytest.raises(ConfigError, match="a/b: is a pipe, device or socket"):
+        find_images(["a/b"])
+    assert [sample.id for sample in find_images(["a/*"]).samples] == ["1", "2"]
+
+
 def test_of_headers_angles_those_that_are_given_go_before_in_a_table_too(runs: Path) -> None:
     found = find_images(["runs.csv"], primary_angle_deg=5.0).samples
     assert [sample.primary_angle_deg for sample in found] == [5.0, 5.0]
@@ -127,7 +151,7 @@ def test_of_headers_angles_those_that_are_given_go_before_in_a_table_too(runs: P
 def test_a_dicom_file_that_cannot_be_read_is_told_by_its_place_not_its_name(runs: Path) -> None:
     bad = runs / "a" / "Quackenbush.dcm"
     bad.write_bytes((runs / "a" / "IM001.dcm").read_bytes()[:200])
-    with pytest.raises(ManifestError, match=r"these DICOM files: .*file 1: ") as caught:
+    with pytest.raises(ManifestError, match=r"none of 1 files .*file 1: ") as caught:
         find_images([bad])
     assert "Quackenbush" not in str(caught.value)
     found = find_images(["b/1.png", "a/IM001.dcm", bad])
