@@ -144,6 +144,13 @@ def copy_file(data, source, target):
     )
 
 
+def turn_picture(data, i=3):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = data.root / f"images/{i}.png"
+    Image.open(path).save(path, exif=exif)
+
+
 DEFECTS = [
     # what is done, kind, what the finding's line says
     (lambda d: (d.root / "images/3.png").unlink(), "unusable", "error: .*s3: .*no such file"),
@@ -190,6 +197,11 @@ DEFECTS = [
         lambda d: d.save("masks", 3, d.mask(3)[::2, ::2]),
         "mask-of-other-size",
         r"note: .*: s3: 64 x 64 for a picture of 128 x 128 \(1\)",
+    ),
+    (
+        turn_picture,
+        "orientation",
+        r"warning: .*different orientation tags: s3: picture 3, mask 1 \(1 is not turned\)",
     ),
     (
         lambda d: d.save("images", 3, np.full((SIDE_PX, SIDE_PX), 77, np.uint8)),

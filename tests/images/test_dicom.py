@@ -766,6 +766,30 @@ def test_a_dicom_is_known_by_its_content_whatever_it_is_called(tmp_path, key_fil
     assert sample.primary_angle_deg == 30.0
 
 
+def test_a_dicom_under_the_suffix_of_another_format_is_set_aside_where_it_is_read(tmp_path):
+    # Its header, and with it whose it is, was not looked at when the table was read.
+    write_dicom(tmp_path / "a.png", angiogram(1, 16, 8)[0], PatientID="Quackenbush")
+    (tmp_path / "m.csv").write_text("image\na.png\n", encoding="utf-8")
+    (sample,) = read_manifest(tmp_path / "m.csv").samples
+    with pytest.raises(ImageError, match=r"let its name end in \.dcm"):
+        probe(sample)
+
+
+def test_files_that_tell_of_text_in_their_pixels_are_counted_in_a_table_too(tmp_path):
+    for name, burnt in (("a.dcm", "YES"), ("b.dcm", "NO"), ("c.dcm", "YES")):
+        write_dicom(tmp_path / name, angiogram(1, 16, 8)[0], BurnedInAnnotation=burnt)
+    (tmp_path / "m.csv").write_text("image\na.dcm\nb.dcm\nc.dcm\n", encoding="utf-8")
+    notes = [n for n in read_manifest(tmp_path / "m.csv").notes if "burnt" in n]
+    assert [note[:7] for note in notes] == ["2 DICOM"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders there")
+def test_a_manifest_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ManifestError, match="is no file but a pipe"):
+        read_manifest(tmp_path / "pipe")
+
+
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, key_file, monkeypatch):
     write_dicom(tmp_path / "a.dcm", angiogram(1, 16, 8)[0])
     (tmp_path / "shut").mkdir()
