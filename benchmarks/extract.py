@@ -15,7 +15,7 @@ the memory that the parent and a worker hold by the number of images.
 
 With sam3-mini, whose tower takes a fifth of a second on two cores, decoding and writing compete
 with it for the same cores. --full, which a GPU takes by itself, is SAM 3's own size with random
-weights; on a CPU, where an image takes most of a minute, it is FULL_BLOCKS blocks of
+weights; on a CPU, where an image takes half a minute, it is FULL_BLOCKS blocks of
 FULL_BLOCK_ROWS images each, FULL_ROUNDS times, at the default levels alone.
 
 Exits with 1 when a bound is missed (none is checked with --quick: too few images):
@@ -160,7 +160,7 @@ class Bench:
         self.on_cuda = device.startswith("cuda")
         self.backbone = "sam3" if options.full else "sam3-mini"
         self.num_images = options.images or self._default_images()
-        # Of SAM 3's size an image takes a CPU most of a minute: blocks are cut short there.
+        # Of SAM 3's size an image takes a CPU half a minute: blocks are cut short there.
         self.is_cut = options.full and not self.on_cuda
         self.levels = LEVELS[:1] if options.quick or self.is_cut else LEVELS
         self.rounds = 1 if options.quick else FULL_ROUNDS if self.is_cut else ROUNDS
