@@ -18,7 +18,8 @@ from sam3cache.errors import ConfigError
 if TYPE_CHECKING:
     from sam3cache.extract.forecast import Forecast, TimeForecast, VariantForecast
 
-_NO_MANIFEST = Path("images")
+# It is nowhere: what noise takes is planned.
+_NO_MANIFEST = Path("noise") / "noise"
 
 
 @click.command()
@@ -38,7 +39,7 @@ def plan(
 
     Nothing is changed. The time comes from a short run of the tower, of decoding and of the disk;
     what compresses is estimated from a few images. Ends with an error when it would not fit on the
-    disk, and says which levels or precisions would.
+    disk, below the plan, and says which levels or precisions would.
 
     \b
     Examples:
@@ -51,7 +52,7 @@ def plan(
     if manifest is None:
         if num_images is None:
             raise ConfigError("no MANIFEST given; give one, or a number with --num-images")
-        manifest = _NO_MANIFEST / "none"
+        manifest = _NO_MANIFEST
     config = make_config(manifest, **options)
     with ExitStack() as stack:
         forecast = run(
@@ -64,6 +65,7 @@ def plan(
         click.echo(json.dumps(_as_json(forecast), indent=2))
     else:
         _print(forecast)
+    forecast.require_space()
 
 
 def _as_json(forecast: Forecast) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def _as_json(forecast: Forecast) -> dict[str, Any]:
         "store": forecast.store.as_posix(),
         "size_bytes": forecast.size_bytes,
         "num_files": forecast.num_files,
+        "fits": forecast.fits,
         "num_encoded": packed["num_encoded"],
     }
 

@@ -186,13 +186,18 @@ class Forecast:
         """Files that are to be written."""
         return sum(item.num_files for item in self.items)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for it, as far as that is known."""
+        return self.free_bytes is None or self.size_bytes <= self.free_bytes
+
     def require_space(self) -> None:
         """Refuse what does not fit, and say what would.
 
         Raises:
             NoSpaceError: when the disk has less room than is needed.
         """
-        if self.free_bytes is None or self.size_bytes <= self.free_bytes:
+        if self.fits or self.free_bytes is None:
             return
         fitting = [
             f"--levels {names} takes {size_text(size)}"
@@ -200,7 +205,8 @@ class Forecast:
             if size <= self.free_bytes
         ]
         parts = ", ".join(f"{item.name} {size_text(item.size_bytes)}" for item in self.items)
-        instead = f"{' or '.join(fitting[:_MAX_CHOICES])}; else " if fitting else ""
+        nothing = "no choice of levels fits; " if self.choices else ""
+        instead = f"{' or '.join(fitting[:_MAX_CHOICES])}; else " if fitting else nothing
         raise NoSpaceError(
             f"{self.store} would take {size_text(self.size_bytes)} ({parts}), and "
             f"{size_text(self.free_bytes)} are free there: {instead}free some space, or give -o a "

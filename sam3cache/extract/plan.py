@@ -62,6 +62,7 @@ NUM_SAMPLED = 64
 _NUM_PILOT_IMAGES = 32
 _NOISE_PX = 512
 _NO_DIGEST = "(not looked at)"
+_DOES_NOT_FIT = "there is too little space"
 
 
 def plan(
@@ -72,6 +73,8 @@ def plan(
     measure: bool = True,
 ) -> Forecast:
     """Return what an extraction would write and how long it would take; nothing is changed.
+
+    Whether it fits on the disk, :attr:`Forecast.fits` tells.
 
     Args:
         config: as for :func:`sam3cache.extract.extract`; its manifest may be a folder that does
@@ -114,7 +117,8 @@ def _plan_exactly(config: ExtractConfig, report: Report, measure: bool) -> Forec
     job = plan_job(read_request(config, state, report, digest=digest), state)
     check_s = time.monotonic() - begun_s
     forecast = forecast_job(job)
-    forecast.require_space()
+    if not forecast.fits:
+        return replace(forecast, why_no_time=_DOES_NOT_FIT)
     if not measure or not forecast.num_to_compute:
         return forecast
     tasks = spread(job.tasks, _NUM_PILOT_IMAGES)
@@ -131,7 +135,6 @@ def _plan_exactly(config: ExtractConfig, report: Report, measure: bool) -> Forec
     except WeightsError as error:
         return replace(forecast, why_no_time=str(error))
     measured = forecast_job(job, forecast.packed.having(pilot.bytes_an_image, job.levels))
-    measured.require_space()
     return replace(measured, time=_time(pilot, check_s, forecast.num_to_compute))
 
 
@@ -276,7 +279,8 @@ def _plan_by_sample(
         )
 
     first = forecast(packed)
-    first.require_space()
+    if not first.fits:
+        return replace(first, why_no_time=_DOES_NOT_FIT)
     if not measure or not first.num_to_compute:
         return first
     try:
@@ -286,7 +290,6 @@ def _plan_by_sample(
     except WeightsError as error:
         return replace(first, why_no_time=str(error))
     measured = forecast(packed.having(pilot.bytes_an_image, levels))
-    measured.require_space()
     check_s = sampled.check_s * sampled.num_samples
     return replace(measured, time=_time(pilot, check_s, measured.num_to_compute))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,6 +51,7 @@ _LOCK_PATIENCE_S = 60.0
 _LATER_LOCK_PATIENCE_S = 1200.0
 _MAX_PAUSES = 5
 _MAX_LOOKS = 4
+_SAID_AFTER_S = 5.0
 
 
 def extract(
@@ -102,7 +104,7 @@ def extract(
     patience_s = _LOCK_PATIENCE_S * rank.num_processes
     run_tasks, whole = _engine(config), None
     with ExitStack() as at_work:
-        with _locked(root, job, partial(plan_job, request), patience_s) as job:
+        with _locked(root, job, partial(plan_job, request), patience_s, warn) as job:
             if batch_size is not None:
                 job = with_batch_size(job, batch_size)
             masks_before = hash_masks(job.state.receipts, job.changed_masks)
@@ -132,8 +134,14 @@ def extract(
             else:
                 # Another launch holds all that is left.
                 num_pauses += 1
+                if num_pauses == 1 and rank.num_processes == 1:
+                    warn(
+                        f"{len(job.tasks)} blocks are in the hands of other processes, or of one "
+                        "that was killed: waiting for them"
+                    )
                 time.sleep(claims.pause_s)
-            with _locked(root, None, job.at, max(patience_s, _LATER_LOCK_PATIENCE_S)) as job:
+            later_s = max(patience_s, _LATER_LOCK_PATIENCE_S)
+            with _locked(root, None, job.at, later_s, warn) as job:
                 if watch.batch_size < job.settings["batch_size"] and not is_sealed(root):
                     # Another process of the launch may have come down further.
                     recorded = read_description(root)["settings"]
@@ -178,7 +186,11 @@ def extract(
 
 @contextmanager
 def _locked(
-    root: Place, job: Job | None, plan: Callable[[StoreState], Job], patience_s: float
+    root: Place,
+    job: Job | None,
+    plan: Callable[[StoreState], Job],
+    patience_s: float,
+    warn: Callable[[str], None],
 ) -> Iterator[Job]:
     """Hold the store's lock, with a job for the store as it is described.
 
@@ -190,6 +202,7 @@ def _locked(
         job: that was planned already, or None.
         plan: makes a job for a state.
         patience_s: how long to wait for the lock.
+        warn: called, from another thread, when it has to be waited for.
 
     Raises:
         StoreBusyError: when another process holds it for longer.
@@ -197,14 +210,32 @@ def _locked(
     for _ in range(_MAX_LOOKS):
         if job is None:
             job = plan(StoreState.read(root, LABEL_SET))
-        with store_lock(root, timeout_s=patience_s):
+        with _waited_for(root, patience_s, warn):
             if job.state.is_described_so:
                 yield job
                 return
         job = None
     # Somebody changes it over and over.
-    with store_lock(root, timeout_s=patience_s):
+    with _waited_for(root, patience_s, warn):
         yield plan(StoreState.read(root, LABEL_SET))
+
+
+@contextmanager
+def _waited_for(root: Place, patience_s: float, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold the store's lock, and say so where it has to be waited for."""
+    said = threading.Timer(
+        _SAID_AFTER_S,
+        warn,
+        [f"{root} is held by another process, or by one that was killed: waiting for it"],
+    )
+    said.daemon = True
+    said.start()
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(store_lock(root, timeout_s=patience_s))
+        finally:
+            said.cancel()
+        yield
 
 
 def _engine(config: ExtractConfig) -> _RunTasks:

@@ -12,6 +12,7 @@ Shape legend: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -237,6 +238,11 @@ def begin_process() -> None:
     """Leave signals to the parent, and end when it does; for a process that has been spawned."""
     for number in _for_the_parent():
         signal.signal(number, signal.SIG_IGN)
+    # As warnings of the first process look, whatever the libraries here make of logging.
+    log, handler = logging.getLogger("sam3cache"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
     if hasattr(signal, "pthread_sigmask"):
         # What it starts itself ignores them from the beginning.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _for_the_parent())

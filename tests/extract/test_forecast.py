@@ -124,8 +124,12 @@ def test_an_extraction_that_cannot_fit_is_refused_before_it_begins(tmp_path):
     free_bytes = shutil.disk_usage(tmp_path).free
     num_images = round(1.5 * free_bytes / LevelSpec("fpn_72", (256, 72, 72)).sample_bytes)
     config = config_of(folder, "fpn_72", backbone="sam3-mini")
+    planned = plan(config, num_images=num_images)
+    assert not planned.fits
+    assert planned.items[0].num_samples == num_images
+    assert planned.time is None
     with pytest.raises(NoSpaceError) as failure:
-        plan(config, num_images=num_images)
+        planned.require_space()
     message = str(failure.value)
     assert "\n" not in message
     assert f"{config.output} would take " in message
@@ -135,6 +139,7 @@ def test_an_extraction_that_cannot_fit_is_refused_before_it_begins(tmp_path):
     # Neither does what an extraction itself is going to write.
     forecast = plan(config, num_images=10, measure=False)
     assert forecast.num_samples == 10
+    assert forecast.fits
     forecast.require_space()
 
 
