@@ -329,8 +329,8 @@ def _pictures(looked: Sequence[Looked]) -> Iterator[Finding]:
         "pictures of several depths",
         _kinds(looked, lambda look: look.pixel_type),
         "one type of pixels",
-        "export them alike: 8 bits stay as they are, anything else is windowed by the file's "
-        "percentiles",
+        "export them alike: 8 bits stay as they are, anything else is mapped by a DICOM file's own "
+        "window or by percentiles",
     )
     yield Finding(
         "mixed-colours",

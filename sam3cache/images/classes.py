@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.errors import ConfigError
+from sam3cache.errors import ConfigError, ImageError
 from sam3cache.images.coco import category_names
+from sam3cache.images.picture import require_regular
 from sam3cache.records import IGNORE_LABEL
 from sam3cache.tasks import Task
 
@@ -132,8 +133,11 @@ def parse_classes(text: str) -> ClassTable:
 def _read_table(path: Path) -> tuple[list[tuple[str, Any]], bool]:
     """Return the pairs of a file in its order, and whether they are a COCO file's categories."""
     try:
+        require_regular(path, f"classes {path}")
         text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except ImageError as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(
             f"classes {path}: {error.strerror or 'cannot be read'}; check its path"

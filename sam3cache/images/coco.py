@@ -303,6 +303,11 @@ def coco_table(path: Path, columns: Path | None) -> Iterator[Table]:
         for file, coco in read.items()
         if coco.num_strays
     ]
+    if not is_folder and (told := _split_of(path, path.parent.parent)):
+        notes.append(
+            f"COCO: the file's name says {told!r}; alone it makes no split, so its images are "
+            "split anew, by groups"
+        )
     if len(files) > 1 and not has_splits:
         alike = next(iter(splits.values()))
         told = (

@@ -223,7 +223,10 @@ def read_names(columns: Path | None) -> frozenset[str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        require_regular(path, f"columns file {path}")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ImageError as error:
+        raise ManifestError(str(error)) from None
     except OSError as error:
         raise ManifestError(
             f"columns file {path}: {error.strerror or 'cannot be read'}; check its path"

@@ -355,6 +355,7 @@ def read_facts(path: Path, name: str) -> DicomFacts | None:
     with file, _saying_name(name), quietly():
         header, _, _ = _read_header(file, _FACTS)
         if "Rows" not in header or "Columns" not in header:
+            _require_no_picture(header, file)
             return None
         spacing_mm, spacing_from = _spacing(header)
         num_frames = max(1, int(header.get("NumberOfFrames", 1) or 1))
@@ -368,6 +369,16 @@ def read_facts(path: Path, name: str) -> DicomFacts | None:
             _is_xray(header),
             _text(header, "BurnedInAnnotation") == "YES",
         )
+
+
+def _require_no_picture(header: Dataset, file: BinaryIO) -> None:
+    """Refuse a header that ends before it comes to its picture, as a file does that was cut."""
+    from pydicom.uid import UID
+
+    # Values that are not wanted are skipped by their lengths, beyond the end of what was cut.
+    is_cut = file.tell() > file.seek(0, io.SEEK_END)
+    if is_cut or "Image Storage" in UID(_text(header, "SOPClassUID")).name:
+        raise _Unusable("damaged or truncated DICOM (it ends before its picture); restore the file")
 
 
 def _is_xray(header: Dataset) -> bool:

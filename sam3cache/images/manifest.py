@@ -238,7 +238,8 @@ def _pictures(folder: Path, root: Path, *, deep: bool = True) -> dict[str, list[
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
         is_hidden = path.name.startswith(".")
-        if path.suffix.lower() in SUFFIXES and not is_hidden and path.is_file():
+        # What is no file, a pipe or a link to nowhere, is told when it is opened.
+        if path.suffix.lower() in SUFFIXES and not is_hidden and not path.is_dir():
             stem = path.relative_to(folder).with_suffix("").as_posix()
             found[stem].append(path.relative_to(root).as_posix())
     return dict(found)
@@ -358,6 +359,12 @@ def _read_table(
         notes.append(
             f"{num_ungrouped} of {len(samples)} samples have no group, and are groups of their "
             "own: pictures of one patient may fall into two splits"
+        )
+    unlisted = [c for c in column_map.extra if c not in column_map.listed]
+    if reader.num_dicoms and is_hidden and unlisted:
+        notes.append(
+            f"empty beside DICOM files, as they may hold a path: columns {', '.join(unlisted)} "
+            "(those that extra in a columns.toml lists are kept)"
         )
     if left_out := column_map.left_out:
         notes.append(

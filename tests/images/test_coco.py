@@ -121,14 +121,19 @@ def test_that_files_tell_no_splits_is_told(tmp_path, names, words):
     assert "anew" in note
 
 
+def test_that_a_file_alone_makes_no_split_of_its_name_is_told(tmp_path):
+    (note,) = read_manifest(write(tmp_path, name="instances_val2017")).notes
+    assert "says 'val'" in note
+    assert read_manifest(write(tmp_path, name="instances")).notes == ()
+
+
 def test_ids_with_a_point_are_those_without_and_strays_are_counted(tmp_path):
     document = changed(image_id=1.0)
     document["annotations"][1]["image_id"] = 99
     manifest = read_manifest(write(tmp_path, document))
     assert np.array_equal(read_mask(manifest.samples[0])[0], polygon())
     assert manifest.samples[0].mask == "annotations/train.json::1"
-    (note,) = manifest.notes
-    assert "train.json: 1 annotations" in note
+    assert "train.json: 1 annotations" in manifest.notes[0]
 
 
 def test_other_json_files_beside_pictures_are_left_alone(tmp_path):

@@ -30,8 +30,8 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images import dicom, probe, read_image, read_manifest, read_mask
+from sam3cache.errors import ConfigError, ImageError, ManifestError
+from sam3cache.images import dicom, parse_classes, probe, read_image, read_manifest, read_mask
 from sam3cache.images.contrast import contrast_frame
 from sam3cache.images.files import open_picture
 from sam3cache.images.pseudonyms import KEY_FILE_VARIABLE, load_key, pseudonym
@@ -784,10 +784,42 @@ def test_files_that_tell_of_text_in_their_pixels_are_counted_in_a_table_too(tmp_
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders there")
-def test_a_manifest_that_is_a_pipe_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
+def test_a_pipe_is_refused_wherever_a_file_is_named(tmp_path):
+    for name in ("pipe", "pipe.json"):
+        os.mkfifo(tmp_path / name)
     with pytest.raises(ManifestError, match="is no file but a pipe"):
         read_manifest(tmp_path / "pipe")
+    with pytest.raises(ManifestError, match=r"columns file .* is no file but a pipe"):
+        read_manifest(tmp_path, tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"classes .* is no file but a pipe"):
+        parse_classes(str(tmp_path / "pipe.json"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders there")
+def test_a_pipe_among_pictures_is_a_sample_that_cannot_be_used(tmp_path):
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "images/a.png")
+    (sample,) = read_manifest(tmp_path).samples
+    with pytest.raises(ImageError, match="is no file but a pipe"):
+        probe(sample)
+
+
+@pytest.mark.parametrize("num_bytes", [500, 600, 700])
+def test_a_header_that_ends_before_its_picture_is_damaged_not_without_one(tmp_path, num_bytes):
+    path = write_dicom(tmp_path / "a.dcm", angiogram(1, 16, 8)[0], PatientComments="x" * 300)
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(ImageError, match="damaged or truncated DICOM"):
+        dicom.read_facts(path, "a")
+
+
+def test_columns_that_are_emptied_beside_dicom_files_are_told(tmp_path):
+    write_dicom(tmp_path / "a.dcm", angiogram(1, 16, 8)[0])
+    (tmp_path / "m.csv").write_text("image,phase,kept\na.dcm,diastole,1\n", encoding="utf-8")
+    (tmp_path / "c.toml").write_text('extra = ["kept"]\n', encoding="utf-8")
+    told = [n for n in read_manifest(tmp_path / "m.csv").notes if "empty beside" in n]
+    assert ["phase, kept" in note for note in told] == [True]
+    listed = read_manifest(tmp_path / "m.csv", tmp_path / "c.toml")
+    assert not [n for n in listed.notes if "empty beside" in n]
 
 
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, key_file, monkeypatch):

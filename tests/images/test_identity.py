@@ -191,7 +191,7 @@ def test_nobody_is_named_by_a_check_of_a_manifest_that_bears_the_name(
     study = write_study(tmp_path / "Zwartebroek-Maximiliaan")
     result = invoke("check", "Zwartebroek-Maximiliaan", "-o", "out")
     shown = invoke("check", "Zwartebroek-Maximiliaan", "--json")
-    assert "\nmanifest: 4 samples" in result.output
+    assert "\nmanifest: 5 samples" in result.output
     written = [text.encode() for text in (result.output, shown.output)]
     written += everything_written(tmp_path / "out", but=study)
     for text in written:
