@@ -16,7 +16,7 @@ the memory that the parent and a worker hold by the number of images.
 With sam3-mini, whose tower takes a fifth of a second on two cores, decoding and writing compete
 with it for the same cores. --full, which a GPU takes by itself, is SAM 3's own size with random
 weights; on a CPU, where an image takes half a minute, it is FULL_BLOCKS blocks of
-FULL_BLOCK_ROWS images each, FULL_ROUNDS times, at the default levels alone.
+FULL_BLOCK_ROWS images each, at the default levels alone, in FULL_ROUNDS round.
 
 Exits with 1 when a bound is missed (none is checked with --quick: too few images):
 
@@ -70,7 +70,7 @@ MIN_SHARE_CPU, MIN_SHARE_CUDA, MIN_SHARE_TRUNK = 0.95, 0.97, 0.85
 SLOPE_BYTES = 1_000
 NUMBERS = (200, 1_000, 4_000, 20_000)
 NUM_MEMORY_RUNS = 3
-FULL_BLOCKS, FULL_BLOCK_ROWS, FULL_ROUNDS = 3, 2, 2
+FULL_BLOCKS, FULL_BLOCK_ROWS, FULL_ROUNDS = 3, 2, 1
 PICTURE_PX, TINY_PX = 1016, 16
 _NUM_DRAWN = 16
 

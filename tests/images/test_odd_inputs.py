@@ -325,7 +325,10 @@ def test_a_pipe_in_a_folder_holds_nothing_up(tmp_path):
     os.mkfifo(tmp_path / "annotations" / "a.json")
     os.mkfifo(tmp_path / "pipe.png")
     _png(tmp_path / "g.png", GREY)
-    assert [sample.id for sample in read_manifest(tmp_path).samples] == ["g"]
+    good, pipe = read_manifest(tmp_path).samples
+    assert (good.id, pipe.id) == ("g", "pipe")
+    with pytest.raises(ImageError, match="is no file but a pipe"):
+        probe(pipe)
 
 
 @pytest.mark.parametrize(
