@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from sam3cache.errors import ImageError, ManifestError
-from sam3cache.images import read_image, read_manifest, read_mask
+from sam3cache.images import probe, read_image, read_manifest, read_mask
 
 H, W = 12, 10
 GREY = (np.arange(H * W, dtype=np.uint8) * 2).reshape(H, W)
