@@ -102,6 +102,7 @@ def extract(
     rank = config.rank
     # All of a launch plan the same at once, one after the other under the lock.
     patience_s = _LOCK_PATIENCE_S * rank.num_processes
+    later_patience_s = max(patience_s, _LATER_LOCK_PATIENCE_S)
     run_tasks, whole = _engine(config), None
     with ExitStack() as at_work:
         with _locked(root, job, partial(plan_job, request), patience_s, warn) as job:
@@ -140,8 +141,7 @@ def extract(
                         "that was killed: waiting for them"
                     )
                 time.sleep(claims.pause_s)
-            later_s = max(patience_s, _LATER_LOCK_PATIENCE_S)
-            with _locked(root, None, job.at, later_s, warn) as job:
+            with _locked(root, None, job.at, later_patience_s, warn) as job:
                 if watch.batch_size < job.settings["batch_size"] and not is_sealed(root):
                     # Another process of the launch may have come down further.
                     recorded = read_description(root)["settings"]
@@ -156,7 +156,7 @@ def extract(
                 num_done = max(0, whole.num_rows - job.tasks.num_rows())
                 report(ExtractProgress("extracting", num_done, whole.num_rows, {}))
     masks_after = hash_masks(job.state.receipts, job.changed_masks)
-    sealed = not job.tasks and _seal(job, claims, max(patience_s, _LATER_LOCK_PATIENCE_S))
+    sealed = not job.tasks and _seal(job, claims, later_patience_s)
     found = _count(job, blocks_given)
     return ExtractResult(
         store=root,

@@ -49,7 +49,6 @@ class StoreState:
         rows: the whole table of samples, with the receipts' facts merged in.
         label_set: the label set whose masks are looked at.
         stamp: changes whenever a file changes that this was read from.
-        stated: changes whenever one of these changes that is no receipt of a block.
     """
 
     root: Place
@@ -59,7 +58,6 @@ class StoreState:
     rows: Sequence[SampleRow]
     label_set: str
     stamp: frozenset[tuple[object, ...]]
-    stated: frozenset[tuple[object, ...]]
 
     @classmethod
     def read(cls, root: Place, label_set: str) -> StoreState:
@@ -72,31 +70,28 @@ class StoreState:
         """
         for _ in range(_MAX_READS):
             # The stamp first: what changes while we read shows at the next look.
-            stated, before = stamp(root, _STATED_IN), _stamp(root)
+            before = _stamp(root)
             try:
-                return cls._read(root, label_set, before, stated)
+                return cls._read(root, label_set, before)
             except StoreError:
                 # Another launch may have sealed the store, or begun on it, between two reads.
                 if before == _stamp(root):
                     raise
-        stated = stamp(root, _STATED_IN)
-        return cls._read(root, label_set, _stamp(root), stated)
+        return cls._read(root, label_set, _stamp(root))
 
     @classmethod
-    def _read(
-        cls, root: Place, label_set: str, *stamps: frozenset[tuple[object, ...]]
-    ) -> StoreState:
+    def _read(cls, root: Place, label_set: str, stamp: frozenset[tuple[object, ...]]) -> StoreState:
         if not (root / "zarr.json").exists():
-            return cls(root, None, None, ReceiptsOnDemand.none(), (), label_set, *stamps)
+            return cls(root, None, None, ReceiptsOnDemand.none(), (), label_set, stamp)
         description = read_description(root)
         if is_sealed(root):
             # Refuses a store whose metadata or tables were changed behind our back.
             opened = open_store(root)
             rows = opened.sample_rows
-            return cls(root, description, opened, opened.receipts, rows, label_set, *stamps)
+            return cls(root, description, opened, opened.receipts, rows, label_set, stamp)
         receipts = scan_receipts(root)
         rows = RowsWithFacts(scan_samples(root), receipts)
-        return cls(root, description, None, receipts, rows, label_set, *stamps)
+        return cls(root, description, None, receipts, rows, label_set, stamp)
 
     @property
     def sealed(self) -> bool:
@@ -111,7 +106,8 @@ class StoreState:
     @property
     def is_described_so(self) -> bool:
         """Whether the store is as it was read, but for blocks that may have been done meanwhile."""
-        return self.stated == stamp(self.root, _STATED_IN)
+        stated = {part for part in self.stamp if part[0] in _STATED_IN}
+        return stated == stamp(self.root, _STATED_IN)
 
     @cached_property
     def masks(self) -> Mapping[int, LabelRow]:
@@ -144,7 +140,6 @@ class StoreState:
             opened=None,
             rows=rows,
             stamp=_stamp(self.root),
-            stated=stamp(self.root, _STATED_IN),
         )
 
 

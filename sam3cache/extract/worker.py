@@ -491,15 +491,13 @@ class _Worker:
             if not claim.enter_context(self._claims.claim(task.block)):
                 self._leave(task, futures, "held")
                 return
-            missing = self._missing(task)
-            if _is_as_planned(task):
-                # Another worker may have died on the block with some of it done.
-                missing &= task.items
-            if not missing:
+            # Another worker may have died on the block with some of it done.
+            missing, is_as_planned = self._missing(task), _is_as_planned(task)
+            items = task.items & missing if is_as_planned else task.items
+            if not (items and missing):
                 self._leave(task, futures, "found")
                 return
-            if _is_as_planned(task):
-                task = replace(task, items=missing)
+            task = replace(task, items=items)
             computed = self._compute(task, self._await_images(futures))
             if not self._held and self._runner is not None:
                 # Nothing is kept waiting by it, and what is reported next counts them all.

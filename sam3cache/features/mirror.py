@@ -17,7 +17,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from sam3cache.errors import CorruptStoreError, NoSpaceError, StoreBusyError
 from sam3cache.features.files import sha256_of_file
-from sam3cache.features.objects import NUM_REQUESTS, ObjectPath
+from sam3cache.features.objects import ObjectPath, request_pool
 from sam3cache.features.receipts import SEAL_FILE, ShardRecord, hashes_in_seal, seal_at_end
 from sam3cache.features.shards import crc32c
 from sam3cache.runtime import existing_folder, write_atomic
@@ -196,15 +196,12 @@ class Mirror:
         self._require_space(total)
         watcher, num_bytes = _watcher.get(), 0
         watcher(Fetching(str(self._origin), self.folder, 0, total, there))
-        with ThreadPoolExecutor(NUM_REQUESTS, "sam3cache-fetching") as pool:
-            try:
-                futures = {pool.submit(self.fetch, record): record for record in missing}
-                for future in as_completed(futures):
-                    future.result()
-                    num_bytes += futures[future].size_bytes
-                    watcher(Fetching(str(self._origin), self.folder, num_bytes, total, there))
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        with request_pool("sam3cache-fetching") as pool:
+            futures = {pool.submit(self.fetch, record): record for record in missing}
+            for future in as_completed(futures):
+                future.result()
+                num_bytes += futures[future].size_bytes
+                watcher(Fetching(str(self._origin), self.folder, num_bytes, total, there))
 
     def forget(self, record: ShardRecord) -> None:
         """Delete a shard's copy, which has turned out to be damaged."""

@@ -12,6 +12,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -37,7 +39,24 @@ _MAX_PUTS = 10
 _of_thread = threading.local()
 
 
-def give_up_on(stop: threading.Event) -> None:
+@contextmanager
+def request_pool(name: str) -> Iterator[ThreadPoolExecutor]:
+    """Give threads for many requests; what ends the ``with`` early waits for no server.
+
+    Args:
+        name: of the threads.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(NUM_REQUESTS, name, _give_up_on, (stop,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _give_up_on(stop: threading.Event) -> None:
     """Let requests that this thread makes be tried again only until an event is set."""
     _of_thread.stop = stop
 

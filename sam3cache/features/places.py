@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from sam3cache import runtime
 from sam3cache.errors import StoreError
-from sam3cache.features.objects import NUM_REQUESTS, SCHEME, ObjectPath, give_up_on
+from sam3cache.features.objects import SCHEME, ObjectPath, request_pool
 
 Place = Path | ObjectPath
 
@@ -82,17 +80,8 @@ def replace_file(source: Place, target: Place) -> None:
 def for_places(call: Callable[[Place], T], places: Sequence[Place]) -> Iterator[T]:
     """Call something for many files, objects several at a time; results come in their order."""
     if any(isinstance(place, ObjectPath) for place in places):
-        stop = threading.Event()
-        with ThreadPoolExecutor(
-            NUM_REQUESTS, "sam3cache-objects", initializer=give_up_on, initargs=(stop,)
-        ) as pool:
-            try:
-                yield from pool.map(call, places)
-            except BaseException:
-                # A Ctrl-C waits for no server that is away.
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with request_pool("sam3cache-objects") as pool:
+            yield from pool.map(call, places)
     else:
         yield from map(call, places)
 

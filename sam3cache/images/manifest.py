@@ -373,18 +373,17 @@ def _read_table(
         )
     if reader.num_with_text and table.unit != "file":
         notes.append(text_note(reader.num_with_text))
-    notes_of_files = list(table.notes)
+    notes_of_key: tuple[str, ...] = ()
     if reader.uses_key:
         key_mark = reader.key.mark
-        notes_of_files += [reader.key.note] if reader.key.is_new else []
-        notes += notes_of_files[len(table.notes) :]
+        notes_of_key = (reader.key.note,) if reader.key.is_new else ()
     return replace(
         manifest,
         fields=tuple(sorted(given)),
         header_fields=tuple(sorted(of_headers)),
         extra=extra,
-        notes=tuple(notes),
-        notes_of_files=tuple(notes_of_files),
+        notes=(*notes, *notes_of_key),
+        notes_of_files=(*table.notes, *notes_of_key),
         key_mark=key_mark,
         lines=lines + lines_aside,
         unit=table.unit,

@@ -70,16 +70,21 @@ def killed_by(*pictures: Path) -> Iterator[list[int]]:
         thread.join()
 
 
+def fatal_picture(folder: Path, number: int) -> Path:
+    """Replace a picture by one that takes long to decode, so that it is seen to be open."""
+    path = folder / f"images/{number:02}.png"
+    Image.fromarray(np.zeros((8000, 10_500), np.uint8)).save(path)
+    Image.fromarray(np.zeros((80, 105), np.uint8)).save(folder / "masks" / path.name)
+    return path
+
+
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at what processes have open in /proc")
 def test_a_picture_that_kills_its_workers_is_set_aside_and_the_rest_is_stored(
     tmp_path: Path,
 ) -> None:
     folder = write_images(tmp_path / "pictures", num_images=2)
-    fatal = folder / "images/01.png"
-    # Long to decode, so that it is seen to be open.
-    Image.fromarray(np.zeros((8000, 10_500), np.uint8)).save(fatal)
-    Image.fromarray(np.zeros((80, 105), np.uint8)).save(folder / "masks/01.png")
+    fatal = fatal_picture(folder, 1)
     with killed_by(fatal.resolve()) as killed:
         result = extract(config(folder))
     # Once with its block, once with its block alone, once by itself.
@@ -111,10 +116,7 @@ def test_a_block_with_pictures_that_kill_in_three_of_its_quarters_ends_nothing(
     tmp_path: Path,
 ) -> None:
     folder = write_images(tmp_path / "pictures", num_images=18)
-    fatal = [folder / f"images/{number:02}.png" for number in (0, 4, 8)]
-    for picture in fatal:
-        Image.fromarray(np.zeros((8000, 10_500), np.uint8)).save(picture)
-        Image.fromarray(np.zeros((80, 105), np.uint8)).save(folder / "masks" / picture.name)
+    fatal = [fatal_picture(folder, number) for number in (0, 4, 8)]
     with killed_by(*(picture.resolve() for picture in fatal)) as killed:
         result = extract(config(folder))
     assert len(set(killed)) > MAX_DEATHS_IN_A_ROW
