@@ -301,6 +301,7 @@ def dice(store: Path, checkpoint: Path, split: str, device: str) -> float:
     config = EvalConfig(
         store,
         checkpoint,
+        output=checkpoint / f"eval-{store.stem}-{split}",
         split="val" if split == "val" else "test",
         device=device,
         check_angles=False,
