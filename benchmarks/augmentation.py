@@ -217,7 +217,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="3 patients, one epoch, one seed, under a minute"
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="of every training [40]")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every training [30]")
     parser.add_argument("--precision", default="auto", help="what heads compute in [auto]")
     parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
     parser.add_argument("--workdir", type=Path, help="where pictures and stores lie meanwhile")
@@ -229,7 +229,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.seeds = 1 if options.quick else 3
     options.splits = QUICK_SPLITS if options.quick else SPLITS
     options.views_a_patient = QUICK_VIEWS_A_PATIENT if options.quick else VIEWS_A_PATIENT
-    options.epochs = options.epochs or (1 if options.quick else 40)
+    options.epochs = options.epochs or (1 if options.quick else 30)
     options.time_rounds = 1 if options.quick else TIME_ROUNDS
     return options
 
