@@ -47,7 +47,7 @@ class _Size:
 
 
 _FULL = _Size(num_images=56, epochs=8, batch_size=4, duration="three minutes")
-_QUICK = _Size(num_images=14, epochs=3, batch_size=4, duration="half a minute")
+_QUICK = _Size(num_images=14, epochs=3, batch_size=4, duration="under a minute")
 
 # A narrower stem than the default's, for haste.
 _HEAD_OPTIONS: dict[str, Any] = {"width": 16}
@@ -55,7 +55,7 @@ _HEAD_OPTIONS: dict[str, Any] = {"width": 16}
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--quick", is_flag=True, help="Fewer pictures and epochs: half a minute, not three.")
+@click.option("--quick", is_flag=True, help="Fewer pictures and epochs: under a minute, not three.")
 @click.option("--seed", default=0, show_default=True, help="Of pictures, weights and order.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda:1.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")

@@ -152,7 +152,7 @@ def eval_(
     if as_json:
         click.echo(json.dumps(result.record(), indent=2, allow_nan=False))
     else:
-        _print(result)
+        _print(result, config.store)
 
 
 def _threshold(text: str | None) -> Any:
@@ -171,31 +171,30 @@ def _threshold(text: str | None) -> Any:
         raise ConfigError(f"threshold {text!r}: expected a probability, or auto") from None
 
 
-def _print(result: EvalResult) -> None:
+def _print(result: EvalResult, store: Place) -> None:
     """Print the tables and the sentences, for people."""
     from sam3cache.evaluation import MEAN_OVER_CLASSES
 
     console = plain_console()
     console.print(
-        f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {result.store}, "
+        f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {store}, "
         f"split {result.split}"
     )
     console.print(f"{result.num_images} images of {result.num_groups} groups")
     console.print(result.threshold_choice.sentence)
     for notice in result.notices:
         console.print(f"Note: {notice}")
-    unit = "mm" if result.num_with_spacing else "px"
     if len(result.classes) == 1:
         console.print(_metrics_table(next(iter(result.classes)), result.overall))
     else:
         console.print(_metrics_table("all classes", result.overall))
         console.print(MEAN_OVER_CLASSES)
         num_with = {name: result.num_images_with(name) for name in result.classes}
-        console.print(_short_table("class", result.classes.items(), unit, num_with))
+        console.print(_short_table("class", result.classes.items(), result.unit, num_with))
         console.print("Have it: images whose mask has the class; marked elsewhere it is Dice 0.")
     for column, values in result.strata.items():
         parts = ((value or "unknown", stratum.overall) for value, stratum in values.items())
-        console.print(_short_table(column, parts, unit))
+        console.print(_short_table(column, parts, result.unit))
     if result.angle_use is not None:
         console.print(result.angle_use.sentence)
         if result.angle_use.true_minus_shuffled is not None:

@@ -32,10 +32,22 @@ from sam3cache.evaluation.predicting import (
     planes,
     predict,
 )
-from sam3cache.evaluation.report import EvalResult, known_or_none, prepare_output, write_result
+from sam3cache.evaluation.report import (
+    BEST,
+    EvalResult,
+    known_or_none,
+    prepare_output,
+    write_result,
+)
 from sam3cache.evaluation.scores import ImageScore, by_image, class_mean
 from sam3cache.evaluation.spacing import spacing_of, spacing_of_mask
-from sam3cache.evaluation.strata import annotations_of, check_columns, strata, summaries
+from sam3cache.evaluation.strata import (
+    annotations_of,
+    check_columns,
+    columns_of,
+    strata,
+    summaries,
+)
 from sam3cache.evaluation.threshold import (
     AUTO_SPLIT,
     THRESHOLDS,
@@ -146,10 +158,14 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     serve_as_trained(store, info)
     samples = _select(store, config.split, info)
     check_columns(samples, config.by)
+    columns = columns_of(samples, config.by)
     label_set = config.label_set or info.label_set
     has_mask = [store.has_mask(sample.row, label_set) for sample in samples]
     classes = _classes(store, label_set, info, folder)
-    output = prepare_output(config.output or config.checkpoint / f"eval-{config.split}", store.path)
+    data = record_data(store, label_set)
+    output = prepare_output(
+        config.output or config.checkpoint / f"eval-{config.split}", store.path, data
+    )
 
     chosen = _choose_threshold(config, store, label_set, head, info, report, samples)
     rule, num_before = chosen.rule, chosen.num_images_read
@@ -173,7 +189,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         for i, logits_KSS in enumerate(logits_of(head, batch), start=first):
             mask_CHW = planes(cached, i, rule)
             true[i] = predict(logits_KSS, cached.letterbox(i), mask_CHW, rule)
-            images += _image_scores(samples[i], classes, true[i], config.by)
+            images += _image_scores(samples[i], classes, true[i], columns)
             if rule.task == "multiclass" and mask_CHW is not None:
                 confusion += confusion_of(true[i])
         if config.check_angles:
@@ -186,7 +202,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     overall, by_class = summaries(images, classes, config.seed)
     is_multiclass = rule.task == "multiclass"
     result = EvalResult(
-        store=store.path.as_posix(),
+        store=store.path.resolve().as_posix(),
         sealed=store.sealed,
         checkpoint=folder.as_posix(),
         weights_sha256=info.weights_sha256,
@@ -194,7 +210,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         epoch=info.epoch,
         levels={level: store.fingerprint(level).digest for level in info.levels},
         data_sha256=_data_sha256(samples),
-        data=dataclasses.asdict(record_data(store, label_set)),
+        data=dataclasses.asdict(data),
         split=config.split,
         label_set=label_set,
         task=rule.task,
@@ -208,7 +224,10 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         num_one_empty=sum(
             i.true_px is not None and (i.true_px > 0) != (i.predicted_px > 0) for i in images
         ),
-        num_with_spacing=sum(spacing_of(sample) is not None for sample in samples),
+        num_with_spacing=sum(
+            there and spacing_of(sample) is not None
+            for sample, there in zip(samples, has_mask, strict=True)
+        ),
         num_seen_in_training=_num_known(info, "images", [s.pixel_sha256 for s in samples]),
         num_in_training_groups=_num_known(info, "groups", groups),
         overall=overall,
@@ -245,7 +264,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
 
 def checkpoint_folder(path: Path) -> Path:
     """Return the folder of one checkpoint: a run's best, or the folder itself."""
-    best = path / "best"
+    best = path / BEST
     return best if (best / MODEL_FILE).is_file() else path
 
 
@@ -350,9 +369,10 @@ def _choose_threshold(
         return _Chosen(Rule(info.task, num_classes, config.threshold), choice)
 
     rule = Rule(info.task, num_classes, info.threshold)
+    remedy = "give --threshold a number, or leave it out for the checkpoint's own"
     samples = [
         sample
-        for sample in _select(store, AUTO_SPLIT, info)
+        for sample in _select(store, AUTO_SPLIT, info, remedy)
         if store.has_mask(sample.row, label_set)
     ]
     dice = DiceByThreshold()
@@ -378,7 +398,12 @@ def _choose_threshold(
     return _Chosen(replace(rule, threshold=threshold), choice, len(samples))
 
 
-def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[StoredSample]:
+def _select(
+    store: FeatureStore,
+    split: str,
+    info: CheckpointInfo,
+    remedy: str = "name another by --split, or evaluate on all of them by --split all",
+) -> list[StoredSample]:
     samples = [sample for sample in store.samples if split in ("all", sample.split)]
     num_folds, fold = info.settings.get("folds"), info.settings.get("fold")
     if split in ("train", "val") and num_folds:
@@ -396,8 +421,7 @@ def _select(store: FeatureStore, split: str, info: CheckpointInfo) -> list[Store
         present = Counter(sample.split for sample in store.samples)
         counts = ", ".join(f"{num} {name}" for name, num in present.items()) or "none"
         raise ConfigError(
-            f"{store.path} has no images in split {split} (it has: {counts}); name another by "
-            "--split, or evaluate on all of them by --split all"
+            f"{store.path} has no images in split {split} (it has: {counts}); {remedy}"
         )
     return samples
 

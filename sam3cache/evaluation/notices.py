@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
-from sam3cache.evaluation.report import EvalResult
+from sam3cache.evaluation.report import LAST, EvalResult
 from sam3cache.evaluation.shuffling import MIN_GROUPS
 from sam3cache.evaluation.spacing import num_unreadable
 from sam3cache.features import FeatureStore, StoredSample
@@ -87,7 +88,7 @@ def _of_chosen_epoch(result: EvalResult, store: FeatureStore, info: CheckpointIn
     """Say where the images are those that the epoch was chosen on."""
     own_name = info.settings.get("store") == store.path.name
     own = own_name or info.data.get("samples_sha256") == result.data["samples_sha256"]
-    if result.split not in ("val", "all") or not own:
+    if result.split not in ("val", "all") or not own or Path(result.checkpoint).name == LAST:
         return []
     return [
         "The checkpoint is that of the epoch with the highest Dice on split val, which is measured "

@@ -24,7 +24,7 @@ from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.cases import Case, shown_size_px, stored_picture
 from sam3cache.evaluation.notices import OWN_WEIGHTS
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
-from sam3cache.evaluation.report import EvalResult
+from sam3cache.evaluation.report import CHECKPOINTS, EvalResult
 from sam3cache.evaluation.scores import MEAN_OVER_CLASSES, METRICS, by_image
 from sam3cache.evaluation.statistics import (
     LEVEL,
@@ -50,8 +50,6 @@ METRICS_FILE = "metrics.jsonl"
 
 PREFERRED_LEVEL = "fpn_72"
 """Shown in colours where there are several levels: SAM 3's own stride, and small."""
-
-_RUN_FOLDERS = ("best", "last")
 
 # Of the training's settings, what the page tells elsewhere.
 _TOLD_ELSEWHERE = frozenset({"head"})
@@ -294,7 +292,7 @@ def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
 
 def _curves(checkpoint: Path, epoch: int) -> dict[str, Any]:
     checkpoint = checkpoint.resolve()
-    if checkpoint.name not in _RUN_FOLDERS:
+    if checkpoint.name not in CHECKPOINTS:
         return {"svgs": [], "reason": "the checkpoint does not lie in the folder of a run"}
     curves = read_curves(checkpoint.parent)
     if curves is None:
@@ -360,7 +358,7 @@ def _settings(
     result: EvalResult, store: FeatureStore, info: CheckpointInfo, parameters: Mapping[str, int]
 ) -> dict[str, Any]:
     folder = Path(result.checkpoint).resolve()
-    is_of_run = folder.name in _RUN_FOLDERS
+    is_of_run = folder.name in CHECKPOINTS
     stored = dict(store.settings)
     if stored.get("weights") == OWN_WEIGHTS:
         stored["weights"] = "those that the backbone comes with"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sam3cache import pages
 from sam3cache.evaluation import figures
@@ -41,7 +41,7 @@ def short_table(
     parts: Iterable[tuple[str, int, Mapping[str, Summary]]],
     level_percent: str,
     *,
-    in_mm: bool,
+    unit: Literal["mm", "px"],
     counted: str = "Groups",
     num_left_out: int = 0,
 ) -> ShortTable:
@@ -51,11 +51,10 @@ def short_table(
         by: what the parts are.
         parts: name, a count and summaries of each.
         level_percent: of the intervals.
-        in_mm: whether distances are told in millimetres.
+        unit: that distances are told in.
         counted: title of the count.
         num_left_out: parts that are not told.
     """
-    unit = "mm" if in_mm else "px"
     others = ("cldice", f"hd95_{unit}", f"assd_{unit}")
     rows = []
     for name, num_counted, summaries in parts:
@@ -89,7 +88,7 @@ def class_table(result: EvalResult, level_percent: str) -> ShortTable | None:
             for name, summaries in result.classes.items()
         ],
         level_percent,
-        in_mm=result.num_with_spacing > 0,
+        unit=result.unit,
         counted="Have it",
     )
 
@@ -109,7 +108,7 @@ def strata_tables(result: EvalResult, level_percent: str) -> list[ShortTable]:
                     if value in set(order)
                 ],
                 level_percent,
-                in_mm=result.num_with_spacing > 0,
+                unit=result.unit,
                 num_left_out=len(values) - len(order),
             )
         )

@@ -51,7 +51,8 @@ class Prediction:
         predicted_CHW: bool.
         mask_CHW: uint8, 0, 1 and 255 for what does not count; None without a mask.
         predicted_px: by class, pixels predicted where the mask does not say ignore.
-        true_px: by class, pixels of the mask; None without a mask.
+        true_px: by class, pixels of the mask, None where none of its plane counts; None without a
+            mask.
         scores: by class; None without a mask.
     """
 
@@ -59,7 +60,7 @@ class Prediction:
     predicted_CHW: Tensor
     mask_CHW: Tensor | None
     predicted_px: list[int]
-    true_px: list[int] | None
+    true_px: list[int | None] | None
     scores: list[MaskScores] | None
 
     def dice(self) -> float:
@@ -98,12 +99,18 @@ def predict(
     predicted_CHW = decide(logits_KHW, rule.task, rule.threshold)
     if mask_CHW is None:
         return Prediction(probability_CHW, predicted_CHW, None, _counts(predicted_CHW), None, None)
+    counted_CHW = mask_CHW != IGNORE_LABEL
     return Prediction(
         probability_CHW,
         predicted_CHW,
         mask_CHW,
-        _counts(predicted_CHW & (mask_CHW != IGNORE_LABEL)),
-        _counts(mask_CHW == 1),
+        _counts(predicted_CHW & counted_CHW),
+        [
+            true_px if num_counted else None
+            for true_px, num_counted in zip(
+                _counts(mask_CHW == 1), _counts(counted_CHW), strict=True
+            )
+        ],
         [
             dice_iou_precision_recall(predicted_HW, mask_HW)
             for predicted_HW, mask_HW in zip(predicted_CHW, mask_CHW, strict=True)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sam3cache.errors import ConfigError
 from sam3cache.evaluation.angle_use import AngleUse
@@ -20,13 +20,16 @@ from sam3cache.evaluation.scores import ImageScore
 from sam3cache.evaluation.statistics import BOOTSTRAP, Summary
 from sam3cache.evaluation.strata import Stratum
 from sam3cache.evaluation.threshold import ThresholdChoice
-from sam3cache.features import Place, place_of
+from sam3cache.features import DataRecord, Place, place_of
 from sam3cache.runtime import write_atomic
 from sam3cache.tasks import Task
 
 IMAGES_FILE = "per_image.csv"
 SUMMARY_FILE = "summary.json"
 CONFUSION_FILE = "confusion.csv"
+
+BEST, LAST = CHECKPOINTS = ("best", "last")
+"""Folders of a run: its best epoch's checkpoint, and its last one's."""
 
 BY_PREFIX = "by_"
 """Begins the columns of per_image.csv that hold annotations of the user's."""
@@ -40,7 +43,7 @@ class EvalResult:
     """A head's quality on one split.
 
     Attributes:
-        store: path of the feature store.
+        store: absolute path of the feature store, or its address.
         sealed: whether its extraction had finished.
         checkpoint: path of the checkpoint's folder.
         weights_sha256: of the head, as its checkpoint records them.
@@ -61,7 +64,8 @@ class EvalResult:
         num_without_mask: images that have no mask, and so no scores.
         num_empty_against_empty: empty predictions of empty masks; they have no Dice.
         num_one_empty: of prediction and mask just one is empty; they have no distances.
-        num_with_spacing: images whose pixels' size is known, so that distances are in millimetres.
+        num_with_spacing: images with a mask whose pixels' size is known, so that their distances
+            are in millimetres, too.
         num_seen_in_training: images whose pixels the head was trained on; None if its checkpoint
             does not tell.
         num_in_training_groups: images of groups that have the name of one it was trained on; None
@@ -117,6 +121,12 @@ class EvalResult:
     environment: Mapping[str, str]
     elapsed_s: float
 
+    @property
+    def unit(self) -> Literal["mm", "px"]:
+        """Of distances in tables that show one: millimetres if all images with a mask have them."""
+        num_masks = self.num_images - self.num_without_mask
+        return "mm" if self.num_with_spacing == num_masks > 0 else "px"
+
     def num_images_with(self, class_name: str) -> int:
         """Count the images whose mask has a class."""
         return sum(bool(i.true_px) for i in self.images if i.class_name == class_name)
@@ -131,12 +141,13 @@ class EvalResult:
         return record
 
 
-def prepare_output(folder: Path, store: Place) -> Path:
+def prepare_output(folder: Path, store: Place, data: DataRecord) -> Path:
     """Make the folder of the results, before anything is computed for it.
 
     Args:
         folder: where the results go.
         store: path of the store that is evaluated.
+        data: what is evaluated there; a store of the same images and masks is the same, moved.
 
     Raises:
         ConfigError: the folder cannot be written, or holds the results of another store.
@@ -154,7 +165,11 @@ def prepare_output(folder: Path, store: Place) -> Path:
         ) from None
     except ValueError:
         earlier = {}  # Not ours, or damaged: it will be replaced.
-    if place_of(earlier.get("store", store)).resolve() != store.resolve():
+    before = earlier.get("data") or {}
+    moved = all(
+        before.get(name) == getattr(data, name) for name in ("samples_sha256", "labels_sha256")
+    )
+    if place_of(earlier.get("store", store)).resolve() != store.resolve() and not moved:
         raise ConfigError(
             f"{folder} holds the results on another store, {earlier['store']}; name another folder "
             "by --output, or remove it"

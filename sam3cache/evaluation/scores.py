@@ -56,7 +56,8 @@ class ImageScore:
         assd_mm: likewise.
         predicted_px: predicted pixels, on the mask's grid and not where it says ignore; without a
             mask, on the picture's own grid.
-        true_px: the mask's pixels; None without a mask.
+        true_px: the mask's pixels; None without a mask, or where no pixel of the class's plane
+            counts.
         pixels: short hash of the picture's pixels, by which a comparison tells other pictures.
         annotations: by column that results are asked by, the image's value.
     """

@@ -11,7 +11,13 @@ from sam3cache.evaluation.statistics import Summary, summarise
 from sam3cache.features import StoredSample
 
 VIEW = "view"
-"""Stands for the view region; results by it are always given where an angle is known."""
+"""Stands for the view region; results by it are always given where an angle is known.
+
+A column of the manifest that has the same name is what ``--by view`` means, and is then told beside
+it, under ``VIEW_COLUMN``.
+"""
+
+VIEW_COLUMN = "view (column)"
 
 _OWN = ("split", "group")
 """Fields of every sample that results can be asked by, beside the manifest's other columns."""
@@ -54,12 +60,17 @@ def check_columns(samples: Sequence[StoredSample], columns: Sequence[str]) -> No
             raise ConfigError(f"--by {column} is given twice; give it once")
 
 
+def columns_of(samples: Sequence[StoredSample], asked: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the columns asked for that the manifest had; angles tell the view."""
+    has_view = any(VIEW in sample.extra for sample in samples)
+    return tuple(name for name in asked if name != VIEW or has_view)
+
+
 def annotations_of(sample: StoredSample, columns: Sequence[str]) -> dict[str, str]:
-    """Return a sample's values of some columns, but for the view, which its angles tell."""
+    """Return a sample's values of some columns of the manifest."""
     return {
         name: str(getattr(sample, name)) if name in _OWN else sample.extra.get(name, UNKNOWN)
         for name in columns
-        if name != VIEW
     }
 
 
@@ -100,14 +111,16 @@ def strata(
     """
     cases = by_image(images, len(classes))
     found: dict[str, dict[str, Stratum]] = {}
-    for column in [VIEW, *(name for name in columns if name != VIEW)]:
+    own = cases[0][0].annotations
+    for column in (None, *own):
         parts: dict[str, list[ImageScore]] = {}
         for scores in cases:
-            value = scores[0].view if column == VIEW else scores[0].annotations[column]
+            value = scores[0].view if column is None else scores[0].annotations[column]
             parts.setdefault(value, []).extend(scores)
-        if column == VIEW and VIEW not in columns and set(parts) == {UNKNOWN}:
+        is_asked = column is not None or (VIEW in columns and VIEW not in own)
+        if not is_asked and set(parts) == {UNKNOWN}:
             continue
-        found[column] = {
+        found[VIEW if column is None else VIEW_COLUMN if column == VIEW else column] = {
             value: _stratum(parts[value], classes, seed)
             for value in sorted(parts, key=lambda value: (value == UNKNOWN, value))
         }

@@ -29,11 +29,13 @@ class Inputs:
         samples: in the order in which they were named. Ids may be there twice, of two manifests.
         set_aside: rows of manifests, and files, that cannot be used, each with its reason.
         notes: what is to be told of them, a sentence each.
+        files: that were named, and the one that says what columns are.
     """
 
     samples: tuple[Sample, ...]
     set_aside: tuple[SetAside, ...] = ()
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def find_images(
@@ -116,7 +118,8 @@ def find_images(
         samples = [replace(sample, **angles) for sample in samples]  # type: ignore[arg-type]
     set_aside += [aside for manifest in manifests for aside in manifest.set_aside]
     notes = dict.fromkeys(note for manifest in manifests for note in manifest.notes_of_files)
-    return Inputs(tuple(_each_once(samples)), (*set_aside, *odd), tuple(notes))
+    named_files = [path for path in (*readers, columns) if path is not None and path.is_file()]
+    return Inputs(tuple(_each_once(samples)), (*set_aside, *odd), tuple(notes), tuple(named_files))
 
 
 def _matches(name: str | Path) -> list[Path]:

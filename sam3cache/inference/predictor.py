@@ -94,7 +94,9 @@ class Predictor:
         self._tower: Tower | None = None
         self._stored: dict[str, StoredSample] = {}
         if store is not None:
-            self._stored = {sample.pixel_sha256: sample for sample in store.samples}
+            # Of those with the same pixels the first, of those whose angles are known.
+            for sample in sorted(store.samples, key=_num_angles, reverse=True):
+                self._stored.setdefault(sample.pixel_sha256, sample)
 
     @property
     def tower(self) -> Tower | None:
@@ -546,6 +548,12 @@ def _backbone_of(folder: Path, fields: Mapping[str, Any]) -> str:
         f"the features of {folder} were made by a tower that is none of {', '.join(BACKBONES)}; "
         "evaluate on a store instead, by `sam3cache eval`, or predict from one that has the images"
     )
+
+
+def _num_angles(sample: StoredSample) -> int:
+    """Count the view angles that are known."""
+    angles_deg = (sample.primary_angle_deg, sample.secondary_angle_deg)
+    return sum(not math.isnan(angle_deg) for angle_deg in angles_deg)
 
 
 def _is_grey(pixels_HWC: NDArray[np.uint8]) -> bool:

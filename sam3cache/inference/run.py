@@ -26,7 +26,7 @@ from sam3cache.errors import ConfigError, ImageError
 from sam3cache.features import StoredSample
 from sam3cache.images import read_image
 from sam3cache.inference.coco import CocoImage, annotations_of, coco_json
-from sam3cache.inference.inputs import find_images
+from sam3cache.inference.inputs import Inputs, find_images
 from sam3cache.inference.names import output_names
 from sam3cache.inference.outputs import (
     OutputFiles,
@@ -238,7 +238,7 @@ def predict_images(
         config.output, predictor.task, predictor.classes, config.overlay, config.probabilities
     )
     files = [layout.files(name) for name in output_names(inputs.samples)]
-    _require_free(config, layout, inputs.samples, files)
+    _require_free(config, layout, inputs, files)
     _prepare(config.output)
     if config.store is None:
         _ = predictor.tower  # Before any image is read: it may not be there.
@@ -294,16 +294,16 @@ def predict_images(
 def _require_free(
     config: PredictConfig,
     layout: OutputLayout,
-    samples: Sequence[Sample],
+    inputs: Inputs,
     files: Sequence[OutputFiles],
 ) -> None:
     """Refuse, before anything is computed, to write over what is there."""
     own = [config.output / TABLE_FILE, config.output / SUMMARY_FILE]
     outputs = [*(path for one in files for path in one.all), *own]
     outputs += [path for path in (layout.legend, config.coco) if path is not None]
-    given = {
+    given = {path.resolve() for path in inputs.files} | {
         path.resolve()
-        for sample in samples
+        for sample in inputs.samples
         for path in (sample.image_path, sample.mask_path)
         if path is not None
     }

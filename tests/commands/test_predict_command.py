@@ -214,6 +214,18 @@ def test_no_input_is_ever_written_over(here, invoke):
     assert (here / "mine" / "masks" / "00.png").read_bytes() == mask
 
 
+def test_no_table_that_was_named_is_ever_written_over(here, invoke):
+    (here / "out").mkdir()
+    table = here / "out" / "predictions.csv"
+    table.write_text(f"image\n{(here / 'data' / 'images' / '00.png').as_posix()}\n", "utf-8")
+    before = table.read_bytes()
+    common = ("--store", "two.zarr", "-o", "out", "--overwrite")
+    result = invoke("predict", "first", "out/predictions.csv", *common)
+    assert result.exit_code == 2
+    assert "predictions.csv is one of the files that were given" in result.stderr
+    assert table.read_bytes() == before
+
+
 def test_a_killed_run_leaves_whole_files_alone_and_can_be_run_again(here, invoke):
     (here / "many").mkdir()
     for number in range(40):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def write_shifted(
     settings: Mapping[str, Any] | None = None,
     trained_on: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a run with a best checkpoint of a head of so many cells."""
+    """Write a run with a best checkpoint of a head of so many cells.
+
+    Its seed and its fold are those of the folder's name, as training has it; of "head1", 1.
+    """
+    seed = re.search(r"(?:seed|head)(\d+)", folder.name)
+    fold = re.search(r"fold(\d+)", folder.name)
     opened = open_store(store)
     shape = opened.levels["fpn_72"].shape
     built = build_head(HEAD, {"fpn_72": shape}, {}, num_classes=num_classes)
@@ -64,7 +70,8 @@ def write_shifted(
         },
         label_set="mask",
         epoch=3,
-        settings=settings or {},
+        settings={"fold": int(fold[1]) if fold else None, **(settings or {})},
+        seed=int(seed[1]) if seed else 0,
         trained_on=trained_on or {},
         data=dataclasses.asdict(record_data(opened, "mask")),
     )

@@ -103,6 +103,19 @@ def test_over_all_classes_an_image_counts_once(tmp_path: Path) -> None:
     assert not (result.output / "confusion.csv").exists()
 
 
+def test_a_plane_that_nobody_labelled_is_no_empty_mask(tmp_path: Path) -> None:
+    """As "255 does not count" says it of pixels, here of all: nobody said that it is not there."""
+
+    def unlabelled_second(row: int, mask_2HW: np.ndarray) -> np.ndarray:
+        mask_2HW[1] = 255
+        return mask_2HW
+
+    result = evaluated(tmp_path, [Drawn(0), Drawn(0)], "multilabel", unlabelled_second)
+    assert [image.true_px is None for image in result.images] == [False, True] * 2
+    assert (result.num_empty_against_empty, result.num_one_empty) == (0, 0)
+    assert result.overall["dice"].mean == 1.0
+
+
 def test_the_checks_speak_of_the_dice_of_the_table(tmp_path: Path) -> None:
     """Also where a class is marked that is not there, which makes an image's mean lower."""
 

@@ -18,6 +18,8 @@ from sam3cache.evaluation.comparing.runs import find_experiments
 from sam3cache.evaluation.comparing.statistics import Differences, paired_difference
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.statistics import Interval
+from sam3cache.extract.relabel import AnnotationsConfig, set_annotations
+from sam3cache.heads.checkpoint import short_hash
 from sam3cache.pages import NARROW_PX, PREDICTED_COLOUR, TRUE_COLOUR, WIDE_PX
 
 SHIFTS = [1, 1, 1, 1, 0, 1, 1, 2, 1, 1, 1, 1]
@@ -304,6 +306,55 @@ def test_folds_of_several_seeds_have_a_mean_of_each_seed(tmp_path: Path) -> None
     assert any(sentence.startswith("One seed each: old. What") for sentence in result.notices)
 
 
+def test_a_seed_that_lacks_a_fold_is_told_of_no_seed(tmp_path: Path) -> None:
+    """Of two seeds and two folds the first seed's first fold failed: that seed has no mean."""
+    drawn = [Drawn(s, id=f"image{i}") for i, s in enumerate(SHIFTS)]
+    stores = [
+        write_page_store(tmp_path / f"{fold}.zarr", part)
+        for fold, part in enumerate((drawn[:5], drawn[5:]))
+    ]
+    for seed, fold in ((0, 1), (1, 0), (1, 1)):
+        evaluated(tmp_path / f"new-seed{seed}-fold{fold}", stores[fold], seed)
+    for fold in (0, 1):
+        evaluated(tmp_path / f"old-fold{fold}", stores[fold], 2)
+    _, new = comparison(tmp_path / "old", tmp_path / "new").experiments
+    assert new.dice_of_seeds == pytest.approx((23 / 24,))
+
+
+def test_a_seed_does_not_count_twice(tmp_path: Path, store: Path, head: Head) -> None:
+    for name in ("new-seed1", "new-seed01"):
+        head(1, name)
+    with pytest.raises(ConfigError, match=r"new-seed01 and new-seed1 are both of seed 1, and"):
+        comparison(head(0, "old"), tmp_path / "new")
+
+
+def test_seeds_on_other_label_sets_or_masks_are_not_averaged(tmp_path: Path, head: Head) -> None:
+    store = write_store(tmp_path / "angio.zarr")
+    other = write_store(
+        tmp_path / "other.zarr",
+        edit_mask=lambda row, mask_MHW: mask_MHW if row else np.roll(mask_MHW, 1, -1) | mask_MHW,
+    )
+    for seed, on in enumerate((store, other)):
+        evaluated(tmp_path / f"new-seed{seed}", on, 1)
+    with pytest.raises(ConfigError, match=r"runs of new were measured against other masks of 1 im"):
+        comparison(head(0, "old"), tmp_path / "new")
+    summary = tmp_path / "new-seed1" / "eval-test" / "summary.json"
+    told = json.loads(summary.read_text(encoding="utf-8"))
+    summary.write_text(json.dumps({**told, "label_set": "reader2", "store": "gone"}), "utf-8")
+    with pytest.raises(ConfigError, match="runs of new were evaluated on label sets mask, reader2"):
+        comparison(tmp_path / "old", tmp_path / "new")
+
+
+def test_seeds_that_learned_from_other_data_are_told(
+    tmp_path: Path, store: Path, head: Head
+) -> None:
+    for seed, digest in enumerate("ab"):
+        evaluated(tmp_path / f"new-seed{seed}", store, 1, settings={"data_sha256": digest})
+    said = "The runs of new learned from other images, masks or annotations, as they were changed"
+    result = comparison(head(0, "old"), tmp_path / "new")
+    assert any(sentence.startswith(said) for sentence in result.notices)
+
+
 def test_seeds_are_taken_together_at_thresholds_of_one_kind(tmp_path: Path) -> None:
     store = write_store(tmp_path / "angio.zarr", [*SHIFTS, 1, 1], splits=("test", "val"))
     auto = evaluated(tmp_path / "new-seed0", store, 1, threshold="auto")
@@ -439,6 +490,98 @@ def test_what_was_not_evaluated_is_and_what_was_trained_anew_is_again(
     assert told == []
 
 
+def test_what_was_trained_anew_is_evaluated_as_it_was_before(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "angio.zarr", [*SHIFTS, 1, 1], splits=("test", "val"))
+    first = evaluated(tmp_path / "a", store, 0)
+    second = evaluated(tmp_path / "b", store, 1, threshold="auto")
+    write_shifted(second, store, 2)
+    assert comparison(first, second).num_images == 7
+    told = json.loads((second / "eval-test" / "summary.json").read_text(encoding="utf-8"))
+    assert told["threshold_choice"]["source"] == "auto"
+
+
+def test_what_was_not_evaluated_has_its_threshold_chosen_as_the_others_had(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "angio.zarr", [*SHIFTS, 1, 1], splits=("test", "val"))
+    first = evaluated(tmp_path / "a", store, 0, threshold="auto")
+    second = write_shifted(tmp_path / "b", store, 1)
+    third = write_shifted(tmp_path / "c", store, 1)
+    comparison(first, second)
+    told = json.loads((second / "eval-test" / "summary.json").read_text(encoding="utf-8"))
+    assert told["threshold_choice"]["source"] == "auto"
+    # A number was meant for the head that it was given for.
+    comparison(evaluated(first, store, 0, threshold=0.3), third)
+    told = json.loads((third / "eval-test" / "summary.json").read_text(encoding="utf-8"))
+    assert told["threshold_choice"]["source"] == "checkpoint"
+
+
+def test_what_had_an_overlay_is_compared_with_it_or_evaluated_anew(
+    tmp_path: Path, head: Head, store: Path
+) -> None:
+    """Masks beside a store are others than its own: neither is taken for the other."""
+    store = Path(shutil.copytree(store, tmp_path / "own.zarr"))
+    runs = [evaluated(tmp_path / name, store, cells) for name, cells in (("a", 0), ("b", 1))]
+    overlay = tmp_path / "overlay"
+    manifest = tmp_path / "readers.csv"
+    rows = [f"s{i},{'val' if i == 0 else 'test'}" for i in range(12)]
+    manifest.write_text("\n".join(["id,split", *rows]), encoding="utf-8")
+    set_annotations(AnnotationsConfig(store, manifest, only=("split",), overlay=overlay))
+    assert comparison(*runs, overlay=overlay).num_images == 11
+    with pytest.raises(
+        ConfigError, match=r"a/eval-test was measured on .* with an overlay, .*/a --split test"
+    ):
+        comparison(*runs)
+    assert comparison(*runs, overlay=overlay).num_images == 11
+    # Where the store is not at hand, what was measured stands.
+    shutil.rmtree(store)
+    assert comparison(*(run / "eval-test" for run in runs)).num_images == 11
+
+
+def test_stores_of_one_relative_path_are_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Projects are laid out alike: results say which of their stores they are on."""
+    for name, shifts in (("a", SHIFTS), ("b", [0] * 5)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        write_store(Path("features/angio.zarr"), shifts)
+        for cells in (0, 1):
+            run = Path("checkpoints") / f"h{cells}"
+            evaluated(run, Path("features/angio.zarr"), cells)
+    # In the other project these are still results on the store that they were made on.
+    there = [tmp_path / "a" / "checkpoints" / f"h{cells}" for cells in (0, 1)]
+    assert comparison(*there).num_images == 12
+    with pytest.raises(ConfigError, match=r"eval-test holds the results on another store, .*/a/"):
+        evaluated(there[0], Path("features/angio.zarr"), 0)
+    # And from another folder of the same project they are on the same store.
+    monkeypatch.chdir(tmp_path / "b" / "checkpoints")
+    evaluated(Path("h0"), Path("../features/angio.zarr"), 0)
+    # So they are where the project has moved to.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    evaluated(Path("checkpoints/h0"), Path("features/angio.zarr"), 0)
+
+
+def test_images_of_patients_that_a_head_has_seen_are_told(
+    tmp_path: Path, store: Path, head: Head
+) -> None:
+    seen = {"images": "", "groups": short_hash("g3")}
+    run = write_shifted(tmp_path / "b", store, 1, trained_on=seen)
+    result = comparison(head(0, "a"), run)
+    said = "b was trained on other images of groups with the names of 1 of those"
+    assert any(sentence.startswith(said) for sentence in result.notices)
+
+
+def test_thresholds_chosen_on_the_images_compared_are_told(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "angio.zarr", splits=("val",))
+    runs = [
+        evaluated(tmp_path / name, store, cells, split="val", threshold="auto")
+        for name, cells in (("a", 0), ("b", 1))
+    ]
+    notices = comparison(*runs, split="val").notices
+    assert any(s.startswith("The threshold of a, b was chosen on images that") for s in notices)
+
+
 def test_without_a_store_what_has_to_be_run_is_named(tmp_path: Path, store: Path) -> None:
     first, second = write_shifted(tmp_path / "a", store, 0), write_shifted(tmp_path / "b", store, 2)
     with pytest.raises(ConfigError, match=r"a was not evaluated on split test .* name the store"):
@@ -517,6 +660,34 @@ def test_runs_are_found_in_all_their_forms(
 ) -> None:
     experiments = find_experiments([place / path for path in paths], "test")
     assert {e.name: [run.name for run in e.runs] for e in experiments} == found
+
+
+def test_a_run_beside_its_name_s_seeds_is_none_of_them(place: Path) -> None:
+    shutil.copytree(place / "single", place / "runs" / "film")
+    found = {e.name: len(e.runs) for e in find_experiments([place / "runs"], "test")}
+    assert found == {"film": 1, "film-runs": 4, "lin": 1, "lin2": 1}
+
+
+def test_a_folder_of_folders_of_runs_has_them_all(place: Path) -> None:
+    """Seeds lie in a folder of their own, and so do experiments."""
+    shutil.copytree(place / "runs", place / "all" / "heads")
+    shutil.copytree(place / "single", place / "all" / "single")
+    for seed in (0, 1):
+        shutil.copytree(place / "single", place / "all" / "floor" / f"floor-seed{seed}")
+    found = {e.name: len(e.runs) for e in find_experiments([place / "all"], "test")}
+    assert found == {"single": 1, "floor": 2, "film": 4, "lin": 1, "lin2": 1}
+
+
+def test_a_run_with_others_in_its_folder_is_not_guessed_at(place: Path) -> None:
+    shutil.copytree(place / "single", place / "floor")
+    shutil.copytree(place / "single", place / "floor" / "floor-seed0")
+    with pytest.raises(
+        ConfigError, match=r"floor is a run, and holds others \(floor-seed0\); name"
+    ):
+        find_experiments([place / "floor"], "test")
+    named = [place / "floor" / "best", place / "floor" / "floor"]
+    names = [e.name for e in find_experiments(named, "test")]
+    assert names == ["floor/best", "floor"]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(place: Path) -> None:

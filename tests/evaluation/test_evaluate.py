@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -115,8 +116,8 @@ def test_images_without_a_mask_and_empty_ones_are_counted_not_averaged(
     missing, wrong, nothing = result.images[:3]
     assert (missing.dice, missing.true_px, missing.predicted_px) == (None, None, 72 * 48)
     assert (wrong.dice, wrong.recall, wrong.precision) == (0.0, None, 0.0)
-    assert (nothing.dice, nothing.predicted_px, nothing.true_px) == (None, 0, 0)
-    assert (result.num_without_mask, result.num_empty_against_empty) == (1, 1)
+    assert (nothing.dice, nothing.predicted_px, nothing.true_px) == (None, 0, None)
+    assert (result.num_without_mask, result.num_empty_against_empty) == (1, 0)
     assert result.classes["vessel"]["dice"].num_values == 10
     assert result.classes["vessel"]["recall"].num_values == 9
 
@@ -188,7 +189,8 @@ def refused(tmp_path: Path, change: str) -> EvalResult:
         return evaluate(replace(good, store=other))
     if change == "another store's results":
         evaluate(good)
-        return evaluate(replace(good, store=write_view_store(tmp_path / "b.zarr", VIEWS)))
+        other = write_view_store(tmp_path / "b.zarr", VIEWS, masks={3: None})
+        return evaluate(replace(good, store=other))
     if change == "a file in the way":
         (run / "eval-test").write_text("", encoding="utf-8")
     bad = {
@@ -369,6 +371,10 @@ def test_folds_are_dealt_again_only_on_the_images_that_they_were_made_of(tmp_pat
     chosen = "The checkpoint is that of the epoch with the highest Dice on split val"
     notices = evaluate(EvalConfig(store, run, split="val", **quick)).notices  # type: ignore[arg-type]
     assert any(sentence.startswith(chosen) for sentence in notices)
+    # The last epoch is the last, whatever it reached.
+    last = Path(shutil.copytree(run / "best", run / "last"))
+    notices = evaluate(EvalConfig(store, last, split="val", **quick)).notices  # type: ignore[arg-type]
+    assert not any(sentence.startswith(chosen) for sentence in notices)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

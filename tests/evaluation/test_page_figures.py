@@ -106,7 +106,7 @@ def short_row(lines: Iterable[Line], class_name: str | None) -> list[str]:
         )
     dice, of_groups = values(lines, "dice", class_name)
     interval = bootstrap_interval(dice, of_groups, 0)
-    others = [values(lines, metric, class_name)[0] for metric in ("cldice", "hd95_mm", "assd_mm")]
+    others = [values(lines, metric, class_name)[0] for metric in ("cldice", "hd95_px", "assd_px")]
     return [
         str(len(dice)),
         str(num_counted),

@@ -57,6 +57,15 @@ def test_without_any_known_view_there_are_no_results_by_view(tmp_path: Path) -> 
     assert list(evaluate(replace(config, by=("view",))).strata["view"]) == [""]
 
 
+def test_a_column_named_view_is_told_beside_the_view_regions(tmp_path: Path) -> None:
+    drawn = [Drawn(0, extra={"view": "spider"}), Drawn(1, extra={"view": "AP"}), Drawn(2)]
+    result = evaluate(replace(config_of(tmp_path, drawn), by=("view",)))
+    found = {name: list(values) for name, values in result.strata.items()}
+    assert found == {"view": ["LAO caudal"], "view (column)": ["AP", "spider", ""]}
+    with (result.output / "per_image.csv").open(encoding="utf-8", newline="") as file:
+        assert [line["by_view"] for line in csv.DictReader(file)] == ["spider", "AP", ""]
+
+
 @pytest.mark.parametrize(
     ("by", "words"),
     [
@@ -121,9 +130,20 @@ def test_distances_are_in_millimetres_where_the_spacing_is_known(tmp_path: Path)
     result = evaluate(config_of(tmp_path, drawn))
     assert [image.hd95_px for image in result.images] == [4.0, 4.0, 4.0, 0.0]
     assert [image.hd95_mm for image in result.images] == [pytest.approx(4.8), None, None, 0.0]
-    assert result.num_with_spacing == 2
+    assert (result.num_with_spacing, result.unit) == (2, "px")
     assert result.overall["hd95_mm"].mean == pytest.approx(2.4)
     assert "1 of 4 images have a pixel spacing that is not one or two" in " ".join(result.notices)
+
+
+def test_tables_are_in_millimetres_where_every_image_with_a_mask_has_them(tmp_path: Path) -> None:
+    """Or else a line of many images would show the distance of the few that have a spacing."""
+    known = {"spacing_mm": "0.3"}
+    drawn = [Drawn(2, extra=known), Drawn(0, extra=known), Drawn(0, has_mask=False)]
+    result = evaluate(config_of(tmp_path, drawn))
+    assert (result.num_with_spacing, result.unit) == (2, "mm")
+    bare = [Drawn(2), Drawn(0, extra=known, has_mask=False)]
+    result = evaluate(config_of(tmp_path / "bare", bare))
+    assert (result.num_with_spacing, result.unit) == (0, "px")
 
 
 def test_failures_without_a_distance_are_told(tmp_path: Path) -> None:

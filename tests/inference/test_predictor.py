@@ -9,10 +9,12 @@ import pytest
 import torch
 from head_runs import levels_of, write_run
 from PIL import Image
+from worker_thread import one_process
 
 import sam3cache
 from sam3cache.errors import ConfigError, FingerprintError, ImageError, WeightsError
-from sam3cache.features import FeatureStore
+from sam3cache.extract import ExtractConfig, extract
+from sam3cache.features import FeatureStore, open_store
 from sam3cache.features.copying import subset
 from sam3cache.heads import load_checkpoint
 from sam3cache.images import read_image
@@ -60,6 +62,27 @@ def test_with_a_store_predictions_are_those_of_its_features_and_no_tower_is_load
     other[0, 0, 0] ^= 1
     with pytest.raises(WeightsError, match=r"absent\.pt"):
         predictor.predict(other)
+
+
+def test_of_equal_pictures_the_one_whose_angles_are_known_speaks(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """A picture may be in a store twice, and one of its rows without angles."""
+    picture = (pictures / "images" / "00.png").as_posix()
+    angles = ("", ""), ("30", "-20"), ("30", "")
+    rows = [f"{i},{picture},{','.join(pair)},{i}" for i, pair in enumerate(angles)]
+    table = tmp_path / "twice.csv"
+    head = "id,image,primary_angle,secondary_angle,group"
+    table.write_text("\n".join([head, *rows]), encoding="utf-8")
+    with one_process():
+        config = ExtractConfig(table, tmp_path / "x.zarr", levels=("fpn_72",), backbone="sam3-mini")
+        extract(config)
+    store = open_store(tmp_path / "x.zarr")
+    run = write_run(levels_of(store), tmp_path / "run", "film-conv")
+    predictor = sam3cache.load(run, store=store)
+    stored = predictor.prepare(read_image(Sample("0", "00.png", pictures / "images"))).stored
+    assert stored is not None
+    assert (stored.primary_angle_deg, stored.secondary_angle_deg) == (30.0, -20.0)
 
 
 def test_what_the_store_lacks_goes_through_the_tower_in_the_same_batch(

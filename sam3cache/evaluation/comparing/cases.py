@@ -162,6 +162,8 @@ def _predicted(
     store = open_store(store_path, allow_unsealed=allow_unsealed, overlay=overlay)
     serve_as_trained(store, info)
     label_set = str(summary["label_set"])
+    if label_set not in store.label_sets:
+        raise StoreError(f"{store_path} has no label set {label_set}")
     cached = CachedSamples(
         store, rows, tuple(info.levels), device=device, residency="stream", label_set=label_set
     )

@@ -50,9 +50,11 @@ from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
 from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
+from sam3cache.evaluation.report import LAST
 from sam3cache.evaluation.scores import DISTANCES
 from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
 from sam3cache.features import open_store, record_data
+from sam3cache.heads import CheckpointInfo
 from sam3cache.records import SPLITS
 from sam3cache.runtime import write_atomic
 
@@ -380,7 +382,7 @@ def _evaluate(
         info, stale_store = run.info(), None
         if is_evaluated(run):
             summary = read_summary(run.evaluation)
-            stale_store = _store_of_other_content(summary, config, content_of)
+            stale_store = _store_of_other_content(run, summary, config, content_of)
             if stale_store is None:
                 continue
             recorded = Path(str(summary.get("store")))
@@ -393,8 +395,6 @@ def _evaluate(
                 )
         if run.folder is None or info is None:
             raise ConfigError(f"{run.evaluation} lacks a part of an evaluation; write it anew")
-        # As before, or as the other seeds and folds were: they are to be taken together.
-        like = run if stale_store is not None else next(iter(evaluated), None)
         store = config.store or stale_store or _known_store(run, all_of_them)
         if store is None:
             raise ConfigError(
@@ -414,7 +414,7 @@ def _evaluate(
                 allow_unsealed=config.allow_unsealed,
                 overlay=config.overlay,
                 output=run.evaluation,
-                **({} if like is None else _asked_before(like)),
+                **_asked_alike(run, info, evaluated if stale_store is None else [], all_of_them),
                 check_angles=False,
                 check_features=False,
                 page=False,
@@ -422,7 +422,7 @@ def _evaluate(
             partial(report, run.name),
         )
     summaries = tuple(read_summary(run.evaluation) for run in experiment.runs)
-    _check_same_threshold(experiment, summaries, config.split)
+    _check_asked_alike(experiment, summaries, config.split)
     scores = tuple(
         read_scores(run.evaluation, summary)
         for run, summary in zip(experiment.runs, summaries, strict=True)
@@ -431,19 +431,25 @@ def _evaluate(
 
 
 def _store_of_other_content(
-    summary: Mapping[str, Any], config: CompareConfig, content_of: _ContentOf
+    run: Run, summary: Mapping[str, Any], config: CompareConfig, content_of: _ContentOf
 ) -> Path | None:
     """Return the store to evaluate on anew, if an evaluation was of other content than it has.
 
-    Where the store is not at hand, or the evaluation had an overlay that is not named now, there is
-    nothing to look at.
+    Where the store is not at hand there is nothing to look at.
+
+    Raises:
+        ConfigError: the evaluation had an overlay, and none is named now.
     """
     there = summary.get("data") or {}
     store = config.store or Path(str(summary.get("store", "")))
     if config.store is None and not (store / "zarr.json").is_file():
         return None
     if config.overlay is None and there.get("overlay_seal"):
-        return None
+        raise ConfigError(
+            f"{run.evaluation} was measured on {store} with an overlay, whose masks and "
+            "annotations may be others; name it by --overlay, or evaluate anew without it by "
+            f"`sam3cache eval {store} {run.folder or 'CHECKPOINT'} --split {config.split}`"
+        )
     here = content_of(store, str(summary.get("label_set")))
     names = ("samples_sha256", "labels_sha256", "annotations_sha256")
     return None if here and all(here[name] == there.get(name) for name in names) else store
@@ -457,22 +463,50 @@ def _content(config: CompareConfig, store: Path, label_set: str) -> Mapping[str,
     return dataclasses.asdict(record_data(opened, label_set))
 
 
-def _asked_before(run: Run) -> dict[str, Any]:
-    """Return the label set and the threshold that a run was evaluated with."""
-    summary = read_summary(run.evaluation)
-    source = (summary.get("threshold_choice") or {}).get("source")
-    threshold = {"auto": "auto", "given": summary.get("threshold")}.get(str(source))
-    return {"label_set": summary.get("label_set"), "threshold": threshold}
+def _asked_alike(
+    run: Run, info: CheckpointInfo, evaluated: Sequence[Run], experiments: Sequence[Experiment]
+) -> dict[str, Any]:
+    """Return the label set and the threshold to evaluate a run with.
+
+    Those of the other seeds and folds, with which it is taken together; else those that it was
+    evaluated with before; else those of the other experiments, but for a number as threshold, which
+    was meant for another head.
+    """
+    others = [o for e in experiments for o in e.runs if is_evaluated(o)]
+    for one in (*evaluated, run, *others):
+        summary = one.earlier_summary()
+        if not _is_asked_like(info, summary):
+            continue
+        source, is_own = _source(summary), one is run or one in evaluated
+        given = summary.get("threshold") if source == "given" and is_own else None
+        threshold = "auto" if source == "auto" else given
+        return {"label_set": summary.get("label_set"), "threshold": threshold}
+    return {}
 
 
-def _check_same_threshold(
+def _is_asked_like(info: CheckpointInfo, summary: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation was of the classes that a head answers."""
+    classes = tuple(summary.get("classes", ()))
+    return summary.get("task") == info.task and info.classes in ((), classes)
+
+
+def _source(summary: Mapping[str, Any]) -> str:
+    """Return where the threshold of an evaluation is from; see ``ThresholdChoice``."""
+    return str((summary.get("threshold_choice") or {}).get("source"))
+
+
+def _check_asked_alike(
     experiment: Experiment, summaries: Sequence[Mapping[str, Any]], split: str
 ) -> None:
-    """Refuse a mean over seeds of which some had their threshold chosen, and others not."""
+    """Refuse a mean over seeds of which some were evaluated otherwise than others."""
+    if len(sets := list(dict.fromkeys(str(s.get("label_set")) for s in summaries))) > 1:
+        raise ConfigError(
+            f"the runs of {experiment.name} were evaluated on label sets {listed(sets)}, which no "
+            "mean can be of; evaluate all on one, by `sam3cache eval … --label-set`"
+        )
     runs_by_rule: dict[str, list[Run]] = {}
     for run, summary in zip(experiment.runs, summaries, strict=True):
-        is_auto = (summary.get("threshold_choice") or {}).get("source") == "auto"
-        rule = "auto" if is_auto else str(summary.get("threshold"))
+        rule = "auto" if _source(summary) == "auto" else str(summary.get("threshold"))
         runs_by_rule.setdefault(rule, []).append(run)
     if len(runs_by_rule) > 1:
         (rule, _), (_, (other, *_)) = list(runs_by_rule.items())[:2]
@@ -488,12 +522,12 @@ def _check_same_threshold(
 
 
 def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
-    """Return the store that another evaluation tells of, or one of the name the run learned on."""
-    for other in itertools.chain.from_iterable(e.runs for e in experiments):
-        if is_evaluated(other):
-            store = Path(str(read_summary(other.evaluation).get("store", "")))
-            if (store / "zarr.json").is_file():
-                return store
+    """Return the store that an evaluation tells of, or one of the name the run learned on."""
+    others = [o for e in experiments for o in e.runs if is_evaluated(o)]
+    for other in (*others, run):
+        store = Path(str(other.earlier_summary().get("store", "")))
+        if (store / "zarr.json").is_file():
+            return store
     info = run.info()
     named = STORES / str(info.settings.get("store", "") if info else "")
     return named if (named / "zarr.json").is_file() else None
@@ -501,7 +535,7 @@ def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
 
 def _check_alike(evaluated: Sequence[_Evaluated]) -> list[str]:
     """Refuse other pixels of the same images; say which settings of the evaluations differ."""
-    sentences = _check_pixels(evaluated)
+    sentences = [*_check_pixels(evaluated), *_of_training_data(evaluated)]
     for name, title in (
         ("threshold", "thresholds"),
         ("split", "splits"),
@@ -511,6 +545,24 @@ def _check_alike(evaluated: Sequence[_Evaluated]) -> list[str]:
         if len(set(map(frozenset, values.values()))) > 1:
             told = ", ".join(f"{of} {'/'.join(sorted(v))}" for of, v in values.items())
             sentences.append(f"The evaluations are of other {title}: {told}.")
+    return sentences
+
+
+def _of_training_data(evaluated: Sequence[_Evaluated]) -> list[str]:
+    """Say where the seeds of an experiment learned from other data."""
+    sentences = []
+    for one in evaluated:
+        learned: dict[object, set[object]] = {}
+        for run in one.experiment.runs:
+            if (info := run.info()) is not None:
+                # In the order of its rows: each fold has its own.
+                data = learned.setdefault(info.settings.get("fold"), set())
+                data.add((info.settings.get("data_sha256"), tuple(info.classes)))
+        if any(len(data) > 1 for data in learned.values()):
+            sentences.append(
+                f"The runs of {one.name} learned from other images, masks or annotations, as they "
+                "were changed between: they differ by more than their seeds."
+            )
     return sentences
 
 
@@ -570,13 +622,9 @@ def _check_masks(evaluated: Sequence[_Evaluated], scores: Sequence[Scores]) -> l
             {str(s.get("data", {}).get("labels_sha256")) for s in one.summaries}
             for one in (evaluated[0], other)
         ]
-        if hashes[0] == hashes[1]:
+        if hashes[0] == hashes[1] and len(hashes[0]) == 1:
             continue
-        same_NC = (scores[0].true_px_NC == of.true_px_NC) | (
-            np.isnan(scores[0].true_px_NC) & np.isnan(of.true_px_NC)
-        )
-        changed = [of.ids[i] for i in np.flatnonzero(~same_NC.all(axis=1))]
-        if changed:
+        if changed := of.of_other_masks(scores[0]):
             raise ConfigError(
                 f"{evaluated[0].name} and {other.name} were measured against other masks of "
                 f"{len(changed)} images ({listed(changed)}); evaluate both anew on one label set"
@@ -665,12 +713,36 @@ def _of_training(
             seen_here = int(summary.get("num_seen_in_training") or 0)
             num_seen[images] = max(num_seen.get(images, 0), seen_here)
         # Who compares on the training split asks for just that.
-        if any(num_seen.values()) and any(s.get("split") != "train" for s in one.summaries):
+        if all(s.get("split") == "train" for s in one.summaries):
+            continue
+        if any(num_seen.values()):
             sentences.append(
                 f"{one.name} was trained on {sum(num_seen.values())} of the images it was "
                 "evaluated on: its scores on those say little about new ones."
             )
-    if any(s.get("split") in ("val", "all") for one in evaluated for s in one.summaries):
+        elif num := max(int(s.get("num_in_training_groups") or 0) for s in one.summaries):
+            sentences.append(
+                f"{one.name} was trained on other images of groups with the names of {num} of "
+                "those it was evaluated on: its scores on these say little about new patients."
+            )
+    chosen_here = [
+        one.name
+        for one in evaluated
+        if any((s.get("threshold_choice") or {}).get("on_evaluated") for s in one.summaries)
+    ]
+    if chosen_here:
+        sentences.append(
+            f"The threshold of {listed(chosen_here)} was chosen on images that are among these: "
+            "such scores are a little too high."
+        )
+    chosen = [
+        summary
+        for one in evaluated
+        for summary in one.summaries
+        if summary.get("split") in ("val", "all")
+        if Path(str(summary.get("checkpoint"))).name != LAST
+    ]
+    if chosen:
         sentences.append(
             "Each checkpoint is that of the epoch with the highest Dice on its validation images, "
             "which are among these: all scores are a little too high, and most so of heads whose "
@@ -748,7 +820,8 @@ def _compared(
     values = [None if np.isnan(v) else float(v) for v in scores.values(headline, HEADLINE)]
     summary = summarise(values, scores.groups, seed)
     of_seeds = []
-    for of in by_seed([of.of(of.ids, classes, metrics) for of in one.scores]):
+    seeds = [run.member()[0] for run in one.experiment.runs]
+    for of in by_seed([of.of(of.ids, classes, metrics) for of in one.scores], seeds):
         dice_N = ground.settle(of.of(ids, classes)).values(headline, HEADLINE)
         known = dice_N[np.isfinite(dice_N)]
         of_seeds.append(float(known.mean()) if len(known) else None)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import CheckpointError, ConfigError
 from sam3cache.evaluation.evaluate import checkpoint_folder
-from sam3cache.evaluation.report import IMAGES_FILE, SUMMARY_FILE
+from sam3cache.evaluation.report import BEST, CHECKPOINTS, IMAGES_FILE, SUMMARY_FILE
 from sam3cache.heads.checkpoint import MODEL_FILE, CheckpointInfo, read_record
 
 OVER_CLASSES = "all classes"
@@ -43,8 +43,7 @@ not there: it has a Dice of 0, the other none, and so neither would count.
 MAX_NAMES = 5
 """Most names that are listed in one sentence."""
 
-_MEMBER = re.compile(r"(^|[-_.])(seed|fold)[-_]?\d+(?=$|[-_.])")
-_CHECKPOINTS = ("best", "last")
+_MEMBER = re.compile(r"(?:^|[-_.])(seed|fold)[-_]?(\d+)(?=$|[-_.])")
 
 # Beside anything of folds: what may differ between the runs of one experiment.
 _OF_ONE_RUN = frozenset(
@@ -78,6 +77,23 @@ class Run:
             return read_record(checkpoint_folder(self.folder))
         except CheckpointError:
             return None
+
+    def member(self) -> tuple[int | None, int | None]:
+        """Return its seed and its fold, as its checkpoint or else its name tells them."""
+        info = self.info()
+        if info is not None:
+            return info.seed, info.settings.get("fold")
+        numbers = {kind: int(number) for kind, number in _MEMBER.findall(self.name)}
+        return numbers.get("seed"), numbers.get("fold")
+
+    def earlier_summary(self) -> dict[str, Any]:
+        """Return the summary of its evaluation, of whatever weights; empty where none is read."""
+        if not (self.evaluation / SUMMARY_FILE).is_file():
+            return {}
+        try:
+            return read_summary(self.evaluation)
+        except ConfigError:
+            return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +154,13 @@ class Scores:
             self.value_NCM[np.ix_(rows, columns, planes)],
             self.true_px_NC[np.ix_(rows, columns)],
         )
+
+    def of_other_masks(self, other: Scores) -> list[str]:
+        """Return the images, the same in both, whose masks have another number of pixels."""
+        same_NC = (self.true_px_NC == other.true_px_NC) | (
+            np.isnan(self.true_px_NC) & np.isnan(other.true_px_NC)
+        )
+        return [self.ids[i] for i in np.flatnonzero(~same_NC.all(axis=1))]
 
 
 @dataclass(frozen=True)
@@ -255,11 +278,21 @@ def check_same_training(experiment: Experiment) -> None:
     """Refuse to take together what was not trained alike, but for seeds and folds.
 
     Raises:
-        ConfigError: with every setting that differs.
+        ConfigError: with every setting that differs; or the same seed is there twice.
     """
     recorded = [(run, info) for run in experiment.runs if (info := run.info()) is not None]
     if len(recorded) < 2:
         return
+    of_member: dict[tuple[int | None, int | None], Run] = {}
+    for run, _ in recorded:
+        other = of_member.setdefault(run.member(), run)
+        if other is not run:
+            seed, fold = run.member()
+            where = "" if fold is None else f" and fold {fold}"
+            raise ConfigError(
+                f"{other.name} and {run.name} are both of seed {seed}{where}, and would count "
+                "twice; rename one, or give the two by themselves"
+            )
     first, of_first = recorded[0][0], _of_training(recorded[0][1])
     for run, info in recorded[1:]:
         here = _of_training(info)
@@ -282,8 +315,8 @@ def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
     have no image in common are put one after the other.
 
     Raises:
-        ConfigError: they share some images, but not all; or they are of other classes, or share no
-            measure.
+        ConfigError: they share some images, but not all; or they are of other classes or masks, or
+            share no measure.
     """
     classes = scores[0].classes
     metrics = [name for name in scores[0].metrics if all(name in s.metrics for s in scores)]
@@ -295,6 +328,11 @@ def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
     parts = []
     for same in _by_images(scores):
         aligned = [one.of(same[0].ids, classes, metrics) for one in same]
+        if changed := sorted({name for one in aligned for name in one.of_other_masks(aligned[0])}):
+            raise ConfigError(
+                f"the runs of {experiment.name} were measured against other masks of "
+                f"{len(changed)} images ({listed(changed)}); evaluate all anew on one label set"
+            )
         mean_NCM = np.mean([one.value_NCM for one in aligned], axis=0)
         parts.append(dataclasses.replace(aligned[0], value_NCM=mean_NCM))
     ids = [name for part in parts for name in part.ids]
@@ -308,14 +346,24 @@ def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
     return _joined(parts)
 
 
-def by_seed(scores: Sequence[Scores]) -> list[Scores]:
+def by_seed(scores: Sequence[Scores], seeds: Sequence[int | None]) -> list[Scores]:
     """Return what each seed of an experiment scored, of folds all of its parts together.
 
     Args:
         scores: of its runs, in the order of their names, all of the same classes and measures.
+        seeds: of the same runs; where one is not known, the order of the names stands for them.
     """
+    keys: list[int] = [seed for seed in seeds if seed is not None]
+    if len(keys) < len(scores):
+        place = {id(one): i for same in _by_images(scores) for i, one in enumerate(same)}
+        keys = [place[id(one)] for one in scores]
+    parts: dict[int, list[Scores]] = {}
+    for key, one in zip(keys, scores, strict=True):
+        parts.setdefault(key, []).append(one)
+    joined = [_joined(of) for of in parts.values()]
     # A seed that lacks a fold lacks images, and is left out.
-    return [_joined(parts) for parts in zip(*_by_images(scores), strict=False)]
+    num_images = len({name for one in scores for name in one.ids})
+    return [one for one in joined if len(one.ids) == num_images]
 
 
 def _by_images(scores: Sequence[Scores]) -> list[list[Scores]]:
@@ -346,9 +394,14 @@ def listed(names: Sequence[str]) -> str:
 def _experiments_in(path: Path, split: str) -> list[Experiment]:
     run = _run_at(path, split)
     if run is not None:
+        _require_no_runs_inside(path, split)
         return [Experiment(run.name, (run,))]
     if path.is_dir():
         experiments = _by_stem(sorted(path.iterdir()), split, path.resolve().name)
+        # Seeds, folds and experiments lie in a folder of their own, one deeper.
+        for inside in sorted(path.iterdir()):
+            if inside.is_dir() and _run_at(inside, split) is None:
+                experiments += _by_stem(sorted(inside.iterdir()), split, inside.name)
         if experiments:
             return experiments
     elif path.parent.is_dir():
@@ -375,7 +428,7 @@ def _run_at(path: Path, split: str) -> Run | None:
         return Run(own_name, None, path)
     evaluation = path / f"eval-{split}"
     if (checkpoint_folder(path) / MODEL_FILE).is_file():
-        if own_name in _CHECKPOINTS:
+        if own_name in CHECKPOINTS:
             own_name = f"{path.resolve().parent.name}/{own_name}"
         return Run(own_name, path, evaluation)
     if (evaluation / SUMMARY_FILE).is_file():
@@ -388,8 +441,32 @@ def _by_stem(paths: Iterable[Path], split: str, otherwise: str) -> list[Experime
     for path in paths:
         run = _run_at(path, split) if path.is_dir() else None
         if run is not None:
+            _require_no_runs_inside(path, split)
             runs.setdefault(_stem(path.name, otherwise), []).append(run)
-    return [Experiment(stem, tuple(sorted(of, key=_order))) for stem, of in runs.items()]
+    experiments = []
+    for stem, of in runs.items():
+        # A run without a number of its own is none of the seeds beside it.
+        alone = [run for run in of if run.name == stem] if len(of) > 1 else []
+        several = sorted((run for run in of if run not in alone), key=_order)
+        experiments += [Experiment(stem, (run,)) for run in alone]
+        experiments.append(Experiment(f"{stem}-runs" if alone else stem, tuple(several)))
+    return experiments
+
+
+def _require_no_runs_inside(path: Path, split: str) -> None:
+    """Refuse a run in whose folder lie others: by its path either could be meant."""
+    own = {*CHECKPOINTS, f"eval-{split}"}
+    inside = [
+        other.name
+        for other in sorted(path.iterdir())
+        if other.is_dir() and other.name not in own and (other / BEST / MODEL_FILE).is_file()
+    ]
+    if inside:
+        stem = _stem(inside[0], inside[0])
+        raise ConfigError(
+            f"{path} is a run, and holds others ({listed(inside)}); name those by {path / stem}, "
+            f"and the run itself by {path / BEST}"
+        )
 
 
 def _stem(name: str, otherwise: str) -> str:
@@ -419,7 +496,8 @@ def _of_training(info: CheckpointInfo) -> dict[str, Any]:
         for name, value in info.settings.items()
         if name not in _OF_ONE_RUN and "fold" not in name
     }
-    return {**settings, "head": info.head, "head_options": dict(info.head_options)}
+    features = {f"features {level}": of["digest"][:12] for level, of in info.levels.items()}
+    return {**settings, **features, "head": info.head, "head_options": dict(info.head_options)}
 
 
 def _read_table(
@@ -447,7 +525,10 @@ def _read_table(
         in_image = [m in SILENCE_IS_RIGHT for m in metrics]
         over_N1M = np.where(in_image, _mean_over_classes(value_NCM), np.nan)
         value_NCM = np.concatenate((over_N1M, value_NCM), axis=1)
-        true_px_NC = np.concatenate((true_px_NC.sum(axis=1, keepdims=True), true_px_NC), axis=1)
+        # Of the classes whose masks are known, if any is.
+        of_all_N1 = np.nansum(true_px_NC, axis=1, keepdims=True)
+        of_all_N1[np.isnan(true_px_NC).all(axis=1)] = np.nan
+        true_px_NC = np.concatenate((of_all_N1, true_px_NC), axis=1)
     for metric in SILENCE_IS_RIGHT:
         if metric in metrics:
             value_NC = value_NCM[..., metrics.index(metric)]
