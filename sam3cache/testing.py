@@ -36,7 +36,7 @@ from sam3cache.heads import (
     save_checkpoint,
 )
 from sam3cache.heads.head import LevelShapes
-from sam3cache.heads.registry import MISTAKES, find_head, one_line
+from sam3cache.heads.registry import find_head, mistakes_of, one_line
 from sam3cache.records import Batch
 
 SMALL_SHAPES: Mapping[str, tuple[int, int, int]] = {
@@ -367,7 +367,7 @@ class _Check:
         loss = F.binary_cross_entropy_with_logits(logits, target)
         try:
             loss.backward()  # type: ignore[no-untyped-call]
-        except MISTAKES as error:
+        except mistakes_of(self.name) as error:
             raise self.broken(
                 f"lets no gradient through in {where}: {one_line(error)}",
                 "compute the logits from its parameters, without detach, .data or no_grad",
@@ -376,7 +376,7 @@ class _Check:
     def forward(self, batch: Batch, where: str) -> Tensor:
         try:
             logits = self.head(batch)
-        except MISTAKES as error:
+        except mistakes_of(self.name) as error:
             raise self.broken(
                 f"fails on {where}: {one_line(error)}",
                 "take shapes and types from the batch and from level_shapes, none for granted",

@@ -145,6 +145,25 @@ class Detached(Good):
         return super().forward(batch).detach()
 
 
+class AssertsInTraining(Good):
+    def forward(self, batch: Batch) -> Tensor:
+        assert not self.training, "looked at alone"
+        return super().forward(batch)
+
+
+class Tied(Good):
+    def __init__(self, level_shapes: Any, **options: Any) -> None:
+        super().__init__(level_shapes, **options)
+        num_channels = level_shapes["fpn_72"][0]
+        self.first = nn.Conv2d(num_channels, num_channels, 1)
+        self.second = nn.Conv2d(num_channels, num_channels, 1)
+        self.second.weight = self.first.weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.second(self.first(self.feature(batch, "fpn_72")).tanh())
+        return (self.layer(x) + self.view(batch.angles_B2)[:, :, None, None]).float()
+
+
 class Decided(Good):
     def forward(self, batch: Batch) -> Tensor:
         return (super().forward(batch) > 0).long()
@@ -193,6 +212,7 @@ def test_a_head_of_ones_own_is_reported_on() -> None:
     assert report.logits_shape == (2, 6, 6)
     assert report.parts["layer"] == (34, 2 * 16 * 2 * 36 / 1e9)
     assert "angles: change a probability by" in str(report)
+    assert check_head(Tied, level_shapes=SHAPES).parts["second"].parameters > 0
     plain = check_head(Plain, level_shapes=SHAPES)
     assert not plain.uses_angles
     assert "angles: unused" in str(plain)
@@ -226,6 +246,7 @@ def test_a_check_leaves_the_random_state_alone() -> None:
         (OneType, "fails on bfloat16 autocast: RuntimeError"),
         (Rounded, "gives logits that bfloat16 autocast changes by"),
         (Detached, "lets no gradient through in training: RuntimeError"),
+        (AssertsInTraining, "fails on training: AssertionError: looked at alone; take shapes"),
         (Decided, "returned torch.int64 on a batch of 1; expected logits, float32"),
         (Untrained, "has no parameter to train; register its layers as attributes"),
         ("test_testing:Nothing", "cannot be imported: AttributeError"),

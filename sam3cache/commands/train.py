@@ -232,8 +232,9 @@ def train(
 
     STORE is what `sam3cache extract` wrote; it may be left out if features/ holds just one.
     Checkpoints go to checkpoints/NAME/best and checkpoints/NAME/last, the course of the training
-    to metrics.jsonl and, for TensorBoard, to tensorboard/ beside them. An interrupted run goes on
-    with --resume.
+    to metrics.jsonl and, for TensorBoard, to tensorboard/ beside them. Ctrl-C, SIGTERM and SIGUSR1
+    (as SLURM's --signal=USR1@60 sends) end a run after its present step, with exit code 130, 143
+    and 138; it goes on with --resume.
 
     With --experiments, --seeds or --folds there are many runs, each in checkpoints/NAME/RUN and
     just as if it were alone; their table is also in checkpoints/NAME/summary.json. A run that
@@ -283,9 +284,9 @@ def _train_many(experiments: list[TrainConfig], seeds: int, folds: int, as_json:
     from sam3cache.training.experiments import as_json as to_json
     from sam3cache.training.stopping import stop_on_signals
 
-    device = experiments[0].device
-    devices = parse_devices("all" if device == "auto" else device)
     runs = plan_runs(experiments, seeds=seeds, folds=folds)
+    device = experiments[0].device.strip().lower()
+    devices = parse_devices({"auto": "all", "cuda": "cuda:0"}.get(device, device))
     _announce_many([run.config for run in runs])
     with stop_on_signals() as stop, ExitStack() as stack:
         outcomes = run_experiments(runs, devices, partial(_show_many, Stages(stack)), stop)

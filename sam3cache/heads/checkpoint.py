@@ -91,7 +91,7 @@ def save_checkpoint(folder: Path, head: nn.Module, info: CheckpointInfo) -> Chec
     Returns:
         The record as written, ``weights_sha256`` filled in.
     """
-    weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
+    weights = untied(head.state_dict())
     info = dataclasses.replace(info, weights_sha256=_weights_sha256(weights))
     record = dataclasses.asdict(info)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +184,22 @@ def check_fingerprints(
 def short_hash(text: str) -> str:
     """Return 16 hexadecimal digits of a text's SHA-256: short, and no group's name can be read."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU with memory of their own each, as safetensors wants them.
+
+    Weights that two layers share are so written twice; the head that they are loaded into shares
+    them again.
+    """
+    plain, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        if own.numel() and own.untyped_storage().data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        plain[name] = own
+    return plain
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sam3cache.errors import HeadError
 from sam3cache.heads.film_detail import (
     FIRST_LOGIT,
     Context,
@@ -40,13 +41,15 @@ class FilmPyramid(Head):
     Args:
         level_shapes: shapes of the store's levels.
         num_classes: K, planes of logits.
-        levels: those to read, as a list or as text with commas: ``fpn_72`` and any of ``fpn_144``,
-            ``fpn_288`` and ``image_1008``. None: all of these that ``level_shapes`` has.
+        levels: those to read, as a list or as text with commas: ``fpn_72`` and at least one of
+            ``fpn_144``, ``fpn_288`` and ``image_1008``. None: all of these that ``level_shapes``
+            has.
         embedding_dim: D, length of the view embedding.
         width: channels at stride 4 and finer, a multiple of 8; twice as many at strides 7 and 8.
         context_width: channels at stride 14, a multiple of 8; see ``film-detail``.
     """
 
+    # What it is proposed for; what a head reads depends on the levels that are there.
     needs: tuple[str, ...] = ("fpn_72", "fpn_144")
     learning_rate: ClassVar[float] = 2e-3
 
@@ -68,6 +71,13 @@ class FilmPyramid(Head):
             raise ValueError(f"embedding_dim is {embedding_dim!r}: expected at least 1")
         if levels is None:
             self.needs = tuple(level for level in LEVELS if level in level_shapes)
+            if len(self.needs) == 1:
+                raise HeadError(
+                    f"head film-pyramid needs one of {', '.join(LEVELS[1:])} beside fpn_72, none "
+                    f"of which is among the store's levels ({', '.join(level_shapes)}); run "
+                    f"`sam3cache extract` with --levels {','.join(level_shapes)},{LEVELS[1]}, or "
+                    "take --head film-conv"
+                )
         else:
             self.needs = self.levels_read({"levels": levels})
         chosen = isinstance(levels, str | list | tuple | None) and set(self.needs)
@@ -104,12 +114,12 @@ class FilmPyramid(Head):
 
     @classmethod
     def levels_read(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the levels that were asked for, or the fewest that will do."""
+        """Return the levels that were asked for, or what every head of this kind reads."""
         levels = options.get("levels")
         if isinstance(levels, str):
             levels = levels.split(",")
         if not isinstance(levels, list | tuple):
-            return cls.needs
+            return LEVELS[:1]
         return tuple(dict.fromkeys(str(level) for level in levels))
 
     def forward(self, batch: Batch) -> Tensor:

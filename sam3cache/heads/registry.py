@@ -36,8 +36,13 @@ HEADS: dict[str, type[Head]] = {
 """The heads that come with the package, by the name that ``--head`` takes; the first is default."""
 
 
-# What code that somebody else wrote, or an option of the wrong kind, mostly fails by.
-MISTAKES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
+# What a head of ours fails by for an option of the wrong kind, or features that it does not fit.
+_MISTAKES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
+
+
+def mistakes_of(name: str) -> tuple[type[Exception], ...]:
+    """Return what a head may fail by and be told of in one line: of somebody's own, anything."""
+    return _MISTAKES if name in HEADS else (Exception,)
 
 
 def build_head(
@@ -76,7 +81,9 @@ def build_head(
     _check_options(name, head_class, options)
     try:
         head = head_class(level_shapes, num_classes=num_classes, **options)
-    except MISTAKES as error:
+    except HeadError:
+        raise
+    except mistakes_of(name) as error:
         raise HeadError(
             f"head {name} cannot be built with options {options}: {one_line(error)}; correct the "
             "options, or the class's __init__(level_shapes, *, num_classes, ...)"
@@ -110,7 +117,7 @@ def find_head(name: str) -> Callable[..., Head]:
         sys.path.insert(0, here)
     try:
         head_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, SyntaxError, AttributeError) as error:
+    except mistakes_of(name) as error:
         raise HeadError(
             f"head {name} cannot be imported: {one_line(error)}; expected a class {class_name} "
             f"in a module {module_name} on PYTHONPATH or in {here}"
@@ -151,7 +158,7 @@ def _try_on_blank(name: str, head: Head, level_shapes: LevelShapes, num_classes:
     try:
         with torch.no_grad():
             logits = head(batch)
-    except MISTAKES as error:
+    except mistakes_of(name) as error:
         shapes = ", ".join(f"{level} {tuple(level_shapes[level])}" for level in head.needs)
         raise HeadError(
             f"head {name} does not fit the features {shapes}: {one_line(error)}; build its layers "

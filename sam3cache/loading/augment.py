@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import count
 
 import numpy as np
 import torch
@@ -92,13 +93,13 @@ class Augmentation:
         return cls(**values)
 
     def require_grid(self, sizes_px: Mapping[str, int]) -> None:
-        """Refuse crops of grids that tokens do not divide; :func:`augment` would refuse them, too.
+        """Refuse crops that grids do not allow; :func:`augment` would refuse them, too.
 
         Args:
             sizes_px: by name of a level, or "target", the side of its grid.
 
         Raises:
-            ConfigError: when a part of the square would not be whole on one of the grids.
+            ConfigError: when no part of about the side that is asked for is whole on every grid.
         """
         if self.crop_side < 1 and self.crop_share > 0:
             _crop_tokens(sizes_px, self.crop_side)
@@ -155,7 +156,7 @@ def augment(batch: Batch, augmentation: Augmentation, chance: torch.Generator | 
         and ``content_B2`` says what of the part, from its top left, is picture.
 
     Raises:
-        ConfigError: when a crop would not be whole on one of the grids.
+        ConfigError: when no crop of about the side that is asked for is whole on every grid.
         InputSizeError: when a level is not square.
     """
     draws = chance if isinstance(chance, Draws) else Draws.of(len(batch.angles_B2), chance)
@@ -310,20 +311,38 @@ def _crop_tokens(sizes_px: Mapping[str, int], share: float) -> tuple[int, int]:
         share: of the square's side that is asked for.
 
     Raises:
-        ConfigError: when only the whole square is whole on every grid.
+        ConfigError: when no side that is about what is asked for is whole on every grid.
     """
     step = 1
     for name, size_px in sizes_px.items():
-        step = math.lcm(step, TOKENS // math.gcd(TOKENS, size_px))
-        side_step = math.lcm(step, STRIDE_TOKENS)
-        if side_step >= TOKENS:
+        step = math.lcm(step, _token_step(size_px))
+        if not _has_side(step, share):
+            fewer = next((s for s in range(size_px, 0, -1) if _has_side(_token_step(s), share)), 0)
+            more = next(s for s in count(size_px) if _has_side(_token_step(s), share))
+            sizes = " or ".join(str(size) for size in (fewer, more) if size)
             raise ConfigError(
-                f"no crop of the square is whole on the grid of {name}, {size_px} px a side; take "
-                f"a multiple of {TOKENS} (for the target --loss-size 1008, 504 or 288), or leave "
-                "crop out of the augmentation"
+                f"no crop of about {share:.0%} of the square is whole on the grid of {name}, "
+                f"{size_px} px a side; take {'--loss-size ' * (name == 'target')}{sizes} (or a "
+                f"multiple of {TOKENS}), or leave crop out of the augmentation"
             )
+    return step, _side(step, share)
+
+
+def _token_step(size_px: int) -> int:
+    """Return the fewest tokens that are whole pixels of a grid."""
+    return TOKENS // math.gcd(TOKENS, size_px)
+
+
+def _side(step: int, share: float) -> int:
+    """Return the side nearest to a share of the square's that is a multiple of a step."""
     side_step = math.lcm(step, STRIDE_TOKENS)
-    return step, min(TOKENS, side_step * max(1, round(share * TOKENS / side_step)))
+    return min(TOKENS, side_step * max(1, round(share * TOKENS / side_step)))
+
+
+def _has_side(step: int, share: float) -> bool:
+    """Return whether multiples of a step allow about the side that single tokens would."""
+    is_coarse = math.lcm(step, STRIDE_TOKENS) >= TOKENS
+    return not is_coarse and abs(_side(step, share) - _side(1, share)) <= STRIDE_TOKENS
 
 
 def _cut(grid_BCHW: Tensor, start_B2: Tensor, side: int) -> Tensor:

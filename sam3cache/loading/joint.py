@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from sam3cache.errors import StoreError
 from sam3cache.loading.cached import CachedSamples, epoch_order, split_batches
 from sam3cache.records import Batch
 
@@ -195,7 +194,7 @@ class _Pass:
     to_come: deque[Sequence[int]]
     wanted: dict[JointMember, set[int]]
     pieces: list[tuple[Sequence[int], Batch]] = field(default_factory=list)
-    error: StoreError | None = None
+    error: Exception | None = None
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return some samples, reading until they are there."""
@@ -206,7 +205,7 @@ class _Pass:
             piece = self.to_come.popleft()
             try:
                 self.pieces.append((piece, next(self.reader)))
-            except StoreError as error:
+            except Exception as error:
                 self.error = error
                 raise
             missing.difference_update(piece)

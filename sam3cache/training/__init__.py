@@ -1,4 +1,4 @@
-"""Training a head on stored features: configuration, loss, loop, and resuming to the bit."""
+"""Training a head on stored features: configuration, loss, loop, and going on after a stop."""
 
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.experiments import (

@@ -45,6 +45,14 @@ _NOT_THE_RESULT = frozenset(
     }
 )
 
+CE_WEIGHTS: Mapping[str, str] = {
+    "dice-bce": "bce_weight",
+    "dice-ce": "ce_weight",
+    "cldice": "ce_weight",
+    "boundary": "ce_weight",
+}
+"""By loss, its option for the share of cross-entropy; other losses have none."""
+
 REFERENCE_BATCH = 16
 """The batch size that learning rates are given for."""
 
@@ -281,7 +289,7 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
     """Refuse to resume a run whose result the present settings or data would change.
 
     A micro-batch has to be the recorded one, too, or not be given: other parts of a batch add up to
-    the same but for rounding, and a resumed run is the same to the bit.
+    the same but for rounding, and a resumed run is the same, on a CPU to the bit.
 
     Raises:
         ConfigError: every setting that differs, as recorded → present, or that the data do.
@@ -302,15 +310,19 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
             "that it was started with beside --resume, or start a run under another --name"
         )
     if any(recorded.get(name) != present.get(name) for name in _OF_THE_DATA):
-        raise ConfigError(
-            f"the run to resume learned from other images, angles or masks than {present['store']} "
-            "now has in its splits train and val; resume on the store as it was, or start a run "
-            "under another --name"
-        )
+        raise other_data(present["store"])
+
+
+def other_data(store: str) -> ConfigError:
+    """Return what refuses to resume a run on data that have changed."""
+    return ConfigError(
+        f"the run to resume learned from other images, angles or masks than {store} now has in its "
+        "splits train and val; resume on the store as it was, or start a run under another --name"
+    )
 
 
 def require_effect(config: TrainConfig, levels: Sequence[str]) -> None:
-    """Refuse an augmentation of the picture for a head that does not read it.
+    """Refuse an augmentation of what the head does not read, or a share that the loss has not.
 
     A run that began so before this was refused may go on.
 
@@ -319,9 +331,17 @@ def require_effect(config: TrainConfig, levels: Sequence[str]) -> None:
         levels: that its head reads.
 
     Raises:
-        ConfigError: saying what the head reads.
+        ConfigError: saying what is without effect.
     """
-    if "photometric" in config.augment and IMAGE_LEVEL not in levels and not config.resume:
+    if config.resume:
+        return
+    is_without_ce = config.loss is not None and config.loss not in CE_WEIGHTS
+    if is_without_ce and config.bce_weight != TrainConfig.bce_weight:
+        raise ConfigError(
+            f"bce_weight is {config.bce_weight}, which loss {config.loss} does not have; leave it "
+            f"out, or take one of {', '.join(CE_WEIGHTS)}"
+        )
+    if "photometric" in config.augment and IMAGE_LEVEL not in levels:
         raise ConfigError(
             f"augmentation photometric changes {IMAGE_LEVEL} alone, which head {config.head} does "
             f"not read (it reads {', '.join(levels)}); leave it out"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sam3cache.errors import ConfigError
-from sam3cache.features import FeatureStore, StoredSample
+from sam3cache.features import FeatureStore, Receipt, StoredSample, block_of
+from sam3cache.features.levels import LABEL_TILE_PX
 from sam3cache.heads.checkpoint import short_hash
 from sam3cache.loading.folds import fold_of_groups
 from sam3cache.training.config import TrainConfig
@@ -17,6 +18,8 @@ from sam3cache.variants import parse_variants
 
 MAX_RECORDED_SAMPLES = 100_000
 """Most training samples that a checkpoint lists, in 17 bytes each for image and group."""
+
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,17 @@ class Division:
 
 
 def divide(store: FeatureStore, config: TrainConfig) -> Division:
-    """Divide a store's samples into what is learned from and what is validated on."""
+    """Divide a store's samples into what is learned from and what is validated on.
+
+    Raises:
+        ConfigError: a split, or of a cross-validation any fold, has no image with a mask, folds
+            cannot be made, or a variant is not there.
+    """
     samples = store.samples  # without variants
     if config.folds:
         pool = [sample for sample in samples if sample.split in ("train", "val")]
         fold_of = fold_of_groups(pool, config.folds, config.fold_seed, config.stratify)
+        _require_masks_in_folds(store, config, pool, fold_of)
         val = [sample for sample in pool if fold_of[sample.group] == config.fold]
         train = [sample for sample in pool if fold_of[sample.group] != config.fold]
     else:
@@ -116,6 +125,56 @@ def _with_mask(
             "training needs both train and val: set the manifest's split column and extract again"
         )
     return rows
+
+
+def _require_masks_in_folds(
+    store: FeatureStore,
+    config: TrainConfig,
+    pool: Sequence[StoredSample],
+    fold_of: Mapping[str, int],
+) -> None:
+    """Refuse folds of which one has nothing to be judged by, whichever is trained now."""
+    labelled = {s.group for s in pool if store.has_mask(s.row, config.label_set)}
+    bare = sorted({*range(config.folds)} - {fold_of[group] for group in labelled})
+    if bare:
+        more = ", …" if len(bare) > _MAX_NAMED else ""
+        raise ConfigError(
+            f"{len(bare)} of {config.folds} folds ({', '.join(map(str, bare[:_MAX_NAMED]))}{more}) "
+            f"have no image with a mask in label set {config.label_set}: of the "
+            f"{len({*fold_of})} groups of train and val {len(labelled)} have one; take fewer "
+            "folds, another division (fold_seed), or label images of more groups"
+        )
+
+
+def masks_sha256(store: FeatureStore, rows: Sequence[int], label_set: str) -> str:
+    """Return a hash of what the masks of some rows say: their classes, and their pixels.
+
+    Of the pixels the checksums in receipts, so that no mask has to be read.
+    """
+    spec, receipts = store.label_sets[label_set], store.holder_of(label_set).receipts
+    # A variant has the mask of its image.
+    base_row = {v.row: v.base_row for v in store.variants if v.base_row is not None}
+    mask_rows = [base_row.get(row, row) for row in rows]
+    of_row: dict[int, list[int]] = {}
+    for block in sorted({block_of(row) for row in mask_rows}):
+        of_row |= _checksums(receipts.get((spec.item, block)))
+    digest = hashlib.sha256(f"{(spec.task, *spec.classes)!r}\n".encode())
+    for row in mask_rows:
+        digest.update(f"{of_row.get(row)!r}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksums(receipt: Receipt | None) -> dict[int, list[int]]:
+    """Return, by row of a block, the checksums of its mask's tiles."""
+    facts = [] if receipt is None else [fact for fact in receipt.facts if fact["present"]]
+    found: dict[int, list[int]] = {fact["row"]: [] for fact in facts}
+    for shard in () if receipt is None else receipt.shards:
+        top_px, left_px = (LABEL_TILE_PX * int(part) for part in shard.key.split("/")[-2:])
+        inside = [f for f in facts if f["height_px"] > top_px and f["width_px"] > left_px]
+        # Receipts of format version 1 have none.
+        for fact, checksum in zip(inside, shard.chunk_crc32c, strict=False):
+            found[fact["row"]].append(checksum)
+    return found
 
 
 def data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:

@@ -16,10 +16,11 @@ from sam3cache.features import open_store
 from sam3cache.runtime import write_atomic
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.division import divide
+from sam3cache.training.folders import claimed, is_in_use, is_run, runs_in
 from sam3cache.training.loop import TrainResult
 from sam3cache.training.outlook import levels_of_head
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
-from sam3cache.training.stopping import Stop, never
+from sam3cache.training.stopping import Stop, never, stopped
 from sam3cache.training.together import Outcome, failure_text
 
 SUMMARY_FILE = "summary.json"
@@ -167,6 +168,8 @@ def plan_runs(
     """
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}: expected at least 1")
+    if folds < 0:
+        raise ConfigError(f"folds is {folds}: expected 0 (none), or at least 2")
     planned = []
     for config in experiments:
         for seed in range(config.seed, config.seed + seeds):
@@ -198,27 +201,57 @@ def run_experiments(
         How each run stands, in the order of ``runs``.
 
     Raises:
-        ConfigError: the output holds runs already, or folds cannot be made.
+        ConfigError: the output holds runs already, is a run or another process's, or folds cannot
+            be made.
         HeadError: the head of an experiment cannot be built; nothing has been trained then.
         StoreError: the store cannot be used.
         StoppedError: it was told to stop, and all runs have saved where they were.
     """
     first = runs[0].config
     store = open_store(first.store, allow_unsealed=first.allow_unsealed, overlay=first.overlay)
-    if first.folds and first.label_set in store.label_sets:
-        divide(store, first)  # What stands against folds stands against all runs.
+    # What stands against the folds of one label set stands against all of its runs.
+    first_of = {
+        (one.label_set, one.variants, one.fold_seed, one.stratify): one
+        for one in (run.config for run in reversed(runs))
+        if one.folds and one.label_set in store.label_sets
+    }
+    for one in first_of.values():
+        divide(store, one)
+    _require_room(runs)
+    levels = _levels_needed(runs)
+    with claimed(Path(first.output)):
+        _require_room(runs)  # Another may have been quicker.
+        return _run_all(runs, levels, devices, report, stop)
+
+
+def _require_room(runs: Sequence[PlannedRun]) -> None:
+    """Refuse a folder that holds some of the runs already, or is a run itself."""
+    folder = Path(runs[0].config.output)
+    if is_run(folder) and not runs_in(folder):
+        raise ConfigError(
+            f"{folder} is a single run, and not a folder for several; choose another --name"
+        )
     for run in runs:
         run_dir = run.config.run_dir
-        if run_dir.exists() and not (run.config.resume or run.config.overwrite):
+        if is_in_use(run_dir) and not (run.config.resume or run.config.overwrite):
             raise ConfigError(
                 f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
                 "with all that is not done, or --overwrite to replace them"
             )
+
+
+def _run_all(
+    runs: Sequence[PlannedRun],
+    levels: tuple[str, ...],
+    devices: Sequence[str],
+    report: Callable[[PoolProgress], None],
+    stop: Stop,
+) -> list[RunOutcome]:
     outcomes = [
         RunOutcome(run.experiment, run.config.name, run.config.seed, run.config.fold)
         for run in runs
     ]
-    folder = Path(first.output)
+    folder = Path(runs[0].config.output)
 
     def ended(number: int, outcome: Outcome) -> None:
         if isinstance(outcome, StoppedError):
@@ -231,15 +264,14 @@ def run_experiments(
             )
         write_summary(folder, outcomes)
 
-    levels = _levels_needed(runs)
     tasks = [PoolTask(number, run.config, levels) for number, run in enumerate(runs)]
-    folder.mkdir(parents=True, exist_ok=True)
     reason = DevicePool(tasks, devices, report, ended, stop).run()
     write_summary(folder, outcomes)
     if reason is not None:
         num_done = sum(outcome.status == "done" for outcome in outcomes)
-        raise StoppedError(
-            f"stopped by {reason} with {num_done} of {len(runs)} runs done; go on with --resume"
+        raise stopped(
+            reason,
+            f"stopped by {reason} with {num_done} of {len(runs)} runs done; go on with --resume",
         )
     return outcomes
 

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,7 +26,7 @@ from sam3cache.errors import (
     ConfigError,
     HeadError,
     NumericError,
-    StoppedError,
+    Sam3CacheError,
 )
 from sam3cache.features import (
     FeatureStore,
@@ -36,12 +36,14 @@ from sam3cache.features import (
 )
 from sam3cache.features.files import sweep_temporaries
 from sam3cache.heads import (
+    HEADS,
     CheckpointInfo,
     Head,
     check_fingerprints,
     describe_head,
     save_checkpoint,
 )
+from sam3cache.heads.registry import mistakes_of, one_line
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.augment import Augmentation, Draws, augment, choose_rows
 from sam3cache.metrics import dice_iou_precision_recall
@@ -51,17 +53,22 @@ from sam3cache.tasks import decide, mask_planes, num_outputs
 from sam3cache.training.average import MovingAverage
 from sam3cache.training.config import (
     BALANCED,
+    CE_WEIGHTS,
     TrainConfig,
     check_same_run,
+    other_data,
     resolve_precision,
 )
 from sam3cache.training.division import (
     Division,
     data_sha256,
     divide,
+    masks_sha256,
     trained_on,
 )
+from sam3cache.training.folders import METRICS_FILE, claimed, is_in_use, is_run, runs_in
 from sam3cache.training.loss import Loss, balanced_weights, build_loss, default_loss
+from sam3cache.training.masks import HeldMasks
 from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
 from sam3cache.training.opening import label_set_of, new_head, open_to_train
 from sam3cache.training.state import (
@@ -72,9 +79,8 @@ from sam3cache.training.state import (
     restore,
     save_state,
 )
-from sam3cache.training.stopping import Stop, never
+from sam3cache.training.stopping import Stop, never, stopped
 
-METRICS_FILE = "metrics.jsonl"
 MAX_GRADIENT_NORM = 1.0
 THRESHOLD = 0.5
 
@@ -84,13 +90,7 @@ _REPORT_INTERVAL_S = 0.2
 # Name of the losses' sum in a saved state; no parameter's, as those of modules have no space.
 _TOTAL_LOSS = "total loss"
 
-# By loss, its option for the share of cross-entropy.
-_CE_WEIGHTS = {
-    "dice-bce": "bce_weight",
-    "dice-ce": "ce_weight",
-    "cldice": "ce_weight",
-    "boundary": "ce_weight",
-}
+_MAX_NAMED = 3
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -234,7 +234,8 @@ class Run:
         report: called as the work goes on.
         stop: asked after each step whether to stop there.
         open_samples: makes what samples come from; for runs that share it.
-        mask_of: reads a mask; for runs that share masks.
+        mask_of: reads a mask; for runs that share masks. It is asked for those of validation again
+            in every epoch.
 
     Attributes:
         train_feed: what training batches are asked of.
@@ -295,6 +296,7 @@ class Run:
             for level in self.head.needs
         }
         all_rows = [*rows.train, *rows.val, *rows.held_out]
+        masks = masks_sha256(store, all_rows, config.label_set)
         settings = config.settings() | {
             "learning_rate": rate,
             "precision": self.precision,
@@ -308,22 +310,47 @@ class Run:
             settings["class_weights_used"] = weights
         self.data = dataclasses.asdict(record_data(store, config.label_set))
         self._total_loss = torch.zeros((), device=self.device)
-        # Before anything is loaded: what stands against the run is said at once.
-        self.state = self._begin(RunState(settings, levels))
+        self._store, self._val_rows = store, rows.val
+        self._mask_of = mask_of or HeldMasks()
+        self._claim = ExitStack()
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            # Before anything is loaded: what stands against the run is said at once.
+            self.state = self._begin(RunState(settings, levels, masks_sha256=masks))
+            # Before the samples, whose place depends on the memory that is then left.
+            self.num_empty_masks = self._count_empty_masks()
+            with self._memory():
+                self._open(store, rows, open_samples)
+            self._prepare(rows)
+            on_failure.pop_all()
 
-        # Before the samples, whose place depends on the memory that is then left.
-        mask_of = mask_of or read_mask
-        self.val_masks_MHW = [mask_of(store, row, config.label_set) for row in rows.val]
-        self.num_empty_masks = sum(
-            not (self._planes(mask_MHW) == 1).any() for mask_MHW in self.val_masks_MHW
-        )
-        if self.num_empty_masks == len(self.val_masks_MHW):
+    def close(self) -> None:
+        """Let others have the run's folder."""
+        self._claim.close()
+
+    def _count_empty_masks(self) -> int:
+        """Read the masks of validation.
+
+        Raises:
+            ConfigError: none has a pixel.
+            StoppedError: it was told to stop.
+        """
+        num_empty = 0
+        for number in range(len(self._val_rows)):
+            num_empty += not bool((self._planes(self._val_mask(number)) == 1).any())
+            self._refuse_to_go_on("before its first step; nothing is lost")
+        if num_empty == len(self._val_rows):
             raise ConfigError(
-                f"no mask of the validation split of {config.store} has a pixel, so that Dice is "
-                "undefined; check the masks, or the split"
+                f"no mask of the validation split of {self.config.store} has a pixel, so that Dice "
+                "is undefined; check the masks, or the split"
             )
-        with self._memory():
-            self._open(store, rows, open_samples)
+        return num_empty
+
+    def _val_mask(self, number: int) -> Tensor:
+        return self._mask_of(self._store, self._val_rows[number], self.config.label_set)
+
+    def _prepare(self, rows: Division) -> None:
+        """Settle what depends on samples that are there."""
         self.num_train, self.num_val = len(rows.groups), len(rows.val)
         self.num_variants, self.num_without_mask = rows.num_variants, rows.num_without_mask
         self.trained_on = trained_on([self.train_samples.samples[i] for i in self._learned])
@@ -414,19 +441,20 @@ class Run:
             NumericError: the loss is no longer finite.
             StoppedError: it was told to stop, and has saved where it was.
         """
-        if self.state.epoch == self.state.num_seen == 0:
-            self._clear()
-        # What a killed part of the run left half written.
-        sweep_temporaries(self.config.run_dir)
-        if self.device != "cpu":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._began_s = self._saved_s = time.monotonic()
-        self._report_train(min(self.state.epoch + 1, self.config.epochs), self._num_before)
-        log_dir = self.config.run_dir / "tensorboard"
-        purge_step = self.state.epoch + 1
-        with self._memory(), SummaryWriter(str(log_dir), purge_step=purge_step) as tensorboard:
-            while self.state.epoch < self.config.epochs and not self.is_out_of_patience:
-                yield from self._epoch(self.state.epoch + 1, tensorboard)
+        with closing(self):
+            if self.state.epoch == self.state.num_seen == 0:
+                self._clear()
+            # What a killed part of the run left half written.
+            sweep_temporaries(self.config.run_dir)
+            if self.device != "cpu":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._began_s = self._saved_s = time.monotonic()
+            self._report_train(min(self.state.epoch + 1, self.config.epochs), self._num_before)
+            log_dir = self.config.run_dir / "tensorboard"
+            purge_step = self.state.epoch + 1
+            with self._memory(), SummaryWriter(str(log_dir), purge_step=purge_step) as tensorboard:
+                while self.state.epoch < self.config.epochs and not self.is_out_of_patience:
+                    yield from self._epoch(self.state.epoch + 1, tensorboard)
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
@@ -443,6 +471,23 @@ class Run:
             raise ConfigError(
                 f"{self.device} has not enough memory for {num_at_once} samples at once beside "
                 f"what lies there (residency {self.config.residency}); give {advice}"
+            ) from error
+
+    @contextmanager
+    def _head_at_work(self) -> Iterator[None]:
+        """Say in one line what a head of somebody's own fails by; of ours it would be a bug."""
+        own = () if self.config.head in HEADS else mistakes_of(self.config.head)
+        try:
+            yield
+        except own as error:
+            if isinstance(error, Sam3CacheError) or is_out_of_memory(error):
+                raise
+            # Looked up late: importing the compiler takes seconds.
+            if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            raise HeadError(
+                f"head {self.config.head} fails in training: {one_line(error)}; correct its code "
+                "(sam3cache --debug shows the place)"
             ) from error
 
     @property
@@ -481,15 +526,16 @@ class Run:
         )
 
     def _begin(self, fresh: RunState) -> RunState:
-        """Return the state to go on from, unless what is in the run's folder forbids it."""
+        """Return the state to go on from, unless what is in the run's folder forbids it.
+
+        The folder is this run's alone from now on, until it is closed.
+        """
         run_dir = self.config.run_dir
         state_file = run_dir / "last" / STATE_FILE
-        exists = run_dir.exists() and any(run_dir.iterdir())
+        self._require_room()
+        self._claim.enter_context(claimed(run_dir))
+        self._require_room()  # Another may have been quicker.
         if self.config.resume:
-            if not exists:
-                raise ConfigError(
-                    f"there is no run to resume in {run_dir}; leave --resume out, or check --name"
-                )
             if state_file.exists():
                 return self._resume(state_file, fresh)
             if (run_dir / "best").exists() or (run_dir / METRICS_FILE).exists():
@@ -497,12 +543,28 @@ class Run:
                     f"the run in {run_dir} cannot be resumed without {state_file}, which is "
                     "missing; restore it, or start again with --overwrite"
                 )
-        elif exists and not self.config.overwrite:
+        return fresh
+
+    def _require_room(self) -> None:
+        """Refuse a folder that holds another run, none to resume, or several."""
+        config, run_dir = self.config, self.config.run_dir
+        runs = [] if is_run(run_dir) else runs_in(run_dir)
+        if runs:
+            more = ", …" if len(runs) > _MAX_NAMED else ""
+            raise ConfigError(
+                f"{run_dir} holds {len(runs)} runs ({', '.join(runs[:_MAX_NAMED])}{more}) and is "
+                "none itself; choose another --name"
+            )
+        is_there = is_in_use(run_dir)
+        if config.resume and not is_there:
+            raise ConfigError(
+                f"there is no run to resume in {run_dir}; leave --resume out, or check --name"
+            )
+        if is_there and not (config.resume or config.overwrite):
             raise ConfigError(
                 f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
                 "with it, or --overwrite to replace it"
             )
-        return fresh
 
     def _clear(self) -> None:
         """Make the run's folder ready for a run from the start."""
@@ -516,6 +578,8 @@ class Run:
     def _resume(self, state_file: Path, fresh: RunState) -> RunState:
         state, tensors = read_state(state_file)
         check_same_run(state.settings, fresh.settings)
+        if state.masks_sha256 not in ("", fresh.masks_sha256):
+            raise other_data(fresh.settings["store"])
         check_fingerprints(state.levels, fresh.levels)
         restore(tensors, self.head, self.optimizer)
         extra = extra_tensors(tensors)
@@ -531,7 +595,7 @@ class Run:
             # Lines of epochs that were not committed are written anew.
             lines = metrics.read_bytes().splitlines(keepends=True)
             write_atomic(metrics, b"".join(lines[: state.epoch]))
-        return dataclasses.replace(state, settings=fresh.settings)
+        return dataclasses.replace(state, settings=fresh.settings, masks_sha256=fresh.masks_sha256)
 
     def _pause(self) -> Iterator[None]:
         """Let others have their turn, off the clock."""
@@ -663,7 +727,7 @@ class Run:
     def _refuse_to_go_on(self, where: str) -> None:
         reason = self.stop()
         if reason:
-            raise StoppedError(f"{self.config.run_dir} was stopped by {reason} {where}")
+            raise stopped(reason, f"{self.config.run_dir} was stopped by {reason} {where}")
 
     def _save(self, state: RunState) -> None:
         extra = {} if self.average is None else dict(self.average.weights)
@@ -715,7 +779,8 @@ class Run:
                 batch = augment(batch, self.augmentation, own)
             # The loss is a mean over the images.
             loss = self._loss_of(batch, self.model) * (len(batch.rows) / num_samples)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            with self._head_at_work():
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total_loss += loss.detach()
             num_taken += len(batch.rows)
         self.scaler.unscale_(self.optimizer)
@@ -751,9 +816,9 @@ class Run:
             enabled=self.precision in _AUTOCAST,
         ):
             try:
-                logits_BKHW: Tensor = model(batch)
+                with self._head_at_work():
+                    logits_BKHW: Tensor = model(batch)
             except RuntimeError as error:
-                # Looked up late: importing the compiler takes seconds.
                 if model is self.head or not isinstance(
                     error, torch._dynamo.exc.TorchDynamoException
                 ):
@@ -801,7 +866,7 @@ class Run:
 
     def _dice(self, logits_KHW: Tensor, number: int) -> float | None:
         """Return an image's Dice, the mean over its classes."""
-        mask_CHW = self._planes(self.val_masks_MHW[number].to(logits_KHW.device))
+        mask_CHW = self._planes(self._val_mask(number).to(logits_KHW.device))
         box = self.val_samples.letterbox(self.val_indices[number])
         on_grid_KHW = box.logits_to_grid(logits_KHW, *mask_CHW.shape[-2:])
         decided_CHW = decide(on_grid_KHW, self.label_set.task, THRESHOLD)
@@ -869,8 +934,8 @@ def _loss(config: TrainConfig, label_set: LabelSetSpec, weights: list[float] | N
     """Return the loss of a configuration, or the default of what is learned."""
     name = config.loss or default_loss(label_set.task)
     options = dict(config.loss_options)
-    if name in _CE_WEIGHTS:
-        options.setdefault(_CE_WEIGHTS[name], config.bce_weight)
+    if name in CE_WEIGHTS:
+        options.setdefault(CE_WEIGHTS[name], config.bce_weight)
     if weights is not None and len(weights) != len(label_set.classes):
         raise ConfigError(
             f"class_weights has {len(weights)} values: expected {len(label_set.classes)}, for "
@@ -901,10 +966,3 @@ def _own_learning_rate(name: str, head: Head) -> float:
             "correct it, or give --lr"
         )
     return float(value)
-
-
-def read_mask(store: FeatureStore, row: int, label_set: str) -> Tensor:
-    """Return the mask of a row that has one, as it is stored: uint8 (M, H, W)."""
-    mask_MHW = store.read_mask(row, label_set)
-    assert mask_MHW is not None
-    return torch.from_numpy(mask_MHW)

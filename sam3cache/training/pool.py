@@ -17,13 +17,15 @@ from typing import Any
 from sam3cache.errors import StoppedError, WorkerError
 from sam3cache.runtime import num_cpu_cores, set_num_threads
 from sam3cache.training.config import TrainConfig
+from sam3cache.training.folders import is_in_use
 from sam3cache.training.loop import Progress
-from sam3cache.training.stopping import Stop
+from sam3cache.training.stopping import SIGNALS, Stop
 from sam3cache.training.together import (
     MAX_TOGETHER,
     Outcome,
     SamplePool,
     failure_text,
+    is_device_fault,
     sharing_key,
     train_together,
 )
@@ -86,6 +88,7 @@ class _Worker:
     tasks: dict[int, PoolTask] = field(default_factory=dict)
     key: tuple[Any, ...] = ()
     stream: tuple[Any, ...] = ()
+    has_lost_device: bool = False
 
 
 class DevicePool:
@@ -120,6 +123,7 @@ class DevicePool:
         self._has_ended: set[int] = set()
         self._epochs = {task.number: task.config.epochs for task in tasks}
         self._names = {task.number: task.config.name for task in tasks}
+        self._reason: str | None = None
 
     def run(self) -> str | None:
         """Train everything; return what it was stopped by, if it was.
@@ -129,7 +133,6 @@ class DevicePool:
         """
         if not self._queue:
             return None
-        reason: str | None = None
         try:
             for number, device in enumerate(self._devices):
                 label = device if self._devices.count(device) == 1 else f"{device}:{number}"
@@ -137,7 +140,8 @@ class DevicePool:
             while self._workers:
                 ready = wait([worker.pipe for worker in self._workers], timeout=_POLL_S)
                 # First, as the same signal may have ended a worker that was only starting.
-                if reason is None and (reason := self._stop()) is not None:
+                if self._reason is None and (reason := self._stop()) is not None:
+                    self._reason = reason
                     self._queue.clear()
                     for worker in self._workers:
                         with suppress(OSError):
@@ -149,7 +153,7 @@ class DevicePool:
                 worker.pipe.close()
                 worker.process.kill()
                 worker.process.join()
-        return reason
+        return self._reason
 
     def _start(self, device: str, label: str) -> None:
         ours, theirs = self._context.Pipe()
@@ -178,6 +182,11 @@ class DevicePool:
             number, outcome = content
             del worker.tasks[number]
             self._note_end(number, outcome)
+        elif kind == "lost device":
+            worker.has_lost_device = True
+            # It has nothing more to do, and could not be relied on to end.
+            worker.process.kill()
+            self._put_back(worker)
         else:
             wanted = self._next(worker) if kind == "ready" else self._more(worker)
             worker.tasks |= {task.number: task for task in wanted}
@@ -204,6 +213,19 @@ class DevicePool:
             self._queue.remove(task)
         return own
 
+    def _put_back(self, worker: _Worker) -> None:
+        """Let the runs go on elsewhere that went side by side with one that has lost the device."""
+        tasks = [self._to_go_on(task) for task in worker.tasks.values()]
+        worker.tasks.clear()
+        if self._reason is None:
+            self._queue[:0] = tasks
+
+    def _to_go_on(self, task: PoolTask) -> PoolTask:
+        progress = self._progress.get(task.number)
+        if progress is None or progress.stage == "load":
+            return task
+        return replace(task, config=replace(task.config, resume=True, overwrite=False))
+
     def _bury(self, worker: _Worker) -> None:
         """Note that a worker has gone: at its end, or in the middle of its work."""
         worker.process.join()
@@ -217,7 +239,7 @@ class DevicePool:
                 "it, --overwrite with a smaller --micro-batch starts it again"
             )
             self._note_end(number, error)
-        if self._queue and not worker.tasks:
+        if self._queue and not worker.tasks and not worker.has_lost_device:
             raise WorkerError(
                 f"the process on {worker.label} ended with exit code {worker.process.exitcode} "
                 "before it took up any work; see what it printed above"
@@ -263,7 +285,7 @@ def _work(pipe: Connection, device: str, num_threads: int | None) -> None:
     """Train what comes by the pipe until nothing more does; the target of a worker's process."""
     # For the parent, which says by the pipe what to do: of the console, and what a batch system
     # sends to every process of a job.
-    for name in ("SIGINT", "SIGBREAK", "SIGTERM"):
+    for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if num_threads is not None:
@@ -276,7 +298,8 @@ def _work(pipe: Connection, device: str, num_threads: int | None) -> None:
             if tasks[0].key != key:
                 # Room first: what was open is not needed any more.
                 key, pool = tasks[0].key, SamplePool(tasks[0].levels)
-            link.train(tasks[0], device, pool)
+            if not link.train(tasks[0], device, pool):
+                break
 
 
 class _Link:
@@ -310,8 +333,12 @@ class _Link:
             self._reason = "the end of the program that started it"
         return self._reason
 
-    def train(self, task: PoolTask, device: str, pool: SamplePool) -> None:
-        """Do a training, with those that go along, and send their outcomes."""
+    def train(self, task: PoolTask, device: str, pool: SamplePool) -> bool:
+        """Do a training, with those that go along, and send their outcomes.
+
+        Returns:
+            Whether this process can do another: a fault of a GPU leaves it to a new one.
+        """
         tasks = [task]
 
         def more() -> list[TrainConfig]:
@@ -330,14 +357,18 @@ class _Link:
             [_on(device, task)], report, self.stop, levels=task.levels, pool=pool, more=more
         )
         for number, outcome in outcomes:
+            is_lost = isinstance(outcome, Exception) and is_device_fault(outcome)
             if isinstance(outcome, Exception) and not isinstance(outcome, StoppedError):
                 # In words: the parent need not know the errors of a user's own head.
                 outcome = WorkerError(failure_text(outcome))
             self._pipe.send(("ended", tasks[number].number, outcome))
+            if is_lost:
+                self._pipe.send(("lost device",))
+                return False
+        return True
 
 
 def _on(device: str, task: PoolTask) -> TrainConfig:
     """Return a training's configuration on a device; resumed where there is something to resume."""
     config = replace(task.config, device=device)
-    exists = config.run_dir.exists() and any(config.run_dir.iterdir())
-    return replace(config, resume=config.resume and exists)
+    return replace(config, resume=config.resume and is_in_use(config.run_dir))

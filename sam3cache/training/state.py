@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sam3cache.errors import CheckpointError
-from sam3cache.heads.checkpoint import read_tensors
+from sam3cache.heads.checkpoint import read_tensors, untied
 from sam3cache.runtime import write_atomic
 
 STATE_FILE = "training.safetensors"
@@ -41,6 +41,8 @@ class RunState:
         num_averaged: steps that the moving average of the weights has seen.
         micro_batch: samples that go through the head at once.
         scaler: state of the gradient scaler, empty without one.
+        masks_sha256: of classes and pixels of the masks it is about; empty where versions before
+            recorded none.
     """
 
     settings: Mapping[str, Any]
@@ -54,6 +56,7 @@ class RunState:
     num_averaged: int = 0
     micro_batch: int | None = None
     scaler: Mapping[str, Any] = field(default_factory=dict)
+    masks_sha256: str = ""
 
 
 def save_state(
@@ -80,8 +83,7 @@ def save_state(
     tensors["random.cpu"] = random.cpu
     if random.cuda is not None:
         tensors["random.cuda"] = random.cuda
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(plain, {_HEADER_KEY: json.dumps(asdict(state))}))
+    write_atomic(path, save(untied(tensors), {_HEADER_KEY: json.dumps(asdict(state))}))
 
 
 def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:

@@ -9,16 +9,33 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from sam3cache.errors import StoppedError
+
 Stop = Callable[[], str | None]
 """Says what wants a training to stop, such as "SIGTERM"; None while nothing does."""
 
-# Ctrl-C, what a batch system sends before it kills, and Ctrl-Break, Windows' own.
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+"""Ctrl-C, what a batch system sends before it kills, SLURM's warning before that, and Ctrl-Break,
+Windows' own; a system need not have all of them."""
 
 
 def never() -> None:
     """Want no stop."""
     return
+
+
+def stopped(reason: str, message: str) -> StoppedError:
+    """Return what ends the program, with the exit code that shells give to a signal.
+
+    Args:
+        reason: what has wanted the stop, mostly the name of a signal.
+        message: what is kept and how to go on.
+    """
+    error = StoppedError(message)
+    # Ctrl-Break is to Windows what Ctrl-C is.
+    if reason in SIGNALS and reason != "SIGBREAK":
+        error.exit_code = 128 + getattr(signal, reason)
+    return error
 
 
 @contextmanager
@@ -39,7 +56,7 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         before = {number: signal.getsignal(number) for number in numbers}
         for number in before:
             signal.signal(number, take)

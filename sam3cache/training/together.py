@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,26 +14,23 @@ from sam3cache.errors import Sam3CacheError
 from sam3cache.features import FeatureStore
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.joint import JointMember, JointReading
+from sam3cache.runtime import is_out_of_memory
 from sam3cache.training.config import TrainConfig
-from sam3cache.training.loop import Progress, Run, TrainResult, read_mask
+from sam3cache.training.loop import Progress, Run, TrainResult
+from sam3cache.training.masks import HeldMasks
 from sam3cache.training.state import RandomState
 from sam3cache.training.stopping import Stop, never
 
 MAX_TOGETHER = 16
 """Trainings that go through a stream side by side: each has weights and moments in memory."""
 
-FAILURES = (
-    Sam3CacheError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    OSError,
+FAILURES = (Exception,)
+"""What a training fails by without the others: code that somebody else wrote may raise anything."""
+
+# What CUDA and its libraries say of a fault after which a process can do nothing more with a GPU.
+_DEVICE_FAULT = re.compile(
+    r"CUDA error|\[CUDA\]|CU(BLAS|DNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
 )
-"""What a head that somebody else wrote, its options, memory or the disk fail by."""
 
 Outcome = TrainResult | Exception
 
@@ -45,6 +43,16 @@ def failure_text(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def is_device_fault(error: BaseException | None) -> bool:
+    """Tell whether an error, or what it came of, leaves this process's GPU of no more use to it."""
+    while error is not None:
+        is_of_device = isinstance(error, RuntimeError) and _DEVICE_FAULT.search(str(error))
+        if is_of_device and not is_out_of_memory(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class SamplePool:
     """Samples that one process has opened, for all its trainings.
 
@@ -55,24 +63,25 @@ class SamplePool:
     def __init__(self, levels: Sequence[str]) -> None:
         self._levels = tuple(levels)
         self._opened: dict[tuple[Any, ...], CachedSamples] = {}
-        self._masks: dict[tuple[int, str], Tensor] = {}
+        self._masks = HeldMasks()
 
     def open(
         self, store: FeatureStore, rows: Sequence[int], levels: Sequence[str], **values: Any
     ) -> CachedSamples:
         """Return samples as ``CachedSamples`` makes them, mostly those that are there already."""
-        key = (tuple(rows), values.get("target_size_px"), values["label_set"])
+        # Labels or angles may be corrected while runs go on: those that begin then use the new.
+        version = (store.seal, "" if store.overlay is None else store.overlay.seal)
+        key = (version, tuple(rows), values.get("target_size_px"), values["label_set"])
         if key not in self._opened:
+            # Room first: the old ones nobody asks for again.
+            self._opened = {k: held for k, held in self._opened.items() if k[0] == version}
             wanted = tuple(dict.fromkeys([*self._levels, *levels]))
             self._opened[key] = CachedSamples(store, rows, wanted, **values)
         return self._opened[key]
 
     def mask(self, store: FeatureStore, row: int, label_set: str) -> Tensor:
-        """Return a mask as ``read_mask`` does, mostly one that is there already."""
-        key = (row, label_set)
-        if key not in self._masks:
-            self._masks[key] = read_mask(store, row, label_set)
-        return self._masks[key]
+        """Return a mask as ``HeldMasks`` does, mostly one that is there already."""
+        return self._masks(store, row, label_set)
 
 
 def sharing_key(config: TrainConfig) -> tuple[Any, ...]:
@@ -103,7 +112,7 @@ def train_together(
     pool: SamplePool | None = None,
     more: Callable[[], Sequence[TrainConfig]] = list,
 ) -> Iterator[tuple[int, Outcome]]:
-    """Train several heads on one device, each to the bit as by ``train``.
+    """Train several heads on one device, each as by ``train``, on a CPU to the bit.
 
     Where samples are held in memory, one after the other. Where they are streamed, side by side, a
     step each in turn, so that the stream is read once for all of them.
@@ -170,8 +179,8 @@ class _Lane:
 
     def advance(self) -> Outcome | None:
         """Take a step; return how the training has ended, if it has."""
-        self._random.set(self._device)
         try:
+            self._random.set(self._device)
             next(self._steps)
         except StopIteration:
             outcome: Outcome = self.run.result()
@@ -180,6 +189,7 @@ class _Lane:
         else:
             self._random = RandomState.get(self._device)
             return None
+        self.run.close()
         for member in self.members:
             member.leave()
         return outcome

@@ -168,6 +168,15 @@ def test_settings_without_an_option_of_their_own_are_set_by_name(
             "photometric changes image_1008 alone, which head linear does not read (it reads fpn",
         ),
         (["features/x.zarr", "--head", "linear", "--resume"], 2, "there is no run to resume"),
+        (
+            ["features/x.zarr", "--head", "linear", "--loss", "focal", "--bce-weight", "0.3"],
+            2,
+            "bce_weight is 0.3, which loss focal does not have; leave it out, or take one of dice-",
+        ),
+        (["features/x.zarr", "--head", "linear", "--folds", "-1"], 2, "folds is -1: expected 0"),
+        (["features/x.zarr", "--head", "linear", "--folds", "1"], 2, "folds is 1: expected 0"),
+        (["features/x.zarr", "--head", "linear", "--seeds", "0"], 2, "seeds is 0: expected at"),
+        (["features/x.zarr", "--head", "linear", "--seeds", "-1"], 2, "seeds is -1: expected at"),
     ],
 )
 def test_a_mistake_is_answered_by_one_line(
@@ -178,6 +187,34 @@ def test_a_mistake_is_answered_by_one_line(
     assert result.stderr.startswith("sam3cache: error: ")
     assert result.stderr.count("\n") == 1
     assert expected in result.stderr
+
+
+def test_cuda_is_a_device_of_one_run_and_of_several(store: Path, invoke: Invoke) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("it would train there")
+    for several in ((), ("--seeds", "2")):
+        result = invoke("train", store, "--head", "linear", "--device", "cuda", *several)
+        assert result.exit_code == 2
+        assert "device cuda:0 is not there" in result.stderr
+
+
+def test_a_run_and_a_folder_of_runs_never_share_a_name(store: Path, invoke: Invoke) -> None:
+    linear = ("--head", "linear", *QUICK)
+    inside = invoke("train", store, *linear, "-o", "checkpoints/both", "--name", "first")
+    assert inside.exit_code == 0, inside.output
+    for option in ("--overwrite", "--resume"):
+        result = invoke("train", store, *linear, "--name", "both", option)
+        assert result.exit_code == 2
+        assert "checkpoints/both holds 1 runs (first) and is none itself; choose" in result.stderr
+    result = invoke(
+        *("train", store, *linear, "-o", "checkpoints/both", "--name", "first"),
+        *("--seeds", "2", "--overwrite"),
+    )
+    assert result.exit_code == 2
+    assert "checkpoints/both/first is a single run, and not a folder for several" in result.stderr
+    assert Path("checkpoints/both/first/best/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("num_stores", [0, 2])

@@ -51,7 +51,14 @@ def test_with_every_level_it_keeps_within_its_size() -> None:
 
 @pytest.mark.parametrize(
     ("missing", "side"),
-    [((), 24), (("fpn_288",), 21), (("image_1008",), 24), (("fpn_288", "image_1008"), 12)],
+    [
+        ((), 24),
+        (("fpn_288",), 21),
+        (("image_1008",), 24),
+        (("fpn_288", "image_1008"), 12),
+        (("fpn_144", "fpn_288"), 21),
+        (("fpn_144", "image_1008"), 24),
+    ],
 )
 def test_it_reads_what_the_store_has_and_draws_on_the_finest_grid(
     missing: tuple[str, ...], side: int
@@ -85,6 +92,16 @@ def test_beside_the_picture_features_begin_as_a_help_that_changes_nothing(level:
         assert torch.equal(with_image(batch), with_image(changed))
         alone = small_head(without("image_1008")).eval()
         assert not torch.allclose(alone(batch), alone(changed))
+
+
+def test_a_store_of_its_first_level_alone_is_refused_with_what_to_extract() -> None:
+    expected = (
+        r"film-pyramid needs one of fpn_144, fpn_288, image_1008 beside fpn_72, none of which is "
+        r"among the store's levels \(fpn_72\); run `sam3cache extract` with --levels fpn_72,fpn_144"
+    )
+    with pytest.raises(HeadError, match=expected) as caught:
+        build_head("film-pyramid", {"fpn_72": SHAPES["fpn_72"]})
+    assert "\n" not in str(caught.value)
 
 
 def test_it_is_named_to_those_who_have_its_levels() -> None:

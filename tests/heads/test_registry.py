@@ -41,6 +41,15 @@ class OnePlane(nn.Module):
     def forward(self, batch):
         return batch.levels["fpn_72"][:, 0].float()
 
+class Asserts(Small):
+    def __init__(self, level_shapes, *, num_classes=1):
+        super().__init__(level_shapes, num_classes=num_classes)
+        assert num_classes > 5, "many classes"
+
+class Undefined(Small):
+    def forward(self, batch):
+        return somewhere(batch)
+
 class NoNeeds(nn.Module):
     pass
 
@@ -55,6 +64,7 @@ def users_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"heads_{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(USERS_HEADS, encoding="utf-8")
     (tmp_path / f"{name}_broken.py").write_text("def (", encoding="utf-8")
+    (tmp_path / f"{name}_asserts.py").write_text("assert not __name__", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return name
@@ -88,6 +98,9 @@ def test_a_users_own_head_is_found_in_the_working_directory(users_heads: str) ->
         ("film-conv", {"widths": 3}, r"film-conv cannot be built with options \{'widths': 3\}"),
         ("no_such_module:Net", {}, r"no_such_module:Net cannot be imported: ModuleNotFoundError"),
         ("MINE_broken:Net", {}, r"cannot be imported: SyntaxError"),
+        ("MINE_asserts:Net", {}, r"cannot be imported: AssertionError"),
+        ("MINE:Asserts", {}, r"cannot be built with options \{\}: AssertionError: many classes"),
+        ("MINE:Undefined", {}, r"does not fit the features .*: NameError: name 'somewhere'"),
         ("MINE:Nothing", {}, r"cannot be imported: AttributeError"),
         ("MINE:NoNeeds", {}, r"is no head: expected a torch.nn.Module class with `needs`"),
         ("MINE:NoModule", {}, r"is no head"),

@@ -107,7 +107,10 @@ def test_a_part_of_a_batch_is_changed_as_within_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("target_px", "side", "tokens"),
-    [(1008, 2 / 3, 48), (504, 0.5, 36), (288, 0.7, 52), (256, 2 / 3, 36), (1008, 0.01, 4)],
+    [
+        *((1008, 2 / 3, 48), (504, 0.5, 36), (288, 0.7, 52), (256, 0.5, 36), (1008, 0.01, 4)),
+        *((252, 2 / 3, 48), (336, 2 / 3, 48)),
+    ],
 )
 def test_a_crop_is_the_same_part_of_every_level_and_of_the_target(
     target_px: int, side: float, tokens: int
@@ -246,9 +249,14 @@ def test_a_setting_that_cannot_be_is_refused(name: str, value: float) -> None:
 
 def test_a_crop_that_cannot_be_is_refused_before_or_when_it_is_tried() -> None:
     crop = Augmentation.of(["crop"])
-    with pytest.raises(ConfigError, match=r"grid of target, 1001 px a side; take a multiple of 72"):
+    expected = (
+        r"no crop of about 67% of the square is whole on the grid of target, 1001 px a side; take "
+        r"--loss-size 999 or 1002 \(or a multiple of 72\), or leave crop out"
+    )
+    with pytest.raises(ConfigError, match=expected) as caught:
         crop.require_grid({"fpn_72": 72, "target": 1001})
-    with pytest.raises(ConfigError, match=r"no crop of the square is whole on the grid of target"):
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"of the square is whole on the grid of target, 1001"):
         augment(marked_batch(target_px=1001), replace(crop, crop_share=1.0), seeded())
     Augmentation.of(["noise"]).require_grid({"target": 1001})
     crop.require_grid({"fpn_72": 72, "image_1008": 1008, "target": 1008})
@@ -257,6 +265,19 @@ def test_a_crop_that_cannot_be_is_refused_before_or_when_it_is_tried() -> None:
         augment(oblong, crop, seeded())
     with pytest.raises(ConfigError, match=r"'flip' is unknown; expected some of crop, photometric"):
         Augmentation.of(["crop", "flip"])
+
+
+def test_a_crop_of_another_side_than_was_asked_for_is_refused() -> None:
+    crop = replace(Augmentation.of(["crop"]), crop_share=1.0)
+    for target_px in range(1, 1100):
+        if target_px % 3 == 0:  # As docs/augmentation.md says.
+            crop.require_grid({"fpn_72": 72, "fpn_144": 144, "target": target_px})
+            continue
+        with pytest.raises(ConfigError, match=f"grid of target, {target_px} px a side"):
+            crop.require_grid({"fpn_72": 72, "fpn_144": 144, "target": target_px})
+    for target_px in (512, 256, 128, 100):
+        with pytest.raises(ConfigError, match=f"take --loss-size {target_px // 3 * 3} or "):
+            augment(marked_batch(target_px=target_px), crop, seeded())
 
 
 def test_each_epoch_takes_one_of_each_image_and_all_alike_over_many() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from store_builder import build_store
 
 from sam3cache.errors import (
@@ -36,6 +38,7 @@ from sam3cache.metrics import dice_iou_precision_recall
 from sam3cache.training import Progress, TrainConfig, train
 from sam3cache.training.average import MovingAverage
 from sam3cache.training.loop import Run
+from sam3cache.training.masks import HeldMasks
 from sam3cache.training.state import read_state
 
 SHAPES = {"fpn_72": (8, 12, 12)}
@@ -250,6 +253,75 @@ def test_a_run_that_runs_out_of_memory_says_what_to_do(
     train(dataclasses.replace(config, overwrite=True, micro_batch=2))
 
 
+FAILING_HEAD = """
+from torch import nn
+from sam3cache.heads import Head
+
+class Failing(Head):
+    needs = ("fpn_72",)
+    def __init__(self, level_shapes, *, num_classes=1):
+        super().__init__()
+        self.layer = nn.Conv2d(level_shapes["fpn_72"][0], num_classes, 1)
+    def forward(self, batch):
+        assert len(batch.content_B2) == 1 or not self.training, "one at a time"
+        return self.layer(self.feature(batch, "fpn_72"))
+"""
+
+
+def test_what_a_head_of_ones_own_fails_by_is_one_line(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_heads.py").write_text(FAILING_HEAD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = config_for(store, tmp_path, head="failing_heads:Failing", head_options={}, epochs=1)
+    expected = r"failing_heads:Failing fails in training: AssertionError: one at a time; correct"
+    with pytest.raises(HeadError, match=expected) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    train(dataclasses.replace(config, overwrite=True, micro_batch=1))
+
+
+TIED_HEAD = """
+import torch
+from torch import nn
+from sam3cache.heads import Head
+
+class Tied(Head):
+    needs = ("fpn_72",)
+    def __init__(self, level_shapes, *, num_classes=1):
+        super().__init__()
+        num_channels = level_shapes["fpn_72"][0]
+        self.first = nn.Conv2d(num_channels, num_channels, 1)
+        self.second = nn.Conv2d(num_channels, num_channels, 1)
+        self.second.weight = self.first.weight
+        self.logits = nn.Conv2d(num_channels, num_classes, 1)
+    def forward(self, batch):
+        x = torch.relu(self.first(self.feature(batch, "fpn_72")))
+        return self.logits(torch.relu(self.second(x)))
+"""
+
+
+def test_layers_may_share_weights(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tied_heads.py").write_text(TIED_HEAD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    values: dict[str, Any] = {"head": "tied_heads:Tied", "head_options": {}, "epochs": 2}
+    config = config_for(store, tmp_path, **values, ema=0.5)
+    run = Run(config)
+    for _ in run.steps():
+        pass
+    head, info = load_checkpoint(config.run_dir / "last", head="tied_heads:Tied")
+    assert info.epoch == 2
+    assert head.second.weight is head.first.weight
+    state = load_file(config.run_dir / "last" / "training.safetensors")
+    for name, weight in run.head.state_dict().items():
+        assert torch.equal(state[f"head.{name}"], weight), name
+    assert train(dataclasses.replace(config, resume=True)).epochs == 2
+
+
 @pytest.mark.parametrize("own_head", [False, True], ids=["film-conv", "own head with dropout"])
 def test_a_resumed_run_equals_one_without_interruption_to_the_bit(
     store: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_head: bool
@@ -369,14 +441,21 @@ def test_a_run_that_is_stopped_while_it_loads_has_changed_nothing(
 ) -> None:
     # A store of its own, as others may be in memory already.
     root = build_store(tmp_path / "x.zarr", num_samples=9, level_shapes=SHAPES)
-    config = config_for(root, tmp_path)
+    config, asked = config_for(root, tmp_path), iter([None] * 5)
     with pytest.raises(StoppedError, match="before its first step; nothing is lost"):
-        train(config, stop=lambda: "a test")
+        train(config, stop=lambda: next(asked, "a test"))
+    assert not config.run_dir.exists()
+    reports: list[Progress] = []
+    with pytest.raises(StoppedError, match="before its first step; nothing is lost"):
+        train(config, reports.append, lambda: "a test")
+    assert not reports, "masks come first, and are not all read either"
     assert not config.run_dir.exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
-@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "how", ["SIGTERM", "SIGUSR1", pytest.param("SIGKILL", marks=pytest.mark.long)]
+)
 def test_a_run_ended_by_a_signal_within_an_epoch_goes_on_to_the_bit(
     store: Path, tmp_path: Path, how: str
 ) -> None:
@@ -395,9 +474,9 @@ def test_a_run_ended_by_a_signal_within_an_epoch_goes_on_to_the_bit(
         time.sleep(0.001)
     process.send_signal(getattr(signal, how))
     _, errors = process.communicate(timeout=60)
-    if how == "SIGTERM":
-        assert process.returncode == 130
-        assert re.search(r"was stopped by SIGTERM in epoch 1, after \d of 8 images", errors)
+    if how != "SIGKILL":
+        assert process.returncode == 128 + getattr(signal, how)
+        assert re.search(rf"was stopped by {how} in epoch 1, after \d of 8 images", errors)
     num_seen = read_state(state)[0].num_seen
     assert 0 < num_seen < 8
     straight = train(dataclasses.replace(config, output=str(tmp_path / "straight")))
@@ -665,8 +744,10 @@ def test_resuming_on_other_features_is_refused(straight: Path, tmp_path: Path) -
         {"splits": ("val", "train", "test")},
         {"first_angle_deg": -50},
         {"mask_mtime_ns": 5},
+        {"classes": ("stenosis",)},
+        {"empty_mask_rows": (0,)},
     ],
-    ids=["pixels", "splits", "angles", "masks"],
+    ids=["pixels", "splits", "angles", "masks", "classes", "masks of the same files"],
 )
 def test_resuming_on_other_data_is_refused(
     straight: Path, tmp_path: Path, values: dict[str, Any]
@@ -684,6 +765,19 @@ def test_resuming_on_a_copy_of_the_store_is_possible(straight: Path, tmp_path: P
         tmp_path / "copy.zarr", num_samples=24, level_shapes=SHAPES, mask_width_px=40
     )
     assert train(config_for(copy, straight.parent, resume=True)).epochs == 4
+
+
+def test_a_run_of_before_masks_were_hashed_goes_on(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = config_for(store, tmp_path, resume=True)
+    shutil.copytree(straight, config.run_dir)
+    file = config.run_dir / "last" / "training.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["training"])
+    assert header.pop("masks_sha256")
+    save_file(load_file(file), file, {"training": json.dumps(header)})
+    assert train(config).epochs == 4
 
 
 def test_a_damaged_run_is_not_resumed(store: Path, tmp_path: Path) -> None:
@@ -722,6 +816,50 @@ def test_an_existing_run_is_replaced_only_when_told_to(store: Path, tmp_path: Pa
     train(dataclasses.replace(first, epochs=1, overwrite=True))
     assert len(metrics_of(first.run_dir)) == 1
     assert len(list((first.run_dir / "tensorboard").iterdir())) == 1
+
+
+def test_two_at_once_never_write_into_one_folder(store: Path, tmp_path: Path) -> None:
+    config, refused = config_for(store, tmp_path, epochs=1), list[str]()
+
+    def report(progress: Progress) -> None:
+        begun = progress.loss is not None
+        # While one loads, there is nothing to resume yet.
+        for values in ({}, {"overwrite": True}, *([{"resume": True}] if begun else [])):
+            with pytest.raises(ConfigError) as caught:
+                train(dataclasses.replace(config, **values))
+            refused.append(str(caught.value))
+
+    result = train(config, report)
+    at_work = f"{config.run_dir} is being changed by process {os.getpid()} on "
+    assert refused[0].startswith(at_work)
+    assert refused[1].startswith(at_work)
+    assert refused[-1].startswith(at_work)
+    assert refused[-1].endswith("and run again; or choose another --name")
+    assert "holds a run already" in refused[-3]
+    assert not any("\n" in text for text in refused)
+    assert len(metrics_of(result.run_dir)) == 1
+    assert train(dataclasses.replace(config, resume=True)).epochs == 1, "it has let go"
+
+
+def test_masks_that_are_not_held_are_read_again(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    run = Run(config_for(store, tmp_path), mask_of=HeldMasks(max_bytes=0))
+    for _ in run.steps():
+        pass
+    assert_same_run(straight, run.config.run_dir)
+
+
+def test_masks_are_held_as_far_as_there_is_room(store: Path) -> None:
+    opened = open_store(store)
+    size_bytes = 48 * 40
+    held = HeldMasks(max_bytes=2 * size_bytes)
+    masks = [held(opened, row, "mask") for row in range(4)]
+    assert held.num_bytes == 2 * size_bytes
+    for row, mask_MHW in enumerate(masks):
+        again = held(opened, row, "mask")
+        assert (again is mask_MHW) == (row < 2)
+        assert np.array_equal(again, opened.read_mask(row))
 
 
 def test_a_run_that_is_refused_leaves_the_old_one_alone(store: Path, tmp_path: Path) -> None:

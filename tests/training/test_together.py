@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from sam3cache.errors import (
     StoppedError,
     StoreError,
 )
+from sam3cache.features import open_store
+from sam3cache.loading import CachedSamples
 from sam3cache.training import (
     TrainConfig,
     TrainResult,
@@ -35,10 +38,11 @@ from sam3cache.training import (
     train_together,
 )
 from sam3cache.training.experiments import as_json
+from sam3cache.training.folders import claimed
 from sam3cache.training.loop import Progress, Run
 from sam3cache.training.pool import PoolProgress, PoolTask
 from sam3cache.training.state import read_state
-from sam3cache.training.together import SamplePool
+from sam3cache.training.together import SamplePool, is_device_fault
 
 SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
 
@@ -180,7 +184,7 @@ def test_those_who_were_stopped_at_different_places_go_on_together(
 ) -> None:
     configs = several(store, tmp_path, residency="stream")
     for number, config in enumerate(configs):
-        asked = iter([None] * (number + 1))
+        asked = iter([None] * (8 + number + 1))  # after each mask, and then after each step
         with pytest.raises(StoppedError, match="was stopped by a test"):
             train(config, stop=lambda asked=asked: next(asked, "a test"))
     resumed = [replace(config, resume=True) for config in configs]
@@ -246,11 +250,147 @@ def test_folds_with_variants_share_their_samples_and_learn_from_none_that_is_hel
 
 
 def test_runs_that_are_judged_alike_hold_each_mask_once(store: Path, tmp_path: Path) -> None:
+    pool, handed_out = SamplePool(()), list[torch.Tensor]()
+
+    def mask_of(*what: Any) -> torch.Tensor:
+        handed_out.append(pool.mask(*what))
+        return handed_out[-1]
+
+    for seed in range(2):
+        Run(config_for(store, tmp_path, name=f"run{seed}"), open_samples=pool.open, mask_of=mask_of)
+    first, second = handed_out[:8], handed_out[8:]
+    assert [id(mask_MHW) for mask_MHW in first] == [id(mask_MHW) for mask_MHW in second]
+
+
+def test_runs_that_begin_after_a_correction_use_what_was_corrected(tmp_path: Path) -> None:
+    shapes = {"fpn_72": (8, 6, 6)}
+    root = build_store(tmp_path / "x.zarr", num_samples=9, level_shapes=shapes)
     pool = SamplePool(())
-    configs = [config_for(store, tmp_path, name=f"run{seed}", seed=seed) for seed in range(2)]
-    runs = [Run(config, open_samples=pool.open, mask_of=pool.mask) for config in configs]
-    masks = [[id(mask_MHW) for mask_MHW in run.val_masks_MHW] for run in runs]
-    assert masks[0] == masks[1]
+
+    def begin(name: str) -> Run:
+        config = config_for(root, tmp_path, name=name)
+        return Run(config, open_samples=pool.open, mask_of=pool.mask)
+
+    before, mask_before = begin("before"), pool.mask(open_store(root), 1, "mask")
+    shutil.rmtree(root)
+    changed: dict[str, Any] = {"first_angle_deg": -50, "empty_mask_rows": (0, 1)}
+    build_store(root, num_samples=9, level_shapes=shapes, **changed)
+    store, after = open_store(root), begin("after")
+    assert begin("another").train_samples is after.train_samples
+    assert after.train_samples is not before.train_samples
+    rows = after.train_samples.rows
+    own = CachedSamples(store, rows, ("fpn_72",), target_size_px=48).batch([0, 1])
+    used = after.train_samples.batch([0, 1])
+    for name in ("angles_B2", "target_BKTT"):
+        assert torch.equal(getattr(used, name), getattr(own, name)), name
+    assert mask_before.any()
+    assert not pool.mask(store, 1, "mask").any()
+    # One that had begun goes on with what it began with.
+    assert before.train_samples.batch([0]).target_BKTT.any()  # type: ignore[union-attr]
+
+
+def test_whatever_one_fails_by_the_others_go_on(store: Path, alone: Path, tmp_path: Path) -> None:
+    plain, averaged, *_ = several(store, tmp_path, residency="stream")
+    configs = [replace(plain, name="asserts"), plain, averaged]
+
+    def report(number: int, progress: Progress) -> None:
+        assert number != 0 or progress.loss is None, "of no kind that we foresee"
+
+    outcomes = dict(train_together(configs, report))
+    assert isinstance(outcomes[0], AssertionError)
+    for config in (plain, averaged):
+        assert_equal_runs(alone / config.name, config.run_dir)
+
+
+FAULTY_HEAD = """
+import os
+from pathlib import Path
+from torch import nn
+from sam3cache.heads import Head
+
+class Faulty(Head):
+    needs = ("fpn_72",)
+    def __init__(self, level_shapes, *, num_classes=1, fault=False, name=""):
+        super().__init__()
+        self.fault, self.name = fault, name
+        self.layer = nn.Conv2d(level_shapes["fpn_72"][0], num_classes, 1)
+    def forward(self, batch):
+        if self.training:
+            with Path("processes").open("a", encoding="utf-8") as file:
+                file.write(f"{self.name} {os.getpid()}\\n")
+        if self.fault and self.training:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return self.layer(self.feature(batch, "fpn_72"))
+"""
+
+
+def test_after_a_fault_of_the_device_a_new_process_goes_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty_heads.py").write_text(FAULTY_HEAD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    base = config_for(store, tmp_path / "out", head="faulty_heads:Faulty", residency="stream")
+    base = replace(base, order_seed=0, save_minutes=0)
+    names = ("before", "faulty", "after")
+    configs = [
+        replace(base, name=name, head_options={"fault": name == "faulty", "name": name})
+        for name in names
+    ]
+    outcomes = run_experiments(plan_runs(configs), ["cpu"])
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
+    assert "RuntimeError: CUDA error: device-side assert triggered" in outcomes[1].error
+    lines = (tmp_path / "processes").read_text("utf-8").split("\n")[:-1]
+    processes = {name: {line.split()[1] for line in lines if name in line} for name in names}
+    assert processes["before"] > processes["faulty"], "it went on in another"
+    assert processes["after"].isdisjoint(processes["faulty"])
+    for number in (0, 2):
+        single = train(replace(configs[number], output=str(tmp_path / "alone")))
+        assert_equal_runs(single.run_dir, configs[number].run_dir)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
+        (ValueError("CUDA error: in somebody's own words"), False),
+    ],
+)
+def test_a_fault_of_the_device_is_told_from_other_failures(
+    error: Exception, expected: bool
+) -> None:
+    assert is_device_fault(error) is expected
+    wrapped = HeadError("head x fails in training")
+    wrapped.__cause__ = error
+    assert is_device_fault(wrapped) is expected
+
+
+@pytest.mark.gpu
+def test_after_a_real_fault_of_a_gpu_a_new_process_goes_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FAULTY_HEAD.replace(
+        'raise RuntimeError("CUDA error: device-side assert triggered")',
+        "self.layer.bias[batch.angles_B2[:, 0].isfinite().long() + 7].sum().item()",
+    )
+    assert source != FAULTY_HEAD
+    (tmp_path / "asserting_heads.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    base = config_for(store, tmp_path / "out", head="asserting_heads:Faulty", device="cuda")
+    for residency in ("stream", "device"):
+        own = replace(base, output=str(tmp_path / residency), residency=residency, order_seed=0)  # type: ignore[arg-type]
+        configs = [
+            replace(own, name=name, head_options={"fault": name == "faulty", "name": name})
+            for name in ("before", "faulty", "after")
+        ]
+        outcomes = run_experiments(plan_runs(configs), ["cuda:0"])
+        assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"], outcomes
+        assert "device-side assert" in outcomes[1].error
 
 
 def test_damage_in_a_shared_stream_is_told_to_everyone_who_meets_it(tmp_path: Path) -> None:
@@ -368,8 +508,39 @@ def test_an_experiment_that_cannot_begin_is_refused_before_any_other_does(
 def test_what_is_there_already_is_not_trained_over(store: Path, tmp_path: Path) -> None:
     runs = plan_runs([config_for(store, tmp_path)], seeds=2)
     runs[1].config.run_dir.mkdir(parents=True)
+    (runs[1].config.run_dir / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"run-seed1 holds a run already; .*--resume"):
         run_experiments(runs, ["cpu"])
+
+
+def test_a_folder_of_runs_is_one_programs_at_a_time(store: Path, tmp_path: Path) -> None:
+    runs = plan_runs([config_for(store, tmp_path / "out", resume=True)], seeds=2)
+    expected = rf"out is being changed by process {os.getpid()} on .* or choose another --name"
+    with claimed(tmp_path / "out"), pytest.raises(ConfigError, match=expected):
+        run_experiments(runs, ["cpu"])
+    assert not (tmp_path / "out").exists(), "nothing had come into it"
+
+
+def test_folds_without_anything_to_be_judged_by_are_refused_before_the_first_run(
+    tmp_path: Path,
+) -> None:
+    # The fourth group has one image, and no mask.
+    shapes = {"fpn_72": (8, 6, 6)}
+    root = build_store(
+        tmp_path / "x.zarr", num_samples=7, level_shapes=shapes, splits=("train", "val")
+    )
+    runs = plan_runs([config_for(root, tmp_path / "out")], folds=4)
+    expected = (
+        r"1 of 4 folds \(\d\) have no image with a mask in label set mask: of the 4 groups of "
+        r"train and val 3 have one; take fewer folds"
+    )
+    with pytest.raises(ConfigError, match=expected) as caught:
+        run_experiments(runs, ["cpu"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    for run in runs:
+        with pytest.raises(ConfigError, match=expected):
+            train(run.config)
 
 
 def test_a_store_that_cannot_be_used_stops_all_at_once(tmp_path: Path) -> None:
@@ -378,9 +549,11 @@ def test_a_store_that_cannot_be_used_stops_all_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
-@pytest.mark.parametrize("signalled", ["the program", "all processes"])
+@pytest.mark.parametrize(
+    ("signalled", "name"), [("the program", "SIGTERM"), ("all processes", "SIGUSR1")]
+)
 def test_many_runs_that_are_told_to_stop_save_their_place_and_go_on(
-    store: Path, tmp_path: Path, signalled: str
+    store: Path, tmp_path: Path, signalled: str, name: str
 ) -> None:
     options = ("--head", "film-conv", "--head-option", "embedding_dim=16", "--epochs", 20)
     options += ("--batch-size", 4, "--lr", 3e-3, "--loss-size", 48, "--seeds", 2)
@@ -400,12 +573,12 @@ def test_many_runs_that_are_told_to_stop_save_their_place_and_go_on(
     while not lines.exists() and process.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.01)
     if signalled == "all processes":  # as SLURM does with those of a job
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, getattr(signal, name))
     else:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "stopped by SIGTERM with 0 of 2 runs done; go on with --resume" in errors
+    assert process.returncode == 128 + getattr(signal, name), errors
+    assert f"stopped by {name} with 0 of 2 runs done; go on with --resume" in errors
     assert len(lines.read_text("utf-8").splitlines()) < 20, "it had finished before"
     summary = json.loads((tmp_path / "both" / "summary.json").read_text("utf-8"))
     assert [run["status"] for run in summary["runs"]] == ["waiting"] * 2
