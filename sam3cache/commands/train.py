@@ -156,7 +156,9 @@ class _GroupedCommand(click.Command):
     metavar="EPOCHS",
     help="End after so many epochs without a better validation Dice. [default: never]",
 )
-@click.option("--seed", default=0, show_default=True, help="Of weights, order and dropout.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Of weights, order, augmentation and dropout."
+)
 @click.option(
     "--set",
     "others",

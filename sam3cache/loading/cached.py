@@ -79,8 +79,7 @@ class CachedSamples:
         load_s: time that loading took, in seconds.
 
     Raises:
-        ConfigError: samples do not fit where they are told to lie, or the label set holds class
-            numbers instead of binary planes.
+        ConfigError: samples do not fit where they are told to lie.
         MissingSampleError: the store lacks a level, row or label set.
         CorruptStoreError: bytes in the store are damaged.
     """

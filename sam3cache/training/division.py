@@ -119,10 +119,16 @@ def _with_mask(
     if not rows:
         counts = Counter(sample.split for sample in store.samples)
         there = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
-        missing = "with a mask " if samples else ""
+        missing, remedy = "", f"divide them by `sam3cache store annotations split {config.store}`"
+        if samples:
+            missing = "with a mask "
+            remedy = (
+                f"add masks to label set {config.label_set} by `sam3cache store labels set`, or "
+                "name another by --label-set"
+            )
         raise ConfigError(
             f"{config.store} has no sample {missing}in split {split!r} (samples: {there}); "
-            "training needs both train and val: set the manifest's split column and extract again"
+            f"training needs both train and val: {remedy}"
         )
     return rows
 
