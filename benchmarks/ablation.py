@@ -310,7 +310,7 @@ def report(
         if line.against in scores:
             pairs = zip(own.dice, scores[line.against].dice, strict=True)
             differences = [mine - theirs for mine, theirs in pairs]
-        row += [f"{mean(differences):+.3f}" if differences else ""]
+        row += [f"{mean(differences):+z.3f}" if differences else ""]
         row += [interval_text(differences, sign=True) if differences else ""]
         row.append(duration(mean(own.train_s)))
         rows.append(row)

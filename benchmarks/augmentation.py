@@ -501,7 +501,7 @@ def report(
         ):
             gains = [mine - theirs for mine, theirs in zip(own, base, strict=True)]
             cells.append(f"{mean(own):.3f}")
-            cells.append("" if contestant is plain else f"{mean(gains):+.3f}")
+            cells.append("" if contestant is plain else f"{mean(gains):+z.3f}")
             cells.append("" if contestant is plain else interval_text(gains, sign=True))
         cells += [duration(median(contestant.epoch_s)), f"{significant(slower(contestant))} ×"]
         rows.append(cells)

@@ -231,7 +231,7 @@ def report(
         for name in sets:
             row.append(spread(scores[name][contestant.label].dice))
             is_default = contestant is DEFAULT
-            row.append("" if is_default else f"{mean(gains(scores[name], contestant)):+.3f}")
+            row.append("" if is_default else f"{mean(gains(scores[name], contestant)):+z.3f}")
         rows.append(row)
         if contestant is not DEFAULT and not options.quick:
             gain = mean(gains(bound_set, contestant))

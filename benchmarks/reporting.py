@@ -222,7 +222,7 @@ def interval_text(
         return "–"
     half = _STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
     low, high = max(within[0], mean(values) - half), min(within[1], mean(values) + half)
-    return f"{low:+.3f} to {high:+.3f}" if sign else f"{low:.3f} to {high:.3f}"
+    return f"{low:+z.3f} to {high:+z.3f}" if sign else f"{low:.3f} to {high:.3f}"
 
 
 def newest_result(program: str, folder: Path = RESULTS) -> dict[str, Any] | None:
