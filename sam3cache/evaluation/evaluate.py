@@ -36,6 +36,7 @@ from sam3cache.evaluation.report import (
     BEST,
     EvalResult,
     known_or_none,
+    path_from,
     prepare_output,
     write_result,
 )
@@ -162,10 +163,9 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     label_set = config.label_set or info.label_set
     has_mask = [store.has_mask(sample.row, label_set) for sample in samples]
     classes = _classes(store, label_set, info, folder)
-    data = record_data(store, label_set)
-    output = prepare_output(
-        config.output or config.checkpoint / f"eval-{config.split}", store.path, data
-    )
+    data, images_sha256 = record_data(store, label_set), _data_sha256(samples)
+    output = config.output or config.checkpoint / f"eval-{config.split}"
+    prepare_output(output, store.path, data, images_sha256)
 
     chosen = _choose_threshold(config, store, label_set, head, info, report, samples)
     rule, num_before = chosen.rule, chosen.num_images_read
@@ -203,13 +203,14 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     is_multiclass = rule.task == "multiclass"
     result = EvalResult(
         store=store.path.resolve().as_posix(),
+        store_from_here=path_from(store.path, output),
         sealed=store.sealed,
         checkpoint=folder.as_posix(),
         weights_sha256=info.weights_sha256,
         head=info.head,
         epoch=info.epoch,
         levels={level: store.fingerprint(level).digest for level in info.levels},
-        data_sha256=_data_sha256(samples),
+        data_sha256=images_sha256,
         data=dataclasses.asdict(data),
         split=config.split,
         label_set=label_set,

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class EvalResult:
 
     Attributes:
         store: absolute path of the feature store, or its address.
+        store_from_here: the same from ``output``, which holds where a project was moved or copied;
+            empty where there is no such path.
         sealed: whether its extraction had finished.
         checkpoint: path of the checkpoint's folder.
         weights_sha256: of the head, as its checkpoint records them.
@@ -86,6 +89,7 @@ class EvalResult:
     """
 
     store: str
+    store_from_here: str
     sealed: bool
     checkpoint: str
     weights_sha256: str
@@ -141,13 +145,33 @@ class EvalResult:
         return record
 
 
-def prepare_output(folder: Path, store: Place, data: DataRecord) -> Path:
+def path_from(store: Place, folder: Path) -> str:
+    """Return the way from a folder to a store; empty to an address, and to another drive."""
+    if not isinstance(store, Path):
+        return ""
+    try:
+        return Path(os.path.relpath(store.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return ""
+
+
+def stores_told(summary: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Return where the store of an evaluation may be: as seen from its folder, and as it was."""
+    told = [Path(str(summary.get("store", "")))]
+    if summary.get("store_from_here"):
+        told.insert(0, folder.resolve() / summary["store_from_here"])
+    paths = dict.fromkeys(path.resolve() for path in told)
+    return [path for path in paths if (path / "zarr.json").is_file()]
+
+
+def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: str) -> Path:
     """Make the folder of the results, before anything is computed for it.
 
     Args:
         folder: where the results go.
         store: path of the store that is evaluated.
-        data: what is evaluated there; a store of the same images and masks is the same, moved.
+        data: what the store has.
+        data_sha256: of the images that are evaluated, as in ``EvalResult``.
 
     Raises:
         ConfigError: the folder cannot be written, or holds the results of another store.
@@ -166,10 +190,20 @@ def prepare_output(folder: Path, store: Place, data: DataRecord) -> Path:
     except ValueError:
         earlier = {}  # Not ours, or damaged: it will be replaced.
     before = earlier.get("data") or {}
-    moved = all(
-        before.get(name) == getattr(data, name) for name in ("samples_sha256", "labels_sha256")
+    has_same_images = before.get("samples_sha256") == data.samples_sha256
+    known = stores_told(earlier, folder)
+    is_here = isinstance(store, Path) and store.resolve() in known
+    is_same = (
+        not earlier
+        or place_of(earlier.get("store", store)).resolve() == store.resolve()
+        # The project was moved, or copied: then the other one's store is there as well.
+        or (is_here and (len(known) == 1 or has_same_images))
+        or (
+            earlier.get("data_sha256") == data_sha256
+            and before.get("labels_sha256") == data.labels_sha256
+        )
     )
-    if place_of(earlier.get("store", store)).resolve() != store.resolve() and not moved:
+    if not is_same:
         raise ConfigError(
             f"{folder} holds the results on another store, {earlier['store']}; name another folder "
             "by --output, or remove it"

@@ -18,8 +18,7 @@ from sam3cache.features import (
     SampleRow,
     block_of,
 )
-from sam3cache.features.levels import LABEL_TILE_PX
-from sam3cache.features.receipts import write_receipt
+from sam3cache.features.receipts import masks_in, write_receipt
 from sam3cache.features.writer import label_receipt
 
 _NO_MASK = 0
@@ -54,26 +53,9 @@ def hash_masks(receipts: Mapping[ReceiptKey, Receipt], rows: Iterable[int]) -> a
     """
     hashes = array("q")
     for block, members in groupby(rows, key=block_of):
-        of_block = _hashes_of(receipts.get((f"labels.{LABEL_SET}", block)))
-        hashes.extend(of_block.get(row, _NO_MASK) for row in members)
+        masks = masks_in(receipts.get((f"labels.{LABEL_SET}", block)))
+        hashes.extend(hash(masks[row]) or 1 if row in masks else _NO_MASK for row in members)
     return hashes
-
-
-def _hashes_of(receipt: Receipt | None) -> dict[int, int]:
-    if receipt is None:
-        return {}
-    parts = {
-        fact["row"]: [fact["height_px"], fact["width_px"]]
-        for fact in receipt.facts
-        if fact["present"]
-    }
-    for shard in receipt.shards:
-        top_px, left_px = (LABEL_TILE_PX * int(part) for part in shard.key.split("/")[-2:])
-        inside = [part for part in parts.values() if part[0] > top_px and part[1] > left_px]
-        # Receipts of format version 1 have no checksums of chunks.
-        for part, checksum in zip(inside, shard.chunk_crc32c, strict=False):
-            part.append(checksum)
-    return {row: hash(tuple(part)) or 1 for row, part in parts.items()}
 
 
 def num_new_masks(before: Sequence[int], after: Sequence[int]) -> int:

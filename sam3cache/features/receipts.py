@@ -22,6 +22,7 @@ from sam3cache.features.files import (
     sha256_of_json,
 )
 from sam3cache.features.lazy import LazySequence
+from sam3cache.features.levels import LABEL_TILE_PX
 from sam3cache.features.places import Place, for_places, replace_file, write_atomic
 
 FORMAT_VERSION = 2
@@ -634,6 +635,27 @@ class ReceiptsOnDemand(Mapping[ReceiptKey, Receipt]):
 
     def _decompressed(self, group: int) -> bytes:
         return zlib.decompress(self._packed.groups[group])
+
+
+def masks_in(receipt: Receipt | None) -> dict[int, tuple[int, ...]]:
+    """Return, by row of a block of labels, what its mask is known by, without reading it.
+
+    That is its height, its width, and the checksum of each of its tiles; receipts of format version
+    1 have no checksums.
+    """
+    if receipt is None:
+        return {}
+    masks = {
+        fact["row"]: [fact["height_px"], fact["width_px"]]
+        for fact in receipt.facts
+        if fact["present"]
+    }
+    for shard in receipt.shards:
+        top_px, left_px = (LABEL_TILE_PX * int(part) for part in shard.key.split("/")[-2:])
+        inside = [mask for mask in masks.values() if mask[0] > top_px and mask[1] > left_px]
+        for mask, checksum in zip(inside, shard.chunk_crc32c, strict=False):
+            mask.append(checksum)
+    return {row: tuple(mask) for row, mask in masks.items()}
 
 
 def receipt_path(root: Place, item: str, block: int) -> Place:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sam3cache.errors import ConfigError
-from sam3cache.features import FeatureStore, Receipt, StoredSample, block_of
-from sam3cache.features.levels import LABEL_TILE_PX
+from sam3cache.features import FeatureStore, StoredSample, block_of
+from sam3cache.features.receipts import masks_in
 from sam3cache.heads.checkpoint import short_hash
 from sam3cache.loading.folds import fold_of_groups
 from sam3cache.training.config import TrainConfig
@@ -161,26 +161,13 @@ def masks_sha256(store: FeatureStore, rows: Sequence[int], label_set: str) -> st
     # A variant has the mask of its image.
     base_row = {v.row: v.base_row for v in store.variants if v.base_row is not None}
     mask_rows = [base_row.get(row, row) for row in rows]
-    of_row: dict[int, list[int]] = {}
+    of_row: dict[int, tuple[int, ...]] = {}
     for block in sorted({block_of(row) for row in mask_rows}):
-        of_row |= _checksums(receipts.get((spec.item, block)))
+        of_row |= masks_in(receipts.get((spec.item, block)))
     digest = hashlib.sha256(f"{(spec.task, *spec.classes)!r}\n".encode())
     for row in mask_rows:
         digest.update(f"{of_row.get(row)!r}\n".encode())
     return digest.hexdigest()
-
-
-def _checksums(receipt: Receipt | None) -> dict[int, list[int]]:
-    """Return, by row of a block, the checksums of its mask's tiles."""
-    facts = [] if receipt is None else [fact for fact in receipt.facts if fact["present"]]
-    found: dict[int, list[int]] = {fact["row"]: [] for fact in facts}
-    for shard in () if receipt is None else receipt.shards:
-        top_px, left_px = (LABEL_TILE_PX * int(part) for part in shard.key.split("/")[-2:])
-        inside = [f for f in facts if f["height_px"] > top_px and f["width_px"] > left_px]
-        # Receipts of format version 1 have none.
-        for fact, checksum in zip(inside, shard.chunk_crc32c, strict=False):
-            found[fact["row"]].append(checksum)
-    return found
 
 
 def data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:

@@ -270,7 +270,8 @@ class Run:
         self.model: nn.Module = self.head
         if config.compile:
             self.model = torch.compile(self.head)  # type: ignore[assignment]
-        self.parts = describe_head(self.head, level_shapes)
+        with self._head_at_work():
+            self.parts = describe_head(self.head, level_shapes)
         # A user's own head need not be derived from ours.
         rate = config.learning_rate or _own_learning_rate(config.head, self.head)
         self.learning_rate = rate * config.lr_factor

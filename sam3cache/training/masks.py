@@ -35,12 +35,16 @@ class HeldMasks:
             CorruptStoreError: bytes in the store are damaged.
         """
         # Masks that are set anew while runs go on are others, to those that begin then.
-        key = (store.seal, store.holder_of(label_set).seal, label_set, row)
+        version = (store.seal, store.holder_of(label_set).seal)
+        key = (*version, label_set, row)
         if key in self._held:
             return self._held[key]
         stored_MHW = store.read_mask(row, label_set)
         assert stored_MHW is not None
         mask_MHW = torch.from_numpy(stored_MHW)
+        if self.num_bytes + mask_MHW.nbytes > self._max_bytes:
+            self._held = {k: held for k, held in self._held.items() if k[:2] == version}
+            self.num_bytes = sum(held.nbytes for held in self._held.values())
         if self.num_bytes + mask_MHW.nbytes <= self._max_bytes:
             self._held[key] = mask_MHW
             self.num_bytes += mask_MHW.nbytes

@@ -186,6 +186,8 @@ class DevicePool:
             worker.has_lost_device = True
             # It has nothing more to do, and could not be relied on to end.
             worker.process.kill()
+            # Until it has gone, its claims would keep others from the runs that are put back.
+            worker.process.join()
             self._put_back(worker)
         else:
             wanted = self._next(worker) if kind == "ready" else self._more(worker)

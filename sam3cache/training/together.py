@@ -160,6 +160,9 @@ def train_together(
         finally:
             for reading in readings:
                 reading.close()
+            # Whoever takes no more outcomes would leave their folders claimed.
+            for lane in lanes:
+                lane.run.close()
 
 
 class _Lane:

@@ -340,7 +340,8 @@ def test_seeds_on_other_label_sets_or_masks_are_not_averaged(tmp_path: Path, hea
         comparison(head(0, "old"), tmp_path / "new")
     summary = tmp_path / "new-seed1" / "eval-test" / "summary.json"
     told = json.loads(summary.read_text(encoding="utf-8"))
-    summary.write_text(json.dumps({**told, "label_set": "reader2", "store": "gone"}), "utf-8")
+    told |= {"label_set": "reader2", "store": "gone", "store_from_here": ""}
+    summary.write_text(json.dumps(told), "utf-8")
     with pytest.raises(ConfigError, match="runs of new were evaluated on label sets mask, reader2"):
         comparison(tmp_path / "old", tmp_path / "new")
 
@@ -350,7 +351,7 @@ def test_seeds_that_learned_from_other_data_are_told(
 ) -> None:
     for seed, digest in enumerate("ab"):
         evaluated(tmp_path / f"new-seed{seed}", store, 1, settings={"data_sha256": digest})
-    said = "The runs of new learned from other images, masks or annotations, as they were changed"
+    said = "The runs of new record other images, masks or annotations than each other"
     result = comparison(head(0, "old"), tmp_path / "new")
     assert any(sentence.startswith(said) for sentence in result.notices)
 
@@ -527,10 +528,17 @@ def test_what_had_an_overlay_is_compared_with_it_or_evaluated_anew(
     set_annotations(AnnotationsConfig(store, manifest, only=("split",), overlay=overlay))
     assert comparison(*runs, overlay=overlay).num_images == 11
     with pytest.raises(
-        ConfigError, match=r"a/eval-test was measured on .* with an overlay, .*/a --split test"
+        ConfigError, match=r"a/eval-test was measured on .* with an overlay, .*/a --split test -o"
     ):
         comparison(*runs)
     assert comparison(*runs, overlay=overlay).num_images == 11
+    # Another reader's results are not written over.
+    other = tmp_path / "other"
+    rows = [f"s{i},{'val' if i < 2 else 'test'}" for i in range(12)]
+    manifest.write_text("\n".join(["id,split", *rows]), encoding="utf-8")
+    set_annotations(AnnotationsConfig(store, manifest, only=("split",), overlay=other))
+    with pytest.raises(ConfigError, match=r"a/eval-test was measured with another overlay than"):
+        comparison(*runs, overlay=other)
     # Where the store is not at hand, what was measured stands.
     shutil.rmtree(store)
     assert comparison(*(run / "eval-test" for run in runs)).num_images == 11
@@ -560,6 +568,48 @@ def test_stores_of_one_relative_path_are_two(
     (tmp_path / "b").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
     evaluated(Path("checkpoints/h0"), Path("features/angio.zarr"), 0)
+
+
+def test_a_copied_project_is_compared_on_its_own_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks that were corrected in the copy count there, though the first store is there too."""
+    monkeypatch.chdir(tmp_path)
+    store = write_store(Path("a/features/angio.zarr"), [0] * 12)
+    for cells in (0, 1):
+        evaluated(Path("a/checkpoints") / f"h{cells}", store, cells)
+    shutil.copytree("a", "b")
+    shutil.rmtree("b/features")
+    write_store(
+        Path("b/features/angio.zarr"),
+        [0] * 12,
+        edit_mask=lambda row, mask_MHW: np.roll(mask_MHW, 1, axis=-1),
+    )
+    result = comparison(Path("b/checkpoints/h0"), Path("b/checkpoints/h1"))
+    assert result.comparisons[0].dice.baseline == pytest.approx(7 / 8)
+    first = comparison(Path("a/checkpoints/h0"), Path("a/checkpoints/h1"))
+    assert first.comparisons[0].dice.baseline == 1.0
+
+
+def test_other_images_of_a_store_of_the_same_pictures_are_other_results(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a.zarr", splits=("test", "val"))
+    run = evaluated(tmp_path / "run", store, 0)
+    other = write_store(tmp_path / "b.zarr", splits=("val", "test"))
+    with pytest.raises(ConfigError, match="holds the results on another store"):
+        evaluated(run, other, 0)
+
+
+def test_seeds_trained_anew_are_asked_alike_whatever_others_were(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "angio.zarr", [*SHIFTS, 1, 1], splits=("test", "val"))
+    first = evaluated(tmp_path / "first", store, 0, threshold="auto")
+    evaluated(tmp_path / "new-seed0", store, 1)
+    for seed in (0, 1):
+        write_shifted(tmp_path / f"new-seed{seed}", store, 2)
+    comparison(first, tmp_path / "new")
+    for seed in (0, 1):
+        summary = tmp_path / f"new-seed{seed}" / "eval-test" / "summary.json"
+        told = json.loads(summary.read_text(encoding="utf-8"))
+        assert told["threshold_choice"]["source"] == "checkpoint"
 
 
 def test_images_of_patients_that_a_head_has_seen_are_told(

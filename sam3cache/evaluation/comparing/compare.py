@@ -50,7 +50,7 @@ from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
 from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
-from sam3cache.evaluation.report import LAST
+from sam3cache.evaluation.report import LAST, stores_told
 from sam3cache.evaluation.scores import DISTANCES
 from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
 from sam3cache.features import open_store, record_data
@@ -316,7 +316,7 @@ def compare(
     # Whatever else is in the folder, no page of earlier figures stands beside these.
     (output / PAGE_FILE).unlink(missing_ok=True)
     if result.page is not None:
-        cases, sentences = _cases(evaluated, scores, config)
+        cases, sentences = _cases(evaluated, scores, config, content_of)
         date = datetime.datetime.now().astimezone().date()
         html = comparison_html(result, differences, cases, sentences, date)
         write_atomic(result.page, html.encode())
@@ -385,8 +385,8 @@ def _evaluate(
             stale_store = _store_of_other_content(run, summary, config, content_of)
             if stale_store is None:
                 continue
-            recorded = Path(str(summary.get("store")))
-            if run.folder is None or info is None or recorded.resolve() != stale_store.resolve():
+            recorded = _store_told(run, summary, content_of)
+            if run.folder is None or info is None or recorded != stale_store.resolve():
                 raise ConfigError(
                     f"{run.evaluation} was measured on other images, masks or annotations than "
                     f"{stale_store} has now; write another with `sam3cache eval {stale_store} "
@@ -395,7 +395,7 @@ def _evaluate(
                 )
         if run.folder is None or info is None:
             raise ConfigError(f"{run.evaluation} lacks a part of an evaluation; write it anew")
-        store = config.store or stale_store or _known_store(run, all_of_them)
+        store = config.store or stale_store or _known_store(run, all_of_them, content_of)
         if store is None:
             raise ConfigError(
                 f"{run.name} was not evaluated on split {config.split} with the weights it has "
@@ -414,13 +414,19 @@ def _evaluate(
                 allow_unsealed=config.allow_unsealed,
                 overlay=config.overlay,
                 output=run.evaluation,
-                **_asked_alike(run, info, evaluated if stale_store is None else [], all_of_them),
+                **_asked_alike(
+                    info,
+                    # Those of the other seeds and folds, with which it is taken together.
+                    (*(evaluated if stale_store is None else ()), run, *experiment.runs),
+                    all_of_them,
+                ),
                 check_angles=False,
                 check_features=False,
                 page=False,
             ),
             partial(report, run.name),
         )
+        evaluated.append(run)
     summaries = tuple(read_summary(run.evaluation) for run in experiment.runs)
     _check_asked_alike(experiment, summaries, config.split)
     scores = tuple(
@@ -441,18 +447,38 @@ def _store_of_other_content(
         ConfigError: the evaluation had an overlay, and none is named now.
     """
     there = summary.get("data") or {}
-    store = config.store or Path(str(summary.get("store", "")))
-    if config.store is None and not (store / "zarr.json").is_file():
+    store = config.store or _store_told(run, summary, content_of)
+    if store is None:
         return None
+    anew = f"`sam3cache eval {store} {run.folder or 'CHECKPOINT'} --split {config.split} -o FOLDER`"
     if config.overlay is None and there.get("overlay_seal"):
         raise ConfigError(
             f"{run.evaluation} was measured on {store} with an overlay, whose masks and "
-            "annotations may be others; name it by --overlay, or evaluate anew without it by "
-            f"`sam3cache eval {store} {run.folder or 'CHECKPOINT'} --split {config.split}`"
+            f"annotations may be others; name it by --overlay, or evaluate without it by {anew}, "
+            "and compare that"
         )
     here = content_of(store, str(summary.get("label_set")))
     names = ("samples_sha256", "labels_sha256", "annotations_sha256")
-    return None if here and all(here[name] == there.get(name) for name in names) else store
+    if here and all(here[name] == there.get(name) for name in names):
+        return None
+    if there.get("overlay_seal"):
+        raise ConfigError(
+            f"{run.evaluation} was measured with another overlay than {config.overlay}, or with "
+            f"this one before it was changed; write another by {anew} --overlay "
+            f"{config.overlay}, and compare such folders"
+        )
+    return store
+
+
+def _store_told(run: Run, summary: Mapping[str, Any], content_of: _ContentOf) -> Path | None:
+    """Return the store of an evaluation; of two, as of a copied project, that of its images."""
+    stores = stores_told(summary, run.evaluation)
+    if len(stores) > 1:
+        images = (summary.get("data") or {}).get("samples_sha256")
+        label_set = str(summary.get("label_set"))
+        of_images = [s for s in stores if content_of(s, label_set).get("samples_sha256") == images]
+        stores = of_images or stores[1:]
+    return stores[0] if stores else None
 
 
 def _content(config: CompareConfig, store: Path, label_set: str) -> Mapping[str, Any]:
@@ -464,21 +490,23 @@ def _content(config: CompareConfig, store: Path, label_set: str) -> Mapping[str,
 
 
 def _asked_alike(
-    run: Run, info: CheckpointInfo, evaluated: Sequence[Run], experiments: Sequence[Experiment]
+    info: CheckpointInfo, own: Sequence[Run], experiments: Sequence[Experiment]
 ) -> dict[str, Any]:
     """Return the label set and the threshold to evaluate a run with.
 
-    Those of the other seeds and folds, with which it is taken together; else those that it was
-    evaluated with before; else those of the other experiments, but for a number as threshold, which
-    was meant for another head.
+    Args:
+        info: of its checkpoint.
+        own: runs of its experiment: the first that was ever evaluated is followed.
+        experiments: all of them; else another is followed, but for a number as threshold, which was
+            meant for another head.
     """
-    others = [o for e in experiments for o in e.runs if is_evaluated(o)]
-    for one in (*evaluated, run, *others):
+    others = (o for e in experiments for o in e.runs if is_evaluated(o))
+    for one in itertools.chain(own, others):
         summary = one.earlier_summary()
         if not _is_asked_like(info, summary):
             continue
-        source, is_own = _source(summary), one is run or one in evaluated
-        given = summary.get("threshold") if source == "given" and is_own else None
+        source = _source(summary)
+        given = summary.get("threshold") if source == "given" and one in own else None
         threshold = "auto" if source == "auto" else given
         return {"label_set": summary.get("label_set"), "threshold": threshold}
     return {}
@@ -521,12 +549,14 @@ def _check_asked_alike(
         )
 
 
-def _known_store(run: Run, experiments: Sequence[Experiment]) -> Path | None:
+def _known_store(
+    run: Run, experiments: Sequence[Experiment], content_of: _ContentOf
+) -> Path | None:
     """Return the store that an evaluation tells of, or one of the name the run learned on."""
-    others = [o for e in experiments for o in e.runs if is_evaluated(o)]
-    for other in (*others, run):
-        store = Path(str(other.earlier_summary().get("store", "")))
-        if (store / "zarr.json").is_file():
+    others = (o for e in experiments for o in e.runs if is_evaluated(o))
+    for other in itertools.chain(others, (run,)):
+        store = _store_told(other, other.earlier_summary(), content_of)
+        if store is not None:
             return store
     info = run.info()
     named = STORES / str(info.settings.get("store", "") if info else "")
@@ -560,8 +590,9 @@ def _of_training_data(evaluated: Sequence[_Evaluated]) -> list[str]:
                 data.add((info.settings.get("data_sha256"), tuple(info.classes)))
         if any(len(data) > 1 for data in learned.values()):
             sentences.append(
-                f"The runs of {one.name} learned from other images, masks or annotations, as they "
-                "were changed between: they differ by more than their seeds."
+                f"The runs of {one.name} record other images, masks or annotations than each "
+                "other, changed between or extracted apart: they may differ by more than their "
+                "seeds."
             )
     return sentences
 
@@ -838,13 +869,20 @@ def _compared(
 
 
 def _cases(
-    evaluated: Sequence[_Evaluated], scores: Sequence[Scores], config: CompareConfig
+    evaluated: Sequence[_Evaluated],
+    scores: Sequence[Scores],
+    config: CompareConfig,
+    content_of: _ContentOf,
 ) -> tuple[list[ComparedCase], list[str]]:
     """Return the images to show, and a sentence on what cannot be shown."""
     store = config.store
     if store is None:
-        told = (Path(str(s.get("store", ""))) for one in evaluated for s in one.summaries)
-        store = next((path for path in told if (path / "zarr.json").is_file()), None)
+        told = (
+            _store_told(run, summary, content_of)
+            for one in evaluated
+            for run, summary in zip(one.experiment.runs, one.summaries, strict=True)
+        )
+        store = next(filter(None, told), None)
     if store is None:
         return [], ["No pictures, since the store is not at hand; name it by --store."]
     return compared_cases(
