@@ -7,8 +7,8 @@ turn:
   alone, film-conv and linear, trained on 20 patients (80 pictures) for 6 epochs in batches of 4;
 - batch size: film-conv on 512 pictures for BATCH_EPOCHS epochs in batches of 16 to 512, with the
   learning rate of a batch of 16: equal epochs, so the larger the batch, the fewer the steps. For
-  SCALED_BATCH also with that rate times the square root of batch / 16, without and with half of
-  the training as warm-up; for LONG_BATCH also with as many steps as a batch of 16 makes;
+  LARGER_BATCH also with that rate times the square root of batch / 16, without and with half of
+  the training as warm-up, and with as many steps as a batch of 16 makes;
 - branches: the default head for the 14 or so branches of a coronary tree, each pixel of one of them
   or of none, with the view angles, and with the angles unknown in training and test alike; their
   loss on a grid of BRANCHES_LOSS_PX, as docs/heads.md advises for many classes on a CPU.
@@ -56,7 +56,8 @@ NUM_SEEDS = 3
 MAX_LOSS = 0.01
 MAX_MIN = 60.0
 BATCHES = (16, 64, 128, 512)
-SCALED_BATCH, LONG_BATCH = 64, 128
+PARTS = ("heads", "batch", "branches")
+LARGER_BATCH = 64
 BATCH_EPOCHS = 2
 BRANCHES_LOSS_PX = 252
 BRANCHES, BLIND = "branches", "blind"
@@ -102,18 +103,18 @@ def contestants() -> list[Contestant]:
         ),
         Contestant("heads", "`linear`", _SMALL | {"head": "linear"}, _DEFAULT),
     ]
-    scaled: dict[str, Any] = {"batch_size": SCALED_BATCH, "lr_scaling": "sqrt"}
-    num_long = BATCH_EPOCHS * LONG_BATCH // BATCHES[0]
+    scaled: dict[str, Any] = {"batch_size": LARGER_BATCH, "lr_scaling": "sqrt"}
+    num_long = BATCH_EPOCHS * LARGER_BATCH // BATCHES[0]
     batches: list[tuple[str, dict[str, Any]]] = [
         *((f"batch {size}", {"batch_size": size}) for size in BATCHES),
-        (f"batch {SCALED_BATCH}, rate × √(batch / 16)", scaled),
+        (f"batch {LARGER_BATCH}, rate × √(batch / 16)", scaled),
         (
-            f"batch {SCALED_BATCH}, the same after a warm-up",
+            f"batch {LARGER_BATCH}, the same after a warm-up",
             scaled | {"warmup_epochs": BATCH_EPOCHS / 2},
         ),
         (
-            f"batch {LONG_BATCH}, {num_long} epochs: as many steps",
-            {"batch_size": LONG_BATCH, "epochs": num_long},
+            f"batch {LARGER_BATCH}, {num_long} epochs: as many steps",
+            {"batch_size": LARGER_BATCH, "epochs": num_long},
         ),
     ]
     common = {"head": "film-conv", "learning_rate": 1e-3, "epochs": BATCH_EPOCHS}
@@ -160,9 +161,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("heads", "batch", "branches"),
-        default=("heads", "batch", "branches"),
-        help="parts of the table [all]",
+        choices=PARTS,
+        default=PARTS,
+        help="parts of the table; a result of some has their names [all]",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, or a CUDA device [auto]")
     parser.add_argument("--precision", default="auto", help="what heads compute in [auto]")
@@ -302,6 +303,7 @@ def report(
 ) -> Report:
     """Lay out what was found, and check the bounds."""
     rows, bounds = [], []
+    is_whole = set(options.parts) == {*PARTS}
     for line in lines:
         own = scores[line.label]
         row = [line.label, f"{own.parameters / 1e6:.2f} M", f"{own.gflop:.1f}"]
@@ -326,7 +328,7 @@ def report(
         claim = f"the table takes at most {MAX_MIN:g} min"
         bounds.append(Bound(claim, minutes, minutes <= MAX_MIN))
     return Report(
-        program="ablation",
+        program="-".join(["ablation", *(() if is_whole else options.parts)]),
         columns=(
             "`sam3-mini` features of phantoms",
             "parameters",
