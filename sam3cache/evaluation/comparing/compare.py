@@ -571,7 +571,14 @@ def _check_alike(evaluated: Sequence[_Evaluated]) -> list[str]:
         ("split", "splits"),
         ("label_set", "label sets"),
     ):
-        values = {one.name: {str(s.get(name)) for s in one.summaries} for one in evaluated}
+        values = {
+            one.name: {
+                # Each chose its own: they are of one kind.
+                "auto" if name == "threshold" and _source(s) == "auto" else str(s.get(name))
+                for s in one.summaries
+            }
+            for one in evaluated
+        }
         if len(set(map(frozenset, values.values()))) > 1:
             told = ", ".join(f"{of} {'/'.join(sorted(v))}" for of, v in values.items())
             sentences.append(f"The evaluations are of other {title}: {told}.")

@@ -45,7 +45,8 @@ def judge(
         return "equal", f"{name} and {baseline} are equal: the same {measure} on all {over}."
     digits = 3 if abs(difference.mean) >= 0.001 else 5
     found = f"{gain_text(difference.mean, digits)} {measure}"
-    over = f"over {over}; {difference.num_better} images better, {difference.num_worse} worse"
+    images = "image" if difference.num_better == 1 else "images"
+    over = f"over {over}; {difference.num_better} {images} better, {difference.num_worse} worse"
     interval = difference.interval
     if interval is None or difference.num_groups < MIN_GROUPS:
         groups = _number(difference.num_groups, "group")
