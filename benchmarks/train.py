@@ -383,7 +383,7 @@ def compare_roads(config: TrainConfig, folder: Path, rounds: int) -> dict[str, l
         if road != "device" or config.device != "cpu":
             own = replace(config, name=road, residency=road)
             roads[road] = CachedRun(own).epoch
-    roads["npy"] = NpyFiles(config, folder / "npy").epoch
+    roads["npy"] = NpyFiles(config, folder / "npy-files").epoch
     # A loss as coarse as the features, so that nothing but reading is left to do.
     coarse = replace(config, name="linear", head="linear", residency="stream", loss_size_px=72)
     linear = CachedRun(coarse)
