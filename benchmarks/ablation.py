@@ -32,7 +32,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from heads import VIEWS, Scores
@@ -314,7 +314,7 @@ def report(
             differences = [mine - theirs for mine, theirs in pairs]
         row += [f"{mean(differences):+z.3f}" if differences else ""]
         row += [interval_text(differences, sign=True) if differences else ""]
-        row.append(duration(mean(own.train_s)))
+        row.append(duration(median(own.train_s)))
         rows.append(row)
     default_batch = f"`film-conv`, batch {TrainConfig('', 'x').batch_size}"
     first_batch = f"`film-conv`, batch {BATCHES[0]}"
