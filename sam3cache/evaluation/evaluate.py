@@ -33,7 +33,6 @@ from sam3cache.evaluation.predicting import (
     predict,
 )
 from sam3cache.evaluation.report import (
-    BEST,
     EvalResult,
     known_or_none,
     path_from,
@@ -64,7 +63,7 @@ from sam3cache.heads import (
     count_parameters,
     load_checkpoint,
 )
-from sam3cache.heads.checkpoint import MODEL_FILE, short_hash
+from sam3cache.heads.checkpoint import BEST, MODEL_FILE, short_hash
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.folds import fold_of_groups
 from sam3cache.metrics import MaskScores, ShapeScores, shape_scores

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
-from sam3cache.evaluation.report import LAST, EvalResult
+from sam3cache.evaluation.report import EvalResult
 from sam3cache.evaluation.shuffling import MIN_GROUPS
 from sam3cache.evaluation.spacing import num_unreadable
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.heads import CheckpointInfo
+from sam3cache.heads.checkpoint import LAST
 
 MINIATURE = "sam3-mini"
 OWN_WEIGHTS = "default"

@@ -24,7 +24,7 @@ from sam3cache.evaluation.angle_use import AngleUse
 from sam3cache.evaluation.cases import Case, shown_size_px, stored_picture
 from sam3cache.evaluation.notices import OWN_WEIGHTS
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
-from sam3cache.evaluation.report import CHECKPOINTS, EvalResult
+from sam3cache.evaluation.report import EvalResult
 from sam3cache.evaluation.scores import MEAN_OVER_CLASSES, METRICS, by_image
 from sam3cache.evaluation.statistics import (
     LEVEL,
@@ -37,6 +37,7 @@ from sam3cache.evaluation.statistics import (
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import CheckpointInfo
+from sam3cache.heads.checkpoint import CHECKPOINTS
 from sam3cache.records import IGNORE_LABEL
 from sam3cache.runtime import installed_version
 from sam3cache.tasks import default_loss

@@ -29,9 +29,6 @@ IMAGES_FILE = "per_image.csv"
 SUMMARY_FILE = "summary.json"
 CONFUSION_FILE = "confusion.csv"
 
-BEST, LAST = CHECKPOINTS = ("best", "last")
-"""Folders of a run: its best epoch's checkpoint, and its last one's."""
-
 BY_PREFIX = "by_"
 """Begins the columns of per_image.csv that hold annotations of the user's."""
 

@@ -112,7 +112,9 @@ def strata(
     cases = by_image(images, len(classes))
     found: dict[str, dict[str, Stratum]] = {}
     own = cases[0][0].annotations
-    for column in (None, *own):
+    # None stands for the view region, which a column may share its name with.
+    titled = {VIEW: None} | {VIEW_COLUMN if name == VIEW else name: name for name in own}
+    for title, column in titled.items():
         parts: dict[str, list[ImageScore]] = {}
         for scores in cases:
             value = scores[0].view if column is None else scores[0].annotations[column]
@@ -120,7 +122,7 @@ def strata(
         is_asked = column is not None or (VIEW in columns and VIEW not in own)
         if not is_asked and set(parts) == {UNKNOWN}:
             continue
-        found[VIEW if column is None else VIEW_COLUMN if column == VIEW else column] = {
+        found[title] = {
             value: _stratum(parts[value], classes, seed)
             for value in sorted(parts, key=lambda value: (value == UNKNOWN, value))
         }

@@ -34,6 +34,10 @@ from sam3cache.tasks import Task
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 RECORD_FILE = "checkpoint.json"
+
+BEST, LAST = CHECKPOINTS = ("best", "last")
+"""Folders of a run: its best epoch's checkpoint, and its last one's."""
+
 _HEADER_KEY = "checkpoint"
 
 

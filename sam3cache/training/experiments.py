@@ -16,7 +16,7 @@ from sam3cache.features import open_store
 from sam3cache.runtime import write_atomic
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.division import divide
-from sam3cache.training.folders import claimed, is_in_use, is_run, runs_in
+from sam3cache.training.folders import claimed, is_run, require_unused, runs_in
 from sam3cache.training.loop import TrainResult
 from sam3cache.training.outlook import levels_of_head
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
@@ -232,12 +232,7 @@ def _require_room(runs: Sequence[PlannedRun]) -> None:
             f"{folder} is a single run, and not a folder for several; choose another --name"
         )
     for run in runs:
-        run_dir = run.config.run_dir
-        if is_in_use(run_dir) and not (run.config.resume or run.config.overwrite):
-            raise ConfigError(
-                f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
-                "with all that is not done, or --overwrite to replace them"
-            )
+        require_unused(run.config, go_on="all that is not done", replace="them")
 
 
 def _run_all(

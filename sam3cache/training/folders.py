@@ -9,7 +9,8 @@ from pathlib import Path
 from sam3cache.errors import ConfigError, StoreBusyError
 from sam3cache.features import store_lock
 from sam3cache.features.locks import locks_work
-from sam3cache.heads.checkpoint import MODEL_FILE
+from sam3cache.heads.checkpoint import BEST, LAST, MODEL_FILE
+from sam3cache.training.config import TrainConfig
 from sam3cache.training.state import STATE_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -17,7 +18,12 @@ METRICS_FILE = "metrics.jsonl"
 _LOCK = ".lock"
 
 # Of any of these, what only a run has; a folder of runs may have runs called "best" and "last".
-_OF_A_RUN = (f"best/{MODEL_FILE}", f"last/{MODEL_FILE}", f"last/{STATE_FILE}", METRICS_FILE)
+_OF_A_RUN = (
+    f"{BEST}/{MODEL_FILE}",
+    f"{LAST}/{MODEL_FILE}",
+    f"{LAST}/{STATE_FILE}",
+    METRICS_FILE,
+)
 
 # What a lock leaves, or a killed holder of it.
 _OF_A_LOCK = frozenset({_LOCK, ".holder.json"})
@@ -62,6 +68,24 @@ def claimed(folder: Path) -> Iterator[None]:
 def is_in_use(folder: Path) -> bool:
     """Return whether a folder holds anything beside what says who is at work in it."""
     return folder.exists() and any(path.name not in _OF_A_LOCK for path in folder.iterdir())
+
+
+def require_unused(config: TrainConfig, *, go_on: str, replace: str) -> None:
+    """Refuse a run's folder that holds something, unless that shall go on or be replaced.
+
+    Args:
+        config: of the run.
+        go_on: what ``--resume`` goes on with.
+        replace: what ``--overwrite`` replaces.
+
+    Raises:
+        ConfigError: saying what can be done.
+    """
+    if is_in_use(config.run_dir) and not (config.resume or config.overwrite):
+        raise ConfigError(
+            f"{config.run_dir} holds a run already; choose another --name, or give --resume to go "
+            f"on with {go_on}, or --overwrite to replace {replace}"
+        )
 
 
 def is_run(folder: Path) -> bool:

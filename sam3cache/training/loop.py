@@ -43,7 +43,8 @@ from sam3cache.heads import (
     describe_head,
     save_checkpoint,
 )
-from sam3cache.heads.registry import mistakes_of, one_line
+from sam3cache.heads.checkpoint import BEST, CHECKPOINTS, LAST
+from sam3cache.heads.registry import one_line
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.augment import Augmentation, Draws, augment, choose_rows
 from sam3cache.metrics import dice_iou_precision_recall
@@ -66,7 +67,14 @@ from sam3cache.training.division import (
     masks_sha256,
     trained_on,
 )
-from sam3cache.training.folders import METRICS_FILE, claimed, is_in_use, is_run, runs_in
+from sam3cache.training.folders import (
+    METRICS_FILE,
+    claimed,
+    is_in_use,
+    is_run,
+    require_unused,
+    runs_in,
+)
 from sam3cache.training.loss import Loss, balanced_weights, build_loss, default_loss
 from sam3cache.training.masks import HeldMasks
 from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
@@ -477,7 +485,7 @@ class Run:
     @contextmanager
     def _head_at_work(self) -> Iterator[None]:
         """Say in one line what a head of somebody's own fails by; of ours it would be a bug."""
-        own = () if self.config.head in HEADS else mistakes_of(self.config.head)
+        own: tuple[type[Exception], ...] = () if self.config.head in HEADS else (Exception,)
         try:
             yield
         except own as error:
@@ -502,7 +510,7 @@ class Run:
         config, state = self.config, self.state
         return TrainResult(
             run_dir=config.run_dir,
-            best_checkpoint=config.run_dir / "best",
+            best_checkpoint=config.run_dir / BEST,
             best_dice=state.best_dice,
             best_epoch=state.best_epoch,
             epochs=state.epoch,
@@ -532,14 +540,14 @@ class Run:
         The folder is this run's alone from now on, until it is closed.
         """
         run_dir = self.config.run_dir
-        state_file = run_dir / "last" / STATE_FILE
+        state_file = run_dir / LAST / STATE_FILE
         self._require_room()
         self._claim.enter_context(claimed(run_dir))
         self._require_room()  # Another may have been quicker.
         if self.config.resume:
             if state_file.exists():
                 return self._resume(state_file, fresh)
-            if (run_dir / "best").exists() or (run_dir / METRICS_FILE).exists():
+            if (run_dir / BEST).exists() or (run_dir / METRICS_FILE).exists():
                 raise CheckpointError(
                     f"the run in {run_dir} cannot be resumed without {state_file}, which is "
                     "missing; restore it, or start again with --overwrite"
@@ -556,22 +564,17 @@ class Run:
                 f"{run_dir} holds {len(runs)} runs ({', '.join(runs[:_MAX_NAMED])}{more}) and is "
                 "none itself; choose another --name"
             )
-        is_there = is_in_use(run_dir)
-        if config.resume and not is_there:
+        if config.resume and not is_in_use(run_dir):
             raise ConfigError(
                 f"there is no run to resume in {run_dir}; leave --resume out, or check --name"
             )
-        if is_there and not (config.resume or config.overwrite):
-            raise ConfigError(
-                f"{run_dir} holds a run already; choose another --name, or give --resume to go on "
-                "with it, or --overwrite to replace it"
-            )
+        require_unused(config, go_on="it", replace="it")
 
     def _clear(self) -> None:
         """Make the run's folder ready for a run from the start."""
         run_dir = self.config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        for part in ("best", "last", "tensorboard"):
+        for part in (*CHECKPOINTS, "tensorboard"):
             if (run_dir / part).exists():
                 shutil.rmtree(run_dir / part)
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
@@ -644,7 +647,7 @@ class Run:
         tensorboard.flush()
         run_dir, info = self.config.run_dir, self._info(epoch, metrics)
         with self._averaged():
-            for folder in ("best", "last") if best else ("last",):
+            for folder in CHECKPOINTS if best else (LAST,):
                 save_checkpoint(run_dir / folder, self.head, info)
         with (run_dir / METRICS_FILE).open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
@@ -734,7 +737,7 @@ class Run:
         extra = {} if self.average is None else dict(self.average.weights)
         if state.num_seen:
             extra[_TOTAL_LOSS] = self._total_loss
-        path = self.config.run_dir / "last" / STATE_FILE
+        path = self.config.run_dir / LAST / STATE_FILE
         save_state(path, state, self.head, self.optimizer, extra)
         self._saved_s = time.monotonic()
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sam3cache.errors import Sam3CacheError
 from sam3cache.features import FeatureStore
@@ -63,7 +62,7 @@ class SamplePool:
     def __init__(self, levels: Sequence[str]) -> None:
         self._levels = tuple(levels)
         self._opened: dict[tuple[Any, ...], CachedSamples] = {}
-        self._masks = HeldMasks()
+        self.mask = HeldMasks()
 
     def open(
         self, store: FeatureStore, rows: Sequence[int], levels: Sequence[str], **values: Any
@@ -78,10 +77,6 @@ class SamplePool:
             wanted = tuple(dict.fromkeys([*self._levels, *levels]))
             self._opened[key] = CachedSamples(store, rows, wanted, **values)
         return self._opened[key]
-
-    def mask(self, store: FeatureStore, row: int, label_set: str) -> Tensor:
-        """Return a mask as ``HeldMasks`` does, mostly one that is there already."""
-        return self._masks(store, row, label_set)
 
 
 def sharing_key(config: TrainConfig) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_heads import write_head
 from safetensors.torch import load_file, save_file
 
 from sam3cache import runtime
@@ -171,12 +172,8 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
 def users_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """Write a checkpoint of a head that lies in a module in the working directory."""
     module = f"own_{abs(hash(tmp_path))}"
-    (tmp_path / f"{module}.py").write_text(
-        "from sam3cache.heads.linear import Linear\nclass Net(Linear):\n    pass\n",
-        encoding="utf-8",
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    source = "from sam3cache.heads.linear import Linear\nclass Net(Linear):\n    pass\n"
+    write_head(tmp_path, monkeypatch, module, source)
     name = f"{module}:Net"
     info = dataclasses.replace(INFO, head=name, head_options={})
     save_checkpoint(tmp_path / "own", build_head(name, SHAPES, num_classes=2), info)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own_heads import write_head
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from store_builder import build_store
@@ -242,9 +243,7 @@ class Hungry(Head):
 def test_a_run_that_runs_out_of_memory_says_what_to_do(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "hungry_heads.py").write_text(HUNGRY_HEAD, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_head(tmp_path, monkeypatch, "hungry_heads", HUNGRY_HEAD)
     config = config_for(
         store, tmp_path, head="hungry_heads:Hungry", head_options={}, epochs=1, batch_size=4
     )
@@ -271,9 +270,7 @@ class Failing(Head):
 def test_what_a_head_of_ones_own_fails_by_is_one_line(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "failing_heads.py").write_text(FAILING_HEAD, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_head(tmp_path, monkeypatch, "failing_heads", FAILING_HEAD)
     config = config_for(store, tmp_path, head="failing_heads:Failing", head_options={}, epochs=1)
     expected = r"failing_heads:Failing fails in training: AssertionError: one at a time; correct"
     with pytest.raises(HeadError, match=expected) as caught:
@@ -305,9 +302,7 @@ class Tied(Head):
 def test_layers_may_share_weights(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tied_heads.py").write_text(TIED_HEAD, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_head(tmp_path, monkeypatch, "tied_heads", TIED_HEAD)
     values: dict[str, Any] = {"head": "tied_heads:Tied", "head_options": {}, "epochs": 2}
     config = config_for(store, tmp_path, **values, ema=0.5)
     run = Run(config)
@@ -328,9 +323,7 @@ def test_a_resumed_run_equals_one_without_interruption_to_the_bit(
 ) -> None:
     values: dict[str, Any] = {}
     if own_head:
-        (tmp_path / "noisy_heads.py").write_text(DROPOUT_HEAD, encoding="utf-8")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "path", list(sys.path))
+        write_head(tmp_path, monkeypatch, "noisy_heads", DROPOUT_HEAD)
         values = {"head": "noisy_heads:Noisy", "head_options": {}}
         straight = train(config_for(store, tmp_path / "straight", **values)).run_dir
     config = config_for(store, tmp_path, **values)
@@ -928,9 +921,7 @@ def test_a_users_head_with_an_impossible_learning_rate_is_refused_in_one_line(
     name = f"rated_heads_{abs(hash(value))}"
     source = DROPOUT_HEAD.replace("needs =", f"learning_rate = {value}\n    needs =")
     assert source != DROPOUT_HEAD
-    (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_head(tmp_path, monkeypatch, name, source)
     own = {"head": f"{name}:Noisy", "head_options": {}, "epochs": 1}
     with pytest.raises(HeadError, match=r"has learning_rate .*: expected a number above 0"):
         train(config_for(store, tmp_path / "out", **own, learning_rate=None))

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from own_heads import write_head
 from safetensors.torch import load_file
 from store_builder import build_store
 from variant_store import NUM_TRAIN, NUM_VAL, Noting, build_variant_store, image_of
@@ -327,9 +328,7 @@ class Faulty(Head):
 def test_after_a_fault_of_the_device_a_new_process_goes_on(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "faulty_heads.py").write_text(FAULTY_HEAD, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_head(tmp_path, monkeypatch, "faulty_heads", FAULTY_HEAD)
     base = config_for(store, tmp_path / "out", head="faulty_heads:Faulty", residency="stream")
     base = replace(base, order_seed=0, save_minutes=0)
     names = ("before", "faulty", "after")
@@ -378,9 +377,7 @@ def test_after_a_real_fault_of_a_gpu_a_new_process_goes_on(
         "self.layer.bias[batch.angles_B2[:, 0].isfinite().long() + 7].sum().item()",
     )
     assert source != FAULTY_HEAD
-    (tmp_path / "asserting_heads.py").write_text(source, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_head(tmp_path, monkeypatch, "asserting_heads", source)
     base = config_for(store, tmp_path / "out", head="asserting_heads:Faulty", device="cuda")
     for residency in ("stream", "device"):
         own = replace(base, output=str(tmp_path / residency), residency=residency, order_seed=0)  # type: ignore[arg-type]

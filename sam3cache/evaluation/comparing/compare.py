@@ -50,11 +50,12 @@ from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
 from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
-from sam3cache.evaluation.report import LAST, stores_told
+from sam3cache.evaluation.report import stores_told
 from sam3cache.evaluation.scores import DISTANCES
 from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
 from sam3cache.features import open_store, record_data
 from sam3cache.heads import CheckpointInfo
+from sam3cache.heads.checkpoint import LAST
 from sam3cache.records import SPLITS
 from sam3cache.runtime import write_atomic
 

@@ -24,8 +24,14 @@ from numpy.typing import NDArray
 
 from sam3cache.errors import CheckpointError, ConfigError
 from sam3cache.evaluation.evaluate import checkpoint_folder
-from sam3cache.evaluation.report import BEST, CHECKPOINTS, IMAGES_FILE, SUMMARY_FILE
-from sam3cache.heads.checkpoint import MODEL_FILE, CheckpointInfo, read_record
+from sam3cache.evaluation.report import IMAGES_FILE, SUMMARY_FILE
+from sam3cache.heads.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    MODEL_FILE,
+    CheckpointInfo,
+    read_record,
+)
 
 OVER_CLASSES = "all classes"
 """The class that stands for the mean over an image's classes, where there are several."""
@@ -285,9 +291,9 @@ def check_same_training(experiment: Experiment) -> None:
         return
     of_member: dict[tuple[int | None, int | None], Run] = {}
     for run, _ in recorded:
-        other = of_member.setdefault(run.member(), run)
+        seed, fold = run.member()
+        other = of_member.setdefault((seed, fold), run)
         if other is not run:
-            seed, fold = run.member()
             where = "" if fold is None else f" and fold {fold}"
             raise ConfigError(
                 f"{other.name} and {run.name} are both of seed {seed}{where}, and would count "
