@@ -33,7 +33,7 @@ from sam3cache.evaluation.statistics import (
     resampled_means,
 )
 
-NUM_GROUPS = (6, 8, 12, 20, 40)
+NUM_GROUPS = (2, 3, 4, 6, 8, 12, 20, 40)
 MIN_GROUPS = 6
 MEAN, SPREAD = 0.02, 0.03
 COVERED = (0.925, 0.97)

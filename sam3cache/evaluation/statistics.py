@@ -95,7 +95,9 @@ def bootstrap_interval(
     spread of G groups is sqrt((G - 1) / G) too small, and that it is estimated counts, too. Of 8
     groups they miss the true mean in 13 % of cases, not in 5. So percentiles further out are
     taken, those that make the normal law's interval Student's (Hesterberg 2015, "What Teachers
-    Should Know About the Bootstrap", on expanded percentile intervals).
+    Should Know About the Bootstrap", on expanded percentile intervals). None leaves the range of
+    the groups' own means: of 2, 3 and 4 groups they hold the true mean in 50, 74 and 88 % of cases
+    (``benchmarks/intervals.py``).
 
     Args:
         values_N: finite values.
