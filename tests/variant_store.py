@@ -42,11 +42,16 @@ def image_of(row: int) -> int:
     return row - NUM_TRAIN - NUM_VAL if row >= NUM_TRAIN + NUM_VAL else row
 
 
-def build_variant_store(root: Path) -> Path:
-    """Write the store: each image of a group of its own, channel 1 of every feature its row."""
+def build_variant_store(root: Path, *, num_rows: int = NUM_ROWS) -> Path:
+    """Write the store: each image of a group of its own, channel 1 of every feature its row.
+
+    Args:
+        root: of the store.
+        num_rows: how many of its rows; ``NUM_TRAIN + NUM_VAL``: no variants.
+    """
     rng = np.random.default_rng(0)
     samples, notes = [], []
-    for row in range(NUM_ROWS):
+    for row in range(num_rows):
         image = image_of(row)
         is_variant = row != image
         id_ = f"s{image}" + is_variant * f"~{VARIANT}"
@@ -78,7 +83,7 @@ def build_variant_store(root: Path) -> Path:
             samples=samples,
             annotations=notes,
         )
-    for block, first in enumerate(range(0, NUM_ROWS, _BLOCK)):
+    for block, first in enumerate(range(0, num_rows, _BLOCK)):
         rows = samples[first : first + _BLOCK]
         masks: dict[int, np.ndarray | None] = {}
         values = {}

@@ -40,6 +40,7 @@ class Bar:
         self._rows: tuple[tuple[str, str], ...] = ()
         self._history = deque([(clock_s(), num_done)])
         self._line_due_s = clock_s() + LINE_INTERVAL_S
+        self._line_of: tuple[int, int, str] | None = None
         self.live = console.is_terminal and not console.is_dumb_terminal
 
     def update(self, num_items: int = 1, note: str | None = None) -> None:
@@ -71,8 +72,17 @@ class Bar:
     def write_line(self) -> None:
         """Write the present state as a plain line."""
         self._line_due_s = self._clock_s() + LINE_INTERVAL_S
+        self._line_of = self._state()
         rows = "".join(f"; {name} {value}" for name, value in self._rows)
         self.print(f"{self._title}: {self._counts()}{rows}")
+
+    def write_last_line(self) -> None:
+        """Write the present state, unless the last line has said it."""
+        if self._line_of != self._state():
+            self.write_line()
+
+    def _state(self) -> tuple[int, int, str]:
+        return self._num_done, self._total, self._note
 
     def __rich__(self) -> RenderableType:
         """Draw the bar and its rows, for rich."""
@@ -90,7 +100,9 @@ class Bar:
         return Group(line, below)
 
     def _counts(self) -> str:
-        parts = [f"{self._num_done}/{self._total} {self._unit}"]
+        parts = []
+        if self._total or not self._note:
+            parts.append(f"{self._num_done}/{self._total} {self._unit}")
         (start_s, start_count), (end_s, end_count) = self._history[0], self._history[-1]
         if end_s > start_s and end_count > start_count:
             rate = (end_count - start_count) / (end_s - start_s)
@@ -134,7 +146,7 @@ def progress(
     else:
         yield bar
     bar.rows(())
-    bar.write_line()
+    bar.write_last_line()
 
 
 class Stages:

@@ -289,9 +289,9 @@ def _train_many(experiments: list[TrainConfig], seeds: int, folds: int, as_json:
     runs = plan_runs(experiments, seeds=seeds, folds=folds)
     device = experiments[0].device.strip().lower()
     devices = parse_devices({"auto": "all", "cuda": "cuda:0"}.get(device, device))
-    _announce_many([run.config for run in runs])
     with stop_on_signals() as stop, ExitStack() as stack:
-        outcomes = run_experiments(runs, devices, partial(_show_many, Stages(stack)), stop)
+        show = partial(_show_many, Stages(stack))
+        outcomes = run_experiments(runs, devices, show, stop, _announce_many)
     if as_json:
         click.echo(json.dumps(to_json(outcomes), indent=2))
     else:
@@ -301,7 +301,7 @@ def _train_many(experiments: list[TrainConfig], seeds: int, folds: int, as_json:
 
 
 def _show_many(stages: Stages, state: PoolProgress) -> None:
-    note = f"{state.num_ended}/{state.num_runs} runs done"
+    note = f"{state.num_ended}/{state.num_runs} runs ended"
     bar = stages.show("Training", state.num_images, state.num_total, note)
     bar.rows(state.devices.items())
 

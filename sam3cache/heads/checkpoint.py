@@ -206,6 +206,15 @@ def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read a safetensors file's header alone.
+
+    Raises:
+        CheckpointError: the file is missing or is no safetensors file.
+    """
+    return _open_tensors(path, with_tensors=False)[0]
+
+
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Read a safetensors file's header and tensors.
 

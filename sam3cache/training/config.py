@@ -27,7 +27,7 @@ LearningRateScaling = Literal["none", "sqrt", "linear"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # What a run's data are known by: they make its result, too, but are no settings to resume with.
-_OF_THE_DATA = frozenset({"data_sha256", "class_weights_used"})
+_OF_THE_DATA = frozenset({"data_sha256", "num_train", "num_val", "class_weights_used"})
 
 # Where a run lies and what it runs on may change between its parts; the rest makes its result.
 _NOT_THE_RESULT = frozenset(
@@ -40,8 +40,6 @@ _NOT_THE_RESULT = frozenset(
         "allow_unsealed",
         "save_minutes",
         "compile",
-        # Follows from the data, which are compared; runs of older versions do not record it.
-        "variants_used",
     }
 )
 
@@ -120,8 +118,8 @@ class TrainConfig:
             validated and kept; 0: none.
         patience: epochs without a better validation Dice after which a run ends; None: never.
         augment: names of augmentations, see ``loading.augment``.
-        variants: which stored variants of training images are drawn from: "all", "none", or names
-            as "hflip,rot10".
+        variants: which stored variants of training images are drawn from: "all" (to resume: those
+            that the run began with), "none", or names as "hflip,rot10".
         seed: of the first weights, the order and dropout.
         order_seed: of the order alone; None: the seed. Runs that share it can share one stream.
         folds: cross-validation: in how many parts the groups of the splits train and val are
@@ -263,6 +261,11 @@ class TrainConfig:
         """Seed of the order of samples."""
         return self.seed if self.order_seed is None else self.order_seed
 
+    def is_over(self, epoch: int, best_epoch: int) -> bool:
+        """Return whether a run has ended, by its epochs or for want of a better Dice."""
+        is_out_of_patience = self.patience is not None and epoch - best_epoch >= self.patience
+        return epoch >= self.epochs or is_out_of_patience
+
     @property
     def lr_factor(self) -> float:
         """What the learning rate is multiplied by for the batch size."""
@@ -272,7 +275,8 @@ class TrainConfig:
     def settings(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values, as checkpoints record it.
 
-        Of the store its folder's name alone: checkpoints travel, the paths of a machine do not.
+        Of the store its folder's name alone: checkpoints travel, the paths of a machine do not. Of
+        variants nothing: which "all" were is settled by the store, and recorded as variants_used.
         """
         settings = dataclasses.asdict(self) | {
             "store": Path(self.store).resolve().name,
@@ -280,7 +284,7 @@ class TrainConfig:
             "head_options": dict(self.head_options),
             "loss_options": dict(self.loss_options),
         }
-        del settings["output"], settings["resume"], settings["overwrite"]
+        del settings["output"], settings["resume"], settings["overwrite"], settings["variants"]
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
@@ -299,6 +303,7 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
     else:  # What is recorded is never more than the batch.
         most = min(present["micro_batch"], present["batch_size"])
         present = {**present, "micro_batch": most}
+    recorded, present = _with_variants(recorded, present), _with_variants(present, recorded)
     differences = [
         f"{name} {recorded.get(name)} → {present.get(name)}"
         for name in sorted({*recorded, *present} - _NOT_THE_RESULT - _OF_THE_DATA)
@@ -311,6 +316,20 @@ def check_same_run(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> N
         )
     if any(recorded.get(name) != present.get(name) for name in _OF_THE_DATA):
         raise other_data(present["store"])
+
+
+def _with_variants(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with variants as the option has them; runs of before recorded none."""
+    texts = {}
+    if "variants_used" in settings and "variants_used" in others:
+        texts["variants"] = variants_text(settings["variants_used"])
+    rest = {k: v for k, v in settings.items() if k not in ("variants", "variants_used")}
+    return rest | texts
+
+
+def variants_text(names: Sequence[str]) -> str:
+    """Return what ``TrainConfig.variants`` is to draw from variants of these names alone."""
+    return ",".join(names) or "none"
 
 
 def other_data(store: str) -> ConfigError:

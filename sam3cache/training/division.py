@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sam3cache.errors import ConfigError
 from sam3cache.features import FeatureStore, StoredSample, block_of
@@ -49,9 +50,14 @@ class Division:
         return len(self.train) - len(self.groups)
 
     @property
+    def all(self) -> list[int]:
+        """All rows that the run is about."""
+        return [*self.train, *self.val, *self.held_out]
+
+    @property
     def pool(self) -> list[int]:
         """All rows that the folds of one division draw from, the same for each of them."""
-        return sorted([*self.train, *self.val, *self.held_out])
+        return sorted(self.all)
 
 
 def divide(store: FeatureStore, config: TrainConfig) -> Division:
@@ -168,6 +174,16 @@ def masks_sha256(store: FeatureStore, rows: Sequence[int], label_set: str) -> st
     for row in mask_rows:
         digest.update(f"{of_row.get(row)!r}\n".encode())
     return digest.hexdigest()
+
+
+def data_settings(store: FeatureStore, rows: Division, label_set: str) -> dict[str, Any]:
+    """Return what a run records of its data among its settings."""
+    return {
+        "num_train": len(rows.groups),
+        "num_val": len(rows.val),
+        "variants_used": rows.variants,
+        "data_sha256": data_sha256(store, rows.all, label_set),
+    }
 
 
 def data_sha256(store: FeatureStore, rows: list[int], label_set: str) -> str:

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sam3cache.errors import ConfigError, HeadError, StoppedError
-from sam3cache.features import open_store
+from sam3cache.errors import CheckpointError, ConfigError, HeadError, StoppedError
+from sam3cache.features import FeatureStore, open_store
 from sam3cache.runtime import write_atomic
 from sam3cache.training.config import TrainConfig
-from sam3cache.training.division import divide
+from sam3cache.training.division import data_settings, divide, masks_sha256
 from sam3cache.training.folders import claimed, is_run, require_unused, runs_in
 from sam3cache.training.loop import TrainResult
 from sam3cache.training.outlook import levels_of_head
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
+from sam3cache.training.state import RunState, as_begun, check_same, read_record
 from sam3cache.training.stopping import Stop, never, stopped
 from sam3cache.training.together import Outcome, failure_text
 
@@ -159,7 +160,8 @@ def plan_runs(
 
     Args:
         experiments: by their names; runs go into ``output/NAME``, with -seed1 and -fold0 behind
-            where there are several.
+            where there are several. To resume, runs draw from the stored variants that the first
+            of their experiment began with.
         seeds: runs of each that differ in their seed, counted up from the experiment's own.
         folds: parts of a cross-validation; 0: none.
 
@@ -178,7 +180,32 @@ def plan_runs(
                 name += "" if fold is None else f"-fold{fold}"
                 own = replace(config, name=name, seed=seed, folds=folds, fold=fold)
                 planned.append(PlannedRun(config.name, own))
-    return planned
+    return _with_variants_of_the_first(planned)
+
+
+def _with_variants_of_the_first(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Let runs that are still to begin draw from the variants of those that have begun."""
+    begun = dict[str, str]()
+    for run in planned:
+        if _record(run.config) is not None:
+            begun.setdefault(run.experiment, as_begun(run.config).variants)
+    return [
+        PlannedRun(
+            run.experiment,
+            as_begun(run.config)
+            if _record(run.config) is not None
+            else replace(run.config, variants=begun.get(run.experiment, run.config.variants)),
+        )
+        for run in planned
+    ]
+
+
+def _record(config: TrainConfig) -> RunState | None:
+    """Return where the run to resume stands; None: it is to begin, or cannot be read."""
+    try:
+        return read_record(config.run_dir) if config.resume else None
+    except CheckpointError:
+        return None  # The run itself says what is the matter.
 
 
 def run_experiments(
@@ -186,6 +213,7 @@ def run_experiments(
     devices: Sequence[str],
     report: Callable[[PoolProgress], None] = lambda progress: None,
     stop: Stop = never,
+    announce: Callable[[list[TrainConfig]], None] = lambda configs: None,
 ) -> list[RunOutcome]:
     """Train all runs, a process a device, and write ``summary.json`` beside their folders.
 
@@ -196,13 +224,14 @@ def run_experiments(
         devices: of each worker, such as ["cuda:0", "cuda:1"], or ["cpu", "cpu"].
         report: called as the work goes on.
         stop: asked now and then whether to stop.
+        announce: called once, when nothing stands against the runs, with those not finished yet.
 
     Returns:
         How each run stands, in the order of ``runs``.
 
     Raises:
-        ConfigError: the output holds runs already, is a run or another process's, or folds cannot
-            be made.
+        ConfigError: the output holds runs already, is a run or another process's, folds cannot
+            be made, or runs to resume began with other settings or data.
         HeadError: the head of an experiment cannot be built; nothing has been trained then.
         StoreError: the store cannot be used.
         StoppedError: it was told to stop, and all runs have saved where they were.
@@ -221,7 +250,43 @@ def run_experiments(
     levels = _levels_needed(runs)
     with claimed(Path(first.output)):
         _require_room(runs)  # Another may have been quicker.
+        _require_same(runs, store)
+        announce([run.config for run in runs if not _is_finished(run.config)])
         return _run_all(runs, levels, devices, report, stop)
+
+
+def _require_same(runs: Sequence[PlannedRun], store: FeatureStore) -> None:
+    """Refuse runs of which some began with other settings or data than the rest would.
+
+    Before any begins: those that are done stay so in the summary, and no experiment has seeds that
+    learned from other data than each other.
+    """
+    data = dict[tuple[Any, ...], tuple[dict[str, Any], str]]()
+    for config in (run.config for run in runs):
+        record = _record(config)
+        if record is None or config.label_set not in store.label_sets:
+            continue
+        key: tuple[Any, ...] = (config.label_set, config.variants, config.folds, config.fold)
+        key += (config.fold_seed, config.stratify)
+        if key not in data:
+            rows = divide(store, config)
+            masks = masks_sha256(store, rows.all, config.label_set)
+            data[key] = data_settings(store, rows, config.label_set), masks
+        settings, masks = data[key]
+        # What a run settles for itself is compared by the run.
+        given = config.settings()
+        for name, open_to_it in (("learning_rate", None), ("precision", "auto")):
+            if given[name] == open_to_it:
+                del given[name]
+        try:
+            check_same(record, {**record.settings, **given, **settings}, masks)
+        except ConfigError as error:
+            raise ConfigError(f"run {config.name}: {error} (no run has begun)") from error
+
+
+def _is_finished(config: TrainConfig) -> bool:
+    record = _record(config)
+    return record is not None and config.is_over(record.epoch, record.best_epoch)
 
 
 def _require_room(runs: Sequence[PlannedRun]) -> None:

@@ -56,13 +56,11 @@ from sam3cache.training.config import (
     BALANCED,
     CE_WEIGHTS,
     TrainConfig,
-    check_same_run,
-    other_data,
     resolve_precision,
 )
 from sam3cache.training.division import (
     Division,
-    data_sha256,
+    data_settings,
     divide,
     masks_sha256,
     trained_on,
@@ -82,6 +80,8 @@ from sam3cache.training.opening import label_set_of, new_head, open_to_train
 from sam3cache.training.state import (
     STATE_FILE,
     RunState,
+    as_begun,
+    check_same,
     extra_tensors,
     read_state,
     restore,
@@ -262,6 +262,7 @@ class Run:
         open_samples: Callable[..., CachedSamples] = CachedSamples,
         mask_of: Callable[[FeatureStore, int, str], Tensor] | None = None,
     ) -> None:
+        config = as_begun(config)
         self.config, self.report, self.stop = config, report, stop
         self.device = pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
@@ -304,16 +305,9 @@ class Run:
             }
             for level in self.head.needs
         }
-        all_rows = [*rows.train, *rows.val, *rows.held_out]
-        masks = masks_sha256(store, all_rows, config.label_set)
-        settings = config.settings() | {
-            "learning_rate": rate,
-            "precision": self.precision,
-            "num_train": len(rows.groups),
-            "num_val": len(rows.val),
-            "variants_used": rows.variants,
-            "data_sha256": data_sha256(store, all_rows, config.label_set),
-        }
+        settings = config.settings() | {"learning_rate": rate, "precision": self.precision}
+        settings |= data_settings(store, rows, config.label_set)
+        masks = masks_sha256(store, rows.all, config.label_set)
         if config.class_weights == BALANCED:
             # By a name of its own: folds of one experiment are asked alike, and find others.
             settings["class_weights_used"] = weights
@@ -462,7 +456,7 @@ class Run:
             log_dir = self.config.run_dir / "tensorboard"
             purge_step = self.state.epoch + 1
             with self._memory(), SummaryWriter(str(log_dir), purge_step=purge_step) as tensorboard:
-                while self.state.epoch < self.config.epochs and not self.is_out_of_patience:
+                while not self.config.is_over(self.state.epoch, self.state.best_epoch):
                     yield from self._epoch(self.state.epoch + 1, tensorboard)
 
     @contextmanager
@@ -498,12 +492,6 @@ class Run:
                 f"head {self.config.head} fails in training: {one_line(error)}; correct its code "
                 "(sam3cache --debug shows the place)"
             ) from error
-
-    @property
-    def is_out_of_patience(self) -> bool:
-        """Whether the best validation Dice lies too many epochs back."""
-        patience = self.config.patience
-        return patience is not None and self.state.epoch - self.state.best_epoch >= patience
 
     def result(self) -> TrainResult:
         """Return the summary of a run that has ended."""
@@ -581,9 +569,7 @@ class Run:
 
     def _resume(self, state_file: Path, fresh: RunState) -> RunState:
         state, tensors = read_state(state_file)
-        check_same_run(state.settings, fresh.settings)
-        if state.masks_sha256 not in ("", fresh.masks_sha256):
-            raise other_data(fresh.settings["store"])
+        check_same(state, fresh.settings, fresh.masks_sha256)
         check_fingerprints(state.levels, fresh.levels)
         restore(tensors, self.head, self.optimizer)
         extra = extra_tensors(tensors)

@@ -9,6 +9,7 @@ from sam3cache.features import count_classes, open_store
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.division import divide
 from sam3cache.training.opening import label_set_of, new_head, open_to_train
+from sam3cache.training.state import as_begun
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def look_ahead(
         ConfigError: the label set, the splits or the variants are not there.
         StoreError: the store cannot be used.
     """
+    config = as_begun(config)
     store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     classes = label_set_of(store, config).classes
     rows = divide(store, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sam3cache.errors import CheckpointError
-from sam3cache.heads.checkpoint import read_tensors, untied
+from sam3cache.heads.checkpoint import LAST, read_metadata, read_tensors, untied
 from sam3cache.runtime import write_atomic
+from sam3cache.training.config import TrainConfig, check_same_run, other_data, variants_text
 
 STATE_FILE = "training.safetensors"
 _HEADER_KEY = "training"
@@ -93,12 +94,57 @@ def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:
         CheckpointError: the file is damaged or not one of ours.
     """
     metadata, tensors = read_tensors(path)
+    return _parse(path, metadata), tensors
+
+
+def read_record(run_dir: Path) -> RunState | None:
+    """Read where the run of a folder stands, without its tensors; None: nothing of it was saved.
+
+    Raises:
+        CheckpointError: the file is damaged or not one of ours.
+    """
+    path = run_dir / LAST / STATE_FILE
+    return _parse(path, read_metadata(path)) if path.exists() else None
+
+
+def _parse(path: Path, metadata: Mapping[str, str]) -> RunState:
     try:
-        return RunState(**json.loads(metadata[_HEADER_KEY])), tensors
+        return RunState(**json.loads(metadata[_HEADER_KEY]))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} does not hold the state of a run; start again with --overwrite"
         ) from error
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """Return a run's configuration with the variants that it began with, if it is resumed.
+
+    Variants that have come into the store since are no reason to refuse it.
+
+    Raises:
+        CheckpointError: what was saved of the run is damaged.
+    """
+    if config.variants == "all" and config.resume:
+        record = read_record(config.run_dir)
+        if record is not None and "variants_used" in record.settings:
+            return replace(config, variants=variants_text(record.settings["variants_used"]))
+    return config
+
+
+def check_same(record: RunState, settings: Mapping[str, Any], masks_sha256: str) -> None:
+    """Refuse to resume a run with other settings, or on other data, than it began with.
+
+    Args:
+        record: of the run.
+        settings: the present ones, with those of the data.
+        masks_sha256: of the present masks.
+
+    Raises:
+        ConfigError: what differs.
+    """
+    check_same_run(record.settings, settings)
+    if record.masks_sha256 not in ("", masks_sha256):
+        raise other_data(settings["store"])
 
 
 def restore(

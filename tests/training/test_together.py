@@ -17,7 +17,7 @@ import torch
 from own_heads import write_head
 from safetensors.torch import load_file
 from store_builder import build_store
-from variant_store import NUM_TRAIN, NUM_VAL, Noting, build_variant_store, image_of
+from variant_store import NUM_ROWS, NUM_TRAIN, NUM_VAL, Noting, build_variant_store, image_of
 
 from sam3cache.errors import (
     ConfigError,
@@ -32,6 +32,7 @@ from sam3cache.loading import CachedSamples
 from sam3cache.training import (
     TrainConfig,
     TrainResult,
+    look_ahead,
     plan_runs,
     read_experiments,
     run_experiments,
@@ -42,7 +43,7 @@ from sam3cache.training.experiments import as_json
 from sam3cache.training.folders import claimed
 from sam3cache.training.loop import Progress, Run
 from sam3cache.training.pool import PoolProgress, PoolTask
-from sam3cache.training.state import read_state
+from sam3cache.training.state import STATE_FILE, read_state
 from sam3cache.training.together import SamplePool, is_device_fault
 
 SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
@@ -508,6 +509,78 @@ def test_what_is_there_already_is_not_trained_over(store: Path, tmp_path: Path) 
     (runs[1].config.run_dir / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"run-seed1 holds a run already; .*--resume"):
         run_experiments(runs, ["cpu"])
+
+
+def run_files(folder: Path) -> dict[str, bytes]:
+    """Return what runs have written, but for the logs of TensorBoard."""
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in str(path)
+    )
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("variants", ["all", "none"])
+def test_runs_go_on_with_the_variants_that_they_began_with(tmp_path: Path, variants: str) -> None:
+    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
+    root = build_variant_store(tmp_path / "x.zarr", num_rows=NUM_TRAIN + NUM_VAL)
+    base = config_for(root, tmp_path / "out", name="floor", **own)
+    run_experiments(plan_runs([base], seeds=2), ["cpu"])
+    before = run_files(tmp_path / "out")
+    halfway = config_for(root, tmp_path, name="halfway", epochs=3, **own)
+    straight = train(replace(halfway, name="straight"))
+    seen: list[Progress] = []
+    with pytest.raises(StoppedError):
+        train(halfway, seen.append, lambda: "the test" if seen and seen[-1].epoch == 2 else None)
+
+    shutil.rmtree(root)
+    build_variant_store(root)
+    resumed = replace(base, resume=True, variants=variants)
+    announced: list[TrainConfig] = []
+    outcomes = run_experiments(plan_runs([resumed], seeds=3), ["cpu"], announce=announced.extend)
+    assert [outcome.status for outcome in outcomes] == ["done"] * 3, outcomes
+    assert [config.name for config in announced] == ["floor-seed2"]
+    after = run_files(tmp_path / "out")
+    assert {name: after[name] for name in before if name != "summary.json"} == {
+        name: content for name, content in before.items() if name != "summary.json"
+    }
+    records = [read_state(o.result.run_dir / "last" / STATE_FILE)[0] for o in outcomes if o.result]
+    assert [record.settings["variants_used"] for record in records] == [[]] * 3
+    assert len({record.settings["data_sha256"] for record in records}) == 1
+    again = train(replace(halfway, resume=True, variants=variants))
+    assert_equal_runs(straight.run_dir, again.run_dir)
+    assert look_ahead(replace(halfway, resume=True, variants=variants)).num_variants == 0
+
+    # Another experiment of the same name elsewhere takes all there are.
+    fresh = plan_runs([replace(resumed, output=str(tmp_path / "new"), variants="all")])
+    assert fresh[0].config.variants == "all"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"variants": "gamma1.5"}, r"run floor-seed0: .* \(variants none → gamma1.5\); repeat all"),
+        ({"epochs": 3}, r"run floor-seed0: .* \(epochs 2 → 3\)"),
+        ({"learning_rate": 0.5}, r"run floor-seed0: .* \(learning_rate 0.003 → 0.5\)"),
+        ({}, r"run floor-seed0: .* learned from other images, angles or masks than x.zarr"),
+    ],
+)
+def test_what_would_mix_the_runs_of_an_experiment_leaves_all_as_it_is(
+    tmp_path: Path, values: dict[str, Any], expected: str
+) -> None:
+    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
+    root = build_variant_store(tmp_path / "x.zarr", num_rows=NUM_TRAIN + NUM_VAL)
+    base = config_for(root, tmp_path / "out", name="floor", **own)
+    run_experiments(plan_runs([base], seeds=2), ["cpu"])
+    before = run_files(tmp_path / "out")
+    shutil.rmtree(root)
+    build_variant_store(root, num_rows=NUM_ROWS if values else NUM_TRAIN + NUM_VAL - 1)
+    runs = plan_runs([replace(base, resume=True, **values)], seeds=3)
+    announced: list[TrainConfig] = []
+    with pytest.raises(ConfigError, match=expected + r".*\(no run has begun\)") as caught:
+        run_experiments(runs, ["cpu"], announce=announced.extend)
+    assert "\n" not in str(caught.value)
+    assert not announced
+    assert run_files(tmp_path / "out") == before
 
 
 def test_a_folder_of_runs_is_one_programs_at_a_time(store: Path, tmp_path: Path) -> None:
