@@ -71,11 +71,16 @@ def fill_in(package: str, template: str, **values: Any) -> str:
     """Return a page: the template of that name in a package, with its values escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files(package).joinpath(template).read_text(encoding="utf-8")
+    text = text_of(package, template)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(text).render(values)
+
+
+def text_of(package: str, name: str) -> str:
+    """Return a text file that lies in a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def draw_contours(

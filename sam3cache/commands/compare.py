@@ -123,13 +123,14 @@ def compare(
 
 def _print(result: Comparison) -> None:
     """Print the tables and the sentences, for people."""
-    from sam3cache.evaluation import MEAN_OVER_CLASSES
+    from sam3cache.evaluation import MEAN_OVER_CLASSES, over_text
 
     console = plain_console()
-    console.print(
-        f"Split {result.split}: {result.num_images} images of {result.num_groups} groups, "
-        f"against {result.baseline}"
-    )
+    over = over_text(result.num_images, result.num_groups)
+    console.print(f"Split {result.split}: {over}, against {result.baseline}")
+    for title in ("Label set", "Threshold", "Store"):
+        values = dict.fromkeys(v for one in result.experiments for v in one.measured[title])
+        console.print(f"{title}: {', '.join(values)}")
     for notice in result.notices:
         console.print(f"Note: {notice}")
     console.print(_runs_table(result))

@@ -173,14 +173,14 @@ def _threshold(text: str | None) -> Any:
 
 def _print(result: EvalResult, store: Place) -> None:
     """Print the tables and the sentences, for people."""
-    from sam3cache.evaluation import MEAN_OVER_CLASSES
+    from sam3cache.evaluation import MEAN_OVER_CLASSES, over_text
 
     console = plain_console()
     console.print(
         f"{result.head}, epoch {result.epoch} ({result.checkpoint}) on {store}, "
         f"split {result.split}"
     )
-    console.print(f"{result.num_images} images of {result.num_groups} groups")
+    console.print(over_text(result.num_images, result.num_groups))
     console.print(result.threshold_choice.sentence)
     for notice in result.notices:
         console.print(f"Note: {notice}")
@@ -200,7 +200,7 @@ def _print(result: EvalResult, store: Place) -> None:
         if result.angle_use.true_minus_shuffled is not None:
             console.print(_angles_table(result.angle_use))
             console.print(
-                f"{result.angle_use.num_images} images of {result.angle_use.num_groups} groups "
+                f"{over_text(result.angle_use.num_images, result.angle_use.num_groups)} "
                 "compared; the constant angles are the mean on the circle of these images'; "
                 "shuffling changes probabilities by up to "
                 f"{result.angle_use.max_probability_change:.2g}"

@@ -26,10 +26,11 @@ from sam3cache.evaluation.shuffling import Difference
 from sam3cache.evaluation.statistics import (
     Interval,
     Summary,
-    bootstrap_interval,
     gain_text,
     interval_text,
+    mean_interval,
     number_text,
+    over_text,
     summarise,
 )
 from sam3cache.evaluation.strata import Stratum
@@ -56,16 +57,17 @@ __all__ = [
     "Stratum",
     "Summary",
     "ThresholdChoice",
-    "bootstrap_interval",
     "checkpoint_folder",
     "compare",
     "evaluate",
     "fingerprints_of",
     "gain_text",
     "interval_text",
+    "mean_interval",
     "measure_rows",
     "notices_of_features",
     "number_text",
+    "over_text",
     "serve_as_trained",
     "summarise",
 ]

@@ -22,7 +22,7 @@ from sam3cache.errors import CheckpointError, ConfigError
 from sam3cache.evaluation.angle_use import AngleCheck
 from sam3cache.evaluation.cases import Case, choose_cases
 from sam3cache.evaluation.feature_use import FeatureCheck
-from sam3cache.evaluation.notices import notices_of
+from sam3cache.evaluation.notices import notices_of, num_synthetic, origin_of
 from sam3cache.evaluation.page import PAGE_FILE, page_html
 from sam3cache.evaluation.predicting import (
     Prediction,
@@ -236,6 +236,8 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         confusion=tuple(map(tuple, confusion.tolist())) if is_multiclass else None,
         angle_use=angles.result(groups, config.seed) if config.check_angles else None,
         feature_use=None if features is None else features.result(groups, config.seed),
+        num_synthetic=num_synthetic(samples),
+        origin=(),
         notices=(),
         images=tuple(images),
         page=output / PAGE_FILE if config.page else None,
@@ -243,6 +245,7 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         environment=environment_fields(),
         elapsed_s=time.monotonic() - start_s,
     )
+    result = replace(result, origin=origin_of(result, store, info))
     result = replace(result, notices=notices_of(result, store, samples, info))
     write_result(result)
     # Whatever else is in the folder, no page of earlier figures stands beside these.

@@ -167,6 +167,7 @@ def view_map_svg(
             linewidths=0.6,
             edgecolors="white",
             rasterized=len(dice) > MANY_DOTS,
+            zorder=3,  # above what is written of the quarters: no image is hidden
         )
         for region, text in regions.items():
             x = 0.985 if region.startswith("LAO") else 0.015
@@ -179,6 +180,7 @@ def view_map_svg(
                 color=ACCENT,
                 fontweight="bold",
                 bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2},
+                zorder=2,
             )
         left, bottom, width, height = frame(
             *(width_px, height_px), left=width_px - 80, right=66, bottom=46, top=12

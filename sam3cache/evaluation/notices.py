@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import EvalResult
-from sam3cache.evaluation.shuffling import MIN_GROUPS
 from sam3cache.evaluation.spacing import num_unreadable
+from sam3cache.evaluation.statistics import MIN_GROUPS
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.heads import CheckpointInfo
 from sam3cache.heads.checkpoint import LAST
@@ -35,7 +35,7 @@ def notices_of(
         samples: the images that were measured.
         info: of the checkpoint.
     """
-    sentences = [*_of_pictures(samples), *notices_of_features(store, tuple(info.levels))]
+    sentences = [*of_pictures(result.num_synthetic, result.num_images), *result.origin]
     num_seen, num_in_groups = result.num_seen_in_training, result.num_in_training_groups
     # Who measures on the training split asks for just that.
     if result.split != "train" and (num_seen or num_in_groups):
@@ -44,16 +44,10 @@ def notices_of(
             f"names of {num_in_groups or 0} of them: scores on those say little about new ones."
         )
     sentences += _of_chosen_epoch(result, store, info)
-    sentences += _of_data(result, info)
     if 1 < result.num_groups < MIN_GROUPS:
         sentences.append(
-            f"Only {result.num_groups} groups of images: intervals from so few say less than they "
-            "seem to."
-        )
-    if not store.sealed:
-        sentences.append(
-            "The store is not sealed: its extraction has not finished, so that images may be "
-            "missing here."
+            f"Only {result.num_groups} groups of images: intervals from so few are Student's, and "
+            "wide."
         )
     if result.threshold_choice.on_evaluated:
         sentences.append(
@@ -71,18 +65,37 @@ def notices_of(
             f"{result.num_without_mask} of {len(samples)} images without a mask: they have no "
             "scores."
         )
+    num_classes = len(result.classes)
+    num_pairs = (result.num_images - result.num_without_mask) * num_classes
+    of = "images" if num_classes == 1 else f"pairs of an image and one of {num_classes} classes"
     if result.num_empty_against_empty:
         sentences.append(
-            f"{result.num_empty_against_empty} empty against empty: a prediction without a pixel, "
-            "of a mask without one, has no Dice and is left out of the means."
+            f"{result.num_empty_against_empty} of {num_pairs} {of} have a mask without a pixel, "
+            "and a prediction without one: they have no Dice and are left out of the means."
         )
     if result.num_one_empty:
         sentences.append(
-            f"{result.num_one_empty} with a prediction or a mask, but not both: there is no "
-            "distance between borders then, so that the means of HD95 and ASSD leave such "
-            "failures out."
+            f"{result.num_one_empty} of {num_pairs} {of} have a prediction or a mask, but not "
+            "both: there is no distance between borders then, so that the means of HD95 and ASSD "
+            "leave such failures out."
         )
     return tuple(sentences)
+
+
+def origin_of(result: EvalResult, store: FeatureStore, info: CheckpointInfo) -> tuple[str, ...]:
+    """Say what limits all figures because of the features, masks and angles they come from."""
+    sentences = [*notices_of_features(store, tuple(info.levels)), *_of_data(result, info)]
+    if not store.sealed:
+        sentences.append(
+            "The store is not sealed: its extraction has not finished, so that images may be "
+            "missing here."
+        )
+    return tuple(sentences)
+
+
+def num_synthetic(samples: Sequence[StoredSample]) -> int:
+    """Count the pictures that were drawn by ``sam3cache phantom``."""
+    return sum(sample.extra.get("synthetic") == "yes" for sample in samples)
 
 
 def _of_chosen_epoch(result: EvalResult, store: FeatureStore, info: CheckpointInfo) -> list[str]:
@@ -120,13 +133,18 @@ def _of_data(result: EvalResult, info: CheckpointInfo) -> list[str]:
     ]
 
 
-def _of_pictures(samples: Sequence[StoredSample]) -> list[str]:
-    num_synthetic = sum(sample.extra.get("synthetic") == "yes" for sample in samples)
-    if not num_synthetic:
+def of_pictures(num_drawn: int, num_pictures: int) -> list[str]:
+    """Say where pictures are not of patients.
+
+    Args:
+        num_drawn: of them that are synthetic.
+        num_pictures: in all.
+    """
+    if not num_drawn:
         return []
-    silent = "nothing here speaks" if num_synthetic == len(samples) else "these do not speak"
+    silent = "nothing here speaks" if num_drawn == num_pictures else "these do not speak"
     return [
-        f"{num_synthetic} of {len(samples)} pictures are synthetic angiograms, drawn and not "
+        f"{num_drawn} of {num_pictures} pictures are synthetic angiograms, drawn and not "
         f"measured: {silent} of patients."
     ]
 

@@ -28,11 +28,12 @@ from sam3cache.evaluation.report import EvalResult
 from sam3cache.evaluation.scores import MEAN_OVER_CLASSES, METRICS, by_image
 from sam3cache.evaluation.statistics import (
     LEVEL,
-    NUM_RESAMPLES,
+    METHOD,
     Summary,
     gain_text,
     interval_text,
     number_text,
+    over_text,
 )
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox
@@ -98,6 +99,7 @@ def page_html(
     return pages.fill_in(
         __package__,
         TEMPLATE_FILE,
+        style=parts.style(),
         head=result.head,
         epoch=result.epoch,
         store=store.path.resolve().name,
@@ -286,7 +288,7 @@ def _angle_use(use: AngleUse | None) -> dict[str, Any] | None:
         shown["rows"].append(
             (name, number_text(dice, 4), gain_text(gain.mean, 4), interval_text(gain.interval, 4))
         )
-    shown["num_images"], shown["num_groups"] = use.num_images, use.num_groups
+    shown["over"] = over_text(use.num_images, use.num_groups)
     shown["max_change"] = f"{use.max_probability_change:.2g}"
     return shown
 
@@ -381,11 +383,7 @@ def _settings(
             ("Label set", f"{result.label_set} ({', '.join(result.classes)})"),
             ("Threshold", "–" if result.threshold is None else f"{result.threshold:g}"),
             ("Seed", str(result.seed)),
-            (
-                "Intervals",
-                f"{LEVEL:.0%}, bootstrap by expanded percentiles: {NUM_RESAMPLES} draws of whole "
-                "groups",
-            ),
+            ("Intervals", f"{LEVEL:.0%}, {METHOD}"),
         ],
         "parameters": [
             (name, f"{number:,}") for name, number in parameters.items() if name != "total"

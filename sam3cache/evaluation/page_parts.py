@@ -12,11 +12,24 @@ from sam3cache.evaluation.feature_use import FeatureUse, PartUse
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import NONE_NAME, EvalResult
 from sam3cache.evaluation.scores import METRICS, by_image, class_mean
-from sam3cache.evaluation.statistics import Summary, gain_text, interval_text, number_text
+from sam3cache.evaluation.statistics import (
+    Summary,
+    gain_text,
+    interval_text,
+    number_text,
+    over_text,
+)
 from sam3cache.evaluation.strata import UNKNOWN, VIEW
+
+STYLE_FILE = "pages.css"
 
 MAX_VALUES = 40
 """Most values of an annotation that the page tells; summary.json has all."""
+
+
+def style() -> str:
+    """Return what the pages of an evaluation and of a comparison have in common, as CSS."""
+    return pages.text_of(__package__, STYLE_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +199,7 @@ def feature_use(use: FeatureUse | None) -> dict[str, Any] | None:
         "sentence": use.sentence,
         "rows": rows,
         "num_images": use.num_images,
-        "num_groups": use.num_groups,
+        "over": over_text(use.num_images, use.num_groups),
         "num_shuffles": use.num_shuffles,
     }
 

@@ -77,7 +77,9 @@ class EvalResult:
             first of both no class; also in confusion.csv. None but for the task "multiclass".
         angle_use: what the head makes of the view angle; None when that was not asked.
         feature_use: what it makes of the features; None when that was not asked.
-        notices: what a reader has to know before the figures, in whole sentences.
+        num_synthetic: pictures that were drawn, and are of nobody.
+        origin: what limits all figures because of where they come from, in whole sentences.
+        notices: what a reader has to know before the figures, in whole sentences, those included.
         images: the scores, image by image and class by class; in per_image.csv.
         page: the evaluation as a page to look at; None when that was not asked.
         output: folder that the results were written to.
@@ -115,6 +117,8 @@ class EvalResult:
     confusion: tuple[tuple[int, ...], ...] | None
     angle_use: AngleUse | None
     feature_use: FeatureUse | None
+    num_synthetic: int
+    origin: tuple[str, ...]
     notices: tuple[str, ...]
     images: tuple[ImageScore, ...]
     page: Path | None

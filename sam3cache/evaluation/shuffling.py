@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3cache.evaluation.statistics import (
+    MIN_GROUPS,
     Interval,
-    bootstrap_interval,
     gain_text,
     interval_text,
+    mean_interval,
 )
 
 SAME_OUTPUT = 1e-6
@@ -28,10 +29,6 @@ SAME_OUTPUT = 1e-6
 
 NEGLIGIBLE_DICE = 0.005
 """Change of mean Dice too small to matter; an interval within it shows that the input does not."""
-
-MIN_GROUPS = 6
-"""Fewest groups for a verdict from an interval: by chance alone all differences of five groups
-have one sign in 2 of 2⁵ = 32 cases, more than 5 %; of six groups in 2 of 64."""
 
 Verdict = Literal["used", "harmful", "negligible", "unused", "undecided"]
 """Of an input: "used"; "harmful": used, and Dice is lower for it; "negligible": used, but Dice is
@@ -44,7 +41,7 @@ class Difference:
 
     Attributes:
         mean: of the differences.
-        interval: see ``statistics.bootstrap_interval``; None for fewer than two groups.
+        interval: see ``statistics.mean_interval``; None for fewer than two groups.
     """
 
     mean: float
@@ -95,8 +92,8 @@ def derangement(kind_N: NDArray[np.intp], rng: np.random.Generator) -> NDArray[n
 
 
 def difference(values: NDArray[np.float64], groups: Sequence[str], seed: int) -> Difference:
-    """Return the mean of paired differences with its interval."""
-    return Difference(float(values.mean()), bootstrap_interval(values, groups, seed))
+    """Return the mean of paired differences of Dice with its interval."""
+    return Difference(float(values.mean()), mean_interval(values, groups, seed, (-1.0, 1.0)))
 
 
 def verdict(
@@ -136,8 +133,8 @@ def verdict(
         return "undecided", (
             f"Whether the head gains from {subject} cannot be told from {num_groups} "
             f"{'group' if num_groups == 1 else 'groups'} of images, at least {MIN_GROUPS} are "
-            f"needed: shuffling the {shuffled} changes Dice by {gain_text(-mean, 4)}, and "
-            f"{changes}."
+            f"needed: true {shuffled} change Dice by {gain_text(mean, 4)} against shuffled ones, "
+            f"and {changes}."
         )
     bounds = f"95% interval {interval_text(interval, 4)}"
     if max(-interval.low, interval.high) <= NEGLIGIBLE_DICE:

@@ -17,13 +17,32 @@ from scipy import special
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
 
+MIN_GROUPS = 6
+"""Fewest groups for a bootstrap, and for a verdict: by chance alone all differences of five groups
+have one sign in 2 of 2⁵ = 32 cases, more than 5 %; of six groups in 2 of 64."""
+
 BOOTSTRAP = {
     "unit": "group",
     "num_resamples": NUM_RESAMPLES,
     "level": LEVEL,
     "method": "expanded percentile",
+    "min_groups": MIN_GROUPS,
+    "method_below": "Student's t",
 }
 """How intervals come about, as results record it."""
+
+METHOD = (
+    f"by a bootstrap of {NUM_RESAMPLES} draws of whole groups (as a rule, patients), its "
+    f"percentiles widened for there being few; of fewer than {MIN_GROUPS} groups Student's"
+)
+"""The same for people."""
+
+Range = tuple[float, float]
+"""Lowest and highest value that a quantity can have."""
+
+ANY: Range = (-math.inf, math.inf)
+
+_TINY = float(np.finfo(float).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +62,7 @@ class Summary:
         mean: arithmetic mean.
         std: sample standard deviation (divided by ``num_values - 1``); None for fewer than two.
         median: middle value.
-        interval: of the mean, see ``bootstrap_interval``; None for fewer than two groups.
+        interval: of the mean, see ``mean_interval``; None for fewer than two groups.
         minimum: lowest value.
         maximum: highest value.
     """
@@ -57,13 +76,16 @@ class Summary:
     maximum: float | None = None
 
 
-def summarise(values: Sequence[float | None], groups: Sequence[str], seed: int) -> Summary:
+def summarise(
+    values: Sequence[float | None], groups: Sequence[str], seed: int, within: Range = ANY
+) -> Summary:
     """Summarise values, leaving out those that are None.
 
     Args:
         values: one an image.
         groups: by value, the group (patient) it belongs to.
         seed: of the bootstrap.
+        within: where values can lie.
     """
     kept = [
         (value, group) for value, group in zip(values, groups, strict=True) if value is not None
@@ -76,16 +98,16 @@ def summarise(values: Sequence[float | None], groups: Sequence[str], seed: int) 
         mean=float(values_N.mean()),
         std=float(values_N.std(ddof=1)) if len(kept) > 1 else None,
         median=float(np.median(values_N)),
-        interval=bootstrap_interval(values_N, [group for _, group in kept], seed),
+        interval=mean_interval(values_N, [group for _, group in kept], seed, within),
         minimum=float(values_N.min()),
         maximum=float(values_N.max()),
     )
 
 
-def bootstrap_interval(
-    values_N: NDArray[np.float64], groups: Sequence[str], seed: int
+def mean_interval(
+    values_N: NDArray[np.float64], groups: Sequence[str], seed: int, within: Range = ANY
 ) -> Interval | None:
-    """Return the bootstrap interval of a mean at confidence ``LEVEL``, drawing whole groups.
+    """Return the interval of a mean at confidence ``LEVEL``, by a bootstrap of whole groups.
 
     Images of one patient resemble each other, so that drawing images singly would make the
     interval too narrow: groups are drawn with replacement, and all values of a drawn group count
@@ -95,37 +117,46 @@ def bootstrap_interval(
     spread of G groups is sqrt((G - 1) / G) too small, and that it is estimated counts, too. Of 8
     groups they miss the true mean in 13 % of cases, not in 5. So percentiles further out are
     taken, those that make the normal law's interval Student's (Hesterberg 2015, "What Teachers
-    Should Know About the Bootstrap", on expanded percentile intervals). None leaves the range of
-    the groups' own means: of 2, 3 and 4 groups they hold the true mean in 50, 74 and 88 % of cases
-    (``benchmarks/intervals.py``).
+    Should Know About the Bootstrap", on expanded percentile intervals).
+
+    No draw leaves the range of the groups' own means, which of 2 groups holds the true mean in half
+    of all cases. Of fewer than ``MIN_GROUPS`` the interval is Student's: the mean and so many
+    standard errors, those of a ratio of sums over groups (Cochran 1977, §2.11), to either side.
+    ``benchmarks/intervals.py`` measures how often either is right.
 
     Args:
         values_N: finite values.
         groups: by value, its group.
         seed: of the draws, ``NUM_RESAMPLES`` in number.
+        within: where values, and so their mean, can lie: what of the interval is beyond is cut off.
 
     Returns:
-        The interval, or None for fewer than two groups, of which nothing can be drawn.
+        The interval, or None for fewer than two groups, which say nothing of others.
     """
-    means_R, num_groups = resampled_means(values_N, groups, seed)
+    sum_G, count_G = _sums(values_N, groups)
+    num_groups = len(sum_G)
     if num_groups < 2:
         return None
     freedom = num_groups - 1
-    stretch = math.sqrt(num_groups / freedom)
-    tail = special.ndtr(-stretch * special.stdtrit(freedom, (1 + LEVEL) / 2))
-    low, high = np.quantile(means_R, (tail, 1 - tail))
-    return Interval(float(low), float(high))
+    quantile = special.stdtrit(freedom, (1 + LEVEL) / 2)
+    if num_groups < MIN_GROUPS:
+        mean, error = _mean_and_error(sum_G, count_G)
+        low, high = mean - quantile * error, mean + quantile * error
+    else:
+        tail = special.ndtr(-math.sqrt(num_groups / freedom) * quantile)
+        low, high = np.quantile(_draw_means(sum_G, count_G, seed), (tail, 1 - tail))
+    return Interval(max(float(low), within[0]), min(float(high), within[1]))
 
 
 def p_value_of_zero(
     values_N: NDArray[np.float64], groups: Sequence[str], seed: int
 ) -> float | None:
-    """Return the two-sided p-value of a mean of 0, from the same draws as the interval.
+    """Return the two-sided p-value of a mean of 0, made as the interval is.
 
-    It is 1 - the confidence at which ``bootstrap_interval`` would end at 0, so that it is below
+    It is 1 - the confidence at which ``mean_interval`` would end at 0, so that it is below
     0.05 just where the 95% interval leaves 0 out. Where no draw reaches 0, which would end p-values
-    at what the number of draws can tell, and of 3 or 4 groups above 0.05, Student's t of the draws'
-    spread (stretched as in the interval) says how far off 0 is, if that is less.
+    at what the number of draws can tell, Student's t of the draws' spread (stretched as in the
+    interval) says how far off 0 is, if that is less.
 
     Args:
         values_N: finite values.
@@ -135,11 +166,16 @@ def p_value_of_zero(
     Returns:
         The p-value, or None for fewer than two groups.
     """
-    means_R, num_groups = resampled_means(values_N, groups, seed)
+    sum_G, count_G = _sums(values_N, groups)
+    num_groups = len(sum_G)
     if num_groups < 2:
         return None
     freedom = num_groups - 1
+    if num_groups < MIN_GROUPS:
+        mean, error = _mean_and_error(sum_G, count_G)
+        return float(2 * special.stdtr(freedom, -abs(mean) / max(error, _TINY)))
     stretch = math.sqrt(num_groups / freedom)
+    means_R = _draw_means(sum_G, count_G, seed)
     # One more than was drawn, on either side: no p-value is 0 for want of draws. Of those at 0
     # half count on each side, so that identical values are not called different.
     at_zero = float((means_R == 0).sum()) / 2
@@ -148,27 +184,45 @@ def p_value_of_zero(
     p = 2 * special.stdtr(freedom, special.ndtri(share) / stretch)
     if min(below, above) == 0:
         # Differences that are all the same have no spread at all.
-        t = abs(means_R.mean()) / max(stretch * means_R.std(), np.finfo(float).tiny)
+        t = abs(means_R.mean()) / max(stretch * means_R.std(), _TINY)
         p = min(p, 2 * special.stdtr(freedom, -t))
     return float(p)
 
 
 def resampled_means(
     values_N: NDArray[np.float64], groups: Sequence[str], seed: int
-) -> tuple[NDArray[np.float64], int]:
-    """Return the means (R,) of draws of whole groups, and how many groups there are."""
+) -> NDArray[np.float64]:
+    """Return the means (R,) of draws of whole groups."""
+    return _draw_means(*_sums(values_N, groups), seed)
+
+
+def _sums(
+    values_N: NDArray[np.float64], groups: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Return each group's sum of values (G,), and how many they are."""
     names, group_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    num_groups = len(names)
-    sum_G = np.bincount(group_N, weights=values_N, minlength=num_groups)
-    count_G = np.bincount(group_N, minlength=num_groups)
-    means_R = np.concatenate(
+    sum_G = np.bincount(group_N, weights=values_N, minlength=len(names)).astype(np.float64)
+    return sum_G, np.bincount(group_N, minlength=len(names))
+
+
+def _mean_and_error(sum_G: NDArray[np.float64], count_G: NDArray[np.intp]) -> tuple[float, float]:
+    """Return the mean over all values, and its standard error with groups drawn at random."""
+    num_groups, num_values = len(sum_G), count_G.sum()
+    mean = sum_G.sum() / num_values
+    variance = ((sum_G - mean * count_G) ** 2).sum() * num_groups / (num_groups - 1)
+    return float(mean), math.sqrt(variance) / float(num_values)
+
+
+def _draw_means(
+    sum_G: NDArray[np.float64], count_G: NDArray[np.intp], seed: int
+) -> NDArray[np.float64]:
+    return np.concatenate(
         [
             # A part at a time: all of them as floats would be large where groups are many.
             (part @ sum_G) / (part @ count_G)
-            for part in np.array_split(_draws(num_groups, seed), 20)
+            for part in np.array_split(_draws(len(sum_G), seed), 20)
         ]
     )
-    return means_R, num_groups
 
 
 # The cells of a table have mostly the same groups.
@@ -186,6 +240,16 @@ def number_text(value: float | None, num_digits: int = 3) -> str:
     """Write a number for people; a dash where there is none."""
     # What rounds to nothing has no sign: "-0.000" beside "0.000" would be read as another figure.
     return "–" if value is None else f"{value:z.{num_digits}f}"
+
+
+def count_text(number: int, of: str) -> str:
+    """Write a number of things for people: "1 group", "2 groups"."""
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
+
+
+def over_text(num_images: int, num_groups: int) -> str:
+    """Write what figures are taken over."""
+    return f"{count_text(num_images, 'image')} of {count_text(num_groups, 'group')}"
 
 
 def interval_text(interval: Interval | None, num_digits: int = 3) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sam3cache.errors import ConfigError
-from sam3cache.evaluation.scores import METRICS, ImageScore, by_image, class_mean
+from sam3cache.evaluation.scores import METRICS, ImageScore, by_image, class_mean, range_of
 from sam3cache.evaluation.statistics import Summary, summarise
 from sam3cache.features import StoredSample
 
@@ -87,14 +87,18 @@ def summaries(
     cases = by_image(images, len(classes))
     groups = [scores[0].group for scores in cases]
     overall = {
-        metric: summarise([class_mean(scores, metric) for scores in cases], groups, seed)
+        metric: summarise(
+            [class_mean(scores, metric) for scores in cases], groups, seed, range_of(metric)
+        )
         for metric in METRICS
     }
     if len(classes) == 1:
         return overall, {classes[0]: overall}
     return overall, {
         name: {
-            metric: summarise([getattr(scores[k], metric) for scores in cases], groups, seed)
+            metric: summarise(
+                [getattr(scores[k], metric) for scores in cases], groups, seed, range_of(metric)
+            )
             for metric in METRICS
         }
         for k, name in enumerate(classes)

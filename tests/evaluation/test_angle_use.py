@@ -145,7 +145,7 @@ def test_the_figures_are_paired_means_over_what_can_be_compared() -> None:
 
 def test_what_rounds_to_nothing_has_no_sign_of_its_own() -> None:
     use = judged(np.full(40, -1e-6), num_groups=2)
-    assert "changes Dice by +0.0000" in use.sentence
+    assert "change Dice by +0.0000" in use.sentence
     assert use.true_minus_shuffled is not None
     assert gain_text(use.true_minus_shuffled.mean, 4) == "+0.0000"
     assert interval_text(use.true_minus_shuffled.interval, 4) == "0.0000 to 0.0000"

@@ -456,6 +456,30 @@ def test_where_pixels_were_not_recorded_and_images_differ_that_is_said(
     assert any(sentence.startswith(said) for sentence in comparison(first, second).notices)
 
 
+def test_the_page_says_what_the_figures_stand_on(tmp_path: Path, head: Head) -> None:
+    drawn = [Drawn(shift, extra={"synthetic": "yes"}) for shift in (1, 0, 1)]
+    mini = {"backbone": "sam3-mini"}
+    store = write_page_store(tmp_path / "drawn.zarr", drawn, settings=mini)
+    first = evaluated(tmp_path / "a", store, 0, threshold=0.3)
+    second = evaluated(tmp_path / "b", store, 1, threshold=0.3)
+    page, result = page_of(first, second)
+    assert result.notices[:3] == (
+        "The pictures are synthetic angiograms, drawn and not measured: nothing here speaks of "
+        "patients.",
+        "The features come from sam3-mini, a miniature of SAM 3's classes pretrained on synthetic "
+        "angiograms: this shows that the road works, not how good SAM 3 is.",
+        "Only 3 groups of images: intervals from so few are Student's, and wide.",
+    )
+    assert all(sentence in page.text for sentence in result.notices)
+    assert "Threshold 0.3 Label set mask Store drawn.zarr Checkpoint a/best Epoch" in page.text
+    assert "Checkpoint b/best" in page.text
+
+    # Where it is true of one alone, that one is named.
+    other = comparison(first, head(1, "c")).notices
+    assert other[0].startswith("Some of the pictures are synthetic angiograms")
+    assert other[1].startswith("Of a: The features come from sam3-mini")
+
+
 def test_other_thresholds_and_stores_are_said(tmp_path: Path, store: Path, head: Head) -> None:
     first = head(0, "a")
     second = evaluated(tmp_path / "b", store, 1, threshold=0.3)

@@ -4,7 +4,7 @@ from scipy import stats
 
 from sam3cache.evaluation.comparing.statistics import PairedDifference, holm, paired_difference
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE, judge
-from sam3cache.evaluation.statistics import Interval, bootstrap_interval, p_value_of_zero
+from sam3cache.evaluation.statistics import Interval, mean_interval, p_value_of_zero
 
 
 def patients(num_groups: int, seed: int) -> tuple[np.ndarray, list[str], np.random.Generator]:
@@ -32,12 +32,15 @@ def test_the_interval_covers_a_known_difference_as_often_as_it_says(num_groups: 
     assert 0.025 <= num_claimed / 500 <= 0.08
 
 
-def test_a_p_value_below_5_percent_is_an_interval_without_0() -> None:
+@pytest.mark.parametrize("num_groups", [3, 10])
+def test_a_p_value_below_5_percent_is_an_interval_without_0(num_groups: int) -> None:
     num_agreeing, num_claimed = 0, 0
     for trial in range(200):
-        of_image, groups, rng = patients(10, trial)
-        values_N = rng.normal(0.02, 0.03, 10)[of_image] + rng.normal(0, 0.02, len(of_image))
-        interval = bootstrap_interval(values_N, groups, seed=0)
+        of_image, groups, rng = patients(num_groups, trial)
+        values_N = rng.normal(0.2 / num_groups, 0.03, num_groups)[of_image] + rng.normal(
+            0, 0.02, len(of_image)
+        )
+        interval = mean_interval(values_N, groups, seed=0)
         p_value = p_value_of_zero(values_N, groups, seed=0)
         assert interval is not None
         assert p_value is not None

@@ -207,10 +207,10 @@ def test_notices_say_what_the_figures_stand_on(tmp_path: Path) -> None:
         "patients.",
         "The features come from sam3-mini, a miniature of SAM 3's classes pretrained on synthetic "
         "angiograms: this shows that the road works, not how good SAM 3 is.",
-        "Only 3 groups of images",
         "The store is not sealed",
+        "Only 3 groups of images: intervals from so few are Student's",
         "1 of 3 images without a mask",
-        "1 empty against empty",
+        "1 of 2 images have a mask without a pixel, and a prediction without one",
     )
     assert len(result.notices) == len(beginnings)
     for notice, beginning in zip(result.notices, beginnings, strict=True):

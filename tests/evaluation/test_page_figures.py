@@ -13,7 +13,8 @@ import pytest
 from page_store import Drawn, write_page_store, write_run
 from test_page import FROM_FEATURES, Page
 
-from sam3cache.evaluation import EvalConfig, EvalResult, bootstrap_interval, evaluate
+from sam3cache.evaluation import EvalConfig, EvalResult, evaluate, mean_interval
+from sam3cache.evaluation.scores import range_of
 
 CLASSES = ("LAD", "LCX", "RCA")
 VIEWS = [(30.0, 20.0), (35.0, -25.0), (-30.0, 25.0), (-28.0, -20.0), (None, None)]
@@ -84,7 +85,7 @@ def values(lines: Iterable[Line], metric: str, class_name: str | None) -> tuple[
 
 def full_row(lines: Iterable[Line], metric: str, class_name: str | None) -> list[str]:
     found, groups = values(lines, metric, class_name)
-    interval = bootstrap_interval(found, groups, 0)
+    interval = mean_interval(found, groups, 0, range_of(metric))
     assert interval is not None
     numbers = found.mean(), found.std(ddof=1), np.median(found), found.min(), found.max()
     mean, std, median, low, high = (f"{number:.3f}" for number in numbers)
@@ -105,7 +106,7 @@ def short_row(lines: Iterable[Line], class_name: str | None) -> list[str]:
             ]
         )
     dice, of_groups = values(lines, "dice", class_name)
-    interval = bootstrap_interval(dice, of_groups, 0)
+    interval = mean_interval(dice, of_groups, 0, (0.0, 1.0))
     others = [values(lines, metric, class_name)[0] for metric in ("cldice", "hd95_px", "assd_px")]
     return [
         str(len(dice)),
@@ -215,7 +216,7 @@ def test_the_summary_has_the_same_figures(result: EvalResult, lines: list[Line])
             if len(numbers):
                 assert told["mean"] == pytest.approx(numbers.mean())
                 assert told["median"] == pytest.approx(np.median(numbers))
-                interval = bootstrap_interval(numbers, groups, 0)
+                interval = mean_interval(numbers, groups, 0, range_of(metric))
                 bounds = None if told["interval"] is None else tuple(told["interval"].values())
                 expected = None if interval is None else (interval.low, interval.high)
                 assert bounds == (None if expected is None else pytest.approx(expected))

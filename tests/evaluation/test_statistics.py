@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sam3cache.evaluation import Interval, Summary, bootstrap_interval, summarise
+from sam3cache.evaluation import Interval, Summary, mean_interval, summarise
 
 
 def test_a_summary_states_the_sample_deviation_and_leaves_out_what_has_no_value() -> None:
@@ -11,8 +11,13 @@ def test_a_summary_states_the_sample_deviation_and_leaves_out_what_has_no_value(
     assert summary.std == pytest.approx(0.36055512754)  # sqrt(((.3)^2 + (.1)^2 + (.4)^2) / 2)
     assert summary.median == pytest.approx(0.4)
     assert (summary.minimum, summary.maximum) == (0.2, 0.9)
+    # Of so few groups Student's, by hand: sums 0.2, 0.4 and 0.9, an image each.
     assert summary.interval is not None
-    assert 0.2 <= summary.interval.low < 0.5 < summary.interval.high <= 0.9
+    half_width = 4.302652729911 * 0.36055512754 / 3**0.5
+    assert summary.interval.low == pytest.approx(0.5 - half_width)
+    assert summary.interval.high == pytest.approx(0.5 + half_width)
+    within = summarise([0.2, None, 0.4, 0.9], ["a", "b", "b", "c"], 0, (0.0, 1.0))
+    assert within.interval == Interval(0.0, 1.0)
 
 
 @pytest.mark.parametrize("values", [[], [None, None]])
@@ -26,7 +31,7 @@ def test_one_value_has_neither_deviation_nor_interval() -> None:
 
 def test_the_interval_is_that_of_the_normal_law_for_many_independent_values() -> None:
     values = np.random.default_rng(1).normal(0.7, 0.1, size=400)
-    interval = bootstrap_interval(values, [str(i) for i in range(400)], seed=0)
+    interval = mean_interval(values, [str(i) for i in range(400)], seed=0)
     assert interval is not None
     half_width = 1.96 * values.std(ddof=1) / 20
     assert interval.low == pytest.approx(values.mean() - half_width, abs=0.15 * half_width)
@@ -36,9 +41,9 @@ def test_the_interval_is_that_of_the_normal_law_for_many_independent_values() ->
 def test_copies_of_a_patients_image_do_not_narrow_the_interval() -> None:
     values = np.random.default_rng(2).uniform(size=12)
     patients = [f"p{i}" for i in range(12)]
-    single = bootstrap_interval(values, patients, seed=3)
-    tenfold = bootstrap_interval(np.repeat(values, 10), list(np.repeat(patients, 10)), seed=3)
-    ungrouped = bootstrap_interval(np.repeat(values, 10), [str(i) for i in range(120)], seed=3)
+    single = mean_interval(values, patients, seed=3)
+    tenfold = mean_interval(np.repeat(values, 10), list(np.repeat(patients, 10)), seed=3)
+    ungrouped = mean_interval(np.repeat(values, 10), [str(i) for i in range(120)], seed=3)
     assert single is not None
     assert tenfold is not None
     assert ungrouped is not None
@@ -48,9 +53,9 @@ def test_copies_of_a_patients_image_do_not_narrow_the_interval() -> None:
 
 def test_a_seed_gives_the_same_interval_again_and_another_seed_another() -> None:
     values, groups = np.random.default_rng(3).uniform(size=12), list("abcdefghijkl")
-    first = bootstrap_interval(values, groups, seed=0)
-    assert first == bootstrap_interval(values, groups, seed=0)
-    assert first != bootstrap_interval(values, groups, seed=1)
+    first = mean_interval(values, groups, seed=0)
+    assert first == mean_interval(values, groups, seed=0)
+    assert first != mean_interval(values, groups, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +63,17 @@ def test_a_seed_gives_the_same_interval_again_and_another_seed_another() -> None
     [
         ([0.3, 0.5], ["a", "a"], None),
         ([0.3, 0.3, 0.3], ["a", "b", "b"], Interval(0.3, 0.3)),
-        ([0.0, 1.0], ["a", "b"], Interval(0.0, 1.0)),
+        # sums 0.6 and 0.4 about a mean of 1/3: (0.6 - 2/3)^2 + (0.4 - 1/3)^2 = 0.08 / 9
+        ([0.1, 0.5, 0.4], ["a", "a", "b"], 12.7062047364 * (0.08 / 9 * 2) ** 0.5 / 3),
     ],
 )
 def test_the_interval_of_few_groups(
-    values: list[float], groups: list[str], expected: Interval | None
+    values: list[float], groups: list[str], expected: Interval | float | None
 ) -> None:
-    assert bootstrap_interval(np.array(values), groups, seed=0) == expected
+    interval = mean_interval(np.array(values), groups, seed=0)
+    if not isinstance(expected, float):
+        assert interval == expected
+        return
+    assert interval is not None
+    mean = sum(values) / len(values)
+    assert (mean - interval.low, interval.high - mean) == pytest.approx((expected, expected))

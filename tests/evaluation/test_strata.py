@@ -153,5 +153,7 @@ def test_failures_without_a_distance_are_told(tmp_path: Path) -> None:
     assert [image.cldice for image in result.images] == [1.0, 0.0, None]
     assert [image.assd_px for image in result.images] == [0.0, None, None]
     assert (result.num_one_empty, result.num_empty_against_empty) == (1, 1)
-    assert result.notices[-1].startswith("1 with a prediction or a mask, but not both: there is no")
+    assert result.notices[-1].startswith(
+        "1 of 3 images have a prediction or a mask, but not both: there"
+    )
     assert result.overall["hd95_px"].num_values == 1

@@ -51,8 +51,8 @@ from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
 from sam3cache.evaluation.report import stores_told
-from sam3cache.evaluation.scores import DISTANCES
-from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
+from sam3cache.evaluation.scores import DISTANCES, range_of
+from sam3cache.evaluation.statistics import BOOTSTRAP, MIN_GROUPS, Interval, summarise
 from sam3cache.features import open_store, record_data
 from sam3cache.heads import CheckpointInfo
 from sam3cache.heads.checkpoint import LAST
@@ -62,6 +62,8 @@ from sam3cache.runtime import write_atomic
 RECORD_FILE = "comparison.json"
 DIFFERENCES_FILE = "differences.csv"
 PLOT_FILE = "differences.svg"
+
+_VERSIONS = ("sam3cache", "torch", "sam3")
 
 STORES = Path("features")
 """Where the store of a run's name is looked for, when none is given."""
@@ -148,6 +150,8 @@ class Compared:
         runs: names of its seeds or folds; its own alone where it is a single run.
         evaluations: folders that the scores come from.
         thresholds: probability from which a pixel counts as mask, of each run.
+        measured: by title, what else its evaluations record of how they came about; each value
+            once.
         dice: mean Dice of the images.
         dice_interval: of the mean, by group; None for fewer than two groups.
         dice_of_seeds: the mean of each seed, of folds all of its parts together; of a single run
@@ -162,6 +166,7 @@ class Compared:
     dice: float | None
     dice_interval: Interval | None
     dice_of_seeds: tuple[float | None, ...]
+    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ def compare(
     evaluated = [
         _evaluate(experiment, experiments, config, report, content_of) for experiment in first
     ]
-    notices = [*_check_alike(evaluated)]
+    notices = [*_of_origin(evaluated), *_check_alike(evaluated)]
     everywhere = frozenset.intersection(*map(_ids, evaluated))
     ids = [name for name in evaluated[0].together.ids if name in everywhere]
     if not ids:
@@ -291,6 +296,11 @@ def compare(
     scores = [ground.settle(one) for one in aligned]
     groups = scores[0].groups
     notices += _of_groups(evaluated, scores)
+    num_groups = len(set(groups))
+    if 1 < num_groups < MIN_GROUPS:
+        notices.append(
+            f"Only {num_groups} groups of images: intervals from so few are Student's, and wide."
+        )
 
     told = [one.name for one in presence if one.num_with or one.name == presence[0].name]
     pairs = _pairs(evaluated, scores, told, config.seed)
@@ -303,7 +313,7 @@ def compare(
         baseline=evaluated[0].name,
         split=", ".join(dict.fromkeys(str(s.get("split")) for e in evaluated for s in e.summaries)),
         num_images=len(ids),
-        num_groups=len(set(groups)),
+        num_groups=num_groups,
         experiments=compared,
         comparisons=tuple(pairs),
         presence=tuple(presence),
@@ -729,6 +739,28 @@ def _of_images(left_out: Mapping[str, Sequence[str]], num_images: int) -> list[s
     ]
 
 
+def _of_origin(evaluated: Sequence[_Evaluated]) -> list[str]:
+    """Say what limits all figures because of the pictures and features that they come from."""
+    summaries = [summary for one in evaluated for summary in one.summaries]
+    sentences = []
+    drawn = [int(s.get("num_synthetic") or 0) for s in summaries]
+    if any(drawn):
+        all_drawn = drawn == [s.get("num_images") for s in summaries]
+        sentences.append(
+            f"{'The' if all_drawn else 'Some of the'} pictures are synthetic angiograms, drawn and "
+            f"not measured: {'nothing here speaks' if all_drawn else 'these do not speak'} of "
+            "patients."
+        )
+    of_sentence: dict[str, list[str]] = {}
+    for one in evaluated:
+        for sentence in dict.fromkeys(s for of in one.summaries for s in of.get("origin") or ()):
+            of_sentence.setdefault(sentence, []).append(one.name)
+    for sentence, names in of_sentence.items():
+        whose = "" if len(names) == len(evaluated) else f"Of {listed(names)}: "
+        sentences.append(whose + sentence)
+    return sentences
+
+
 def _of_groups(evaluated: Sequence[_Evaluated], scores: Sequence[Scores]) -> list[str]:
     return [
         f"{other.name} knows other groups than {evaluated[0].name}; the groups of "
@@ -857,7 +889,7 @@ def _compared(
     ids, classes, metrics = common
     headline = scores.classes[0]
     values = [None if np.isnan(v) else float(v) for v in scores.values(headline, HEADLINE)]
-    summary = summarise(values, scores.groups, seed)
+    summary = summarise(values, scores.groups, seed, range_of(HEADLINE))
     of_seeds = []
     seeds = [run.member()[0] for run in one.experiment.runs]
     for of in by_seed([of.of(of.ids, classes, metrics) for of in one.scores], seeds):
@@ -873,7 +905,38 @@ def _compared(
         dice=summary.mean,
         dice_interval=summary.interval,
         dice_of_seeds=tuple(of_seeds),
+        measured=_measured(one),
     )
+
+
+def _threshold_text(summary: Mapping[str, Any]) -> str:
+    threshold, choice = summary.get("threshold"), summary.get("threshold_choice") or {}
+    if threshold is None:
+        return "none: a pixel has its likeliest class"
+    chosen = f" (chosen on split {choice['split']})" if choice.get("source") == "auto" else ""
+    return f"{threshold:g}{chosen}"
+
+
+def _measured(one: _Evaluated) -> dict[str, tuple[str, ...]]:
+    """Return how the figures of an experiment came about, as its evaluations record it."""
+    told: dict[str, list[str]] = {}
+    for summary in one.summaries:
+        checkpoint = Path(str(summary.get("checkpoint", "")))
+        environment = summary.get("environment") or {}
+        values = {
+            "Threshold": _threshold_text(summary),
+            "Label set": str(summary.get("label_set", "–")),
+            "Store": Path(str(summary.get("store", "–"))).name,
+            "Checkpoint": "/".join(checkpoint.parts[-2:]) or "–",
+            "Epoch": str(summary.get("epoch", "–")),
+            "Versions": ", ".join(
+                f"{name} {environment[name]}" for name in _VERSIONS if environment.get(name)
+            )
+            or "–",
+        }
+        for title, value in values.items():
+            told.setdefault(title, []).append(value)
+    return {title: tuple(dict.fromkeys(values)) for title, values in told.items()}
 
 
 def _cases(

@@ -17,13 +17,15 @@ from sam3cache.evaluation.comparing.cases import ComparedCase
 from sam3cache.evaluation.comparing.runs import OVER_CLASSES
 from sam3cache.evaluation.comparing.statistics import Differences, PairedDifference
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE
+from sam3cache.evaluation.page_parts import style
 from sam3cache.evaluation.scores import DISTANCES, MEAN_OVER_CLASSES, METRICS
 from sam3cache.evaluation.statistics import (
     LEVEL,
-    NUM_RESAMPLES,
+    METHOD,
     gain_text,
     interval_text,
     number_text,
+    over_text,
 )
 from sam3cache.views import format_view
 
@@ -55,12 +57,12 @@ def comparison_html(
     return pages.fill_in(
         __package__,
         TEMPLATE_FILE,
+        style=style(),
         baseline=result.baseline,
         others=[pair.name for pair in result.comparisons],
         split="all splits" if result.split == "all" else f"split {result.split}",
         date=date.isoformat(),
-        num_images=result.num_images,
-        num_groups=result.num_groups,
+        over=over_text(result.num_images, result.num_groups),
         notices=result.notices,
         sentences=[(pair.verdict, pair.sentence) for pair in result.comparisons],
         runs=[_run(one) for one in result.experiments],
@@ -82,7 +84,7 @@ def comparison_html(
         case_sentences=sentences,
         colours={"true": pages.TRUE_COLOUR, "predicted": pages.PREDICTED_COLOUR},
         level_percent=f"{LEVEL:.0%}",
-        num_resamples=NUM_RESAMPLES,
+        intervals=METHOD,
         small_dice=SMALL_DICE,
         num_comparisons=len(result.comparisons),
     )
@@ -123,6 +125,7 @@ def _run(one: Compared) -> dict[str, Any]:
         "dice": number_text(one.dice),
         "interval": interval_text(one.dice_interval),
         "of_seeds": ", ".join(number_text(dice) for dice in known) if len(known) > 1 else "–",
+        "measured": [(title, ", ".join(values)) for title, values in one.measured.items()],
     }
 
 

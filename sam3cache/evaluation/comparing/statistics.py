@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3cache.evaluation.statistics import Interval, bootstrap_interval, p_value_of_zero
+from sam3cache.evaluation.statistics import ANY, Interval, mean_interval, p_value_of_zero
 
 SAME_VALUE = 1e-12
 """Difference of two values that is the rounding of a mean over seeds."""
@@ -28,7 +28,7 @@ class PairedDifference:
         other: the other's mean over them.
         mean: of the differences, other minus baseline.
         median: of the differences.
-        interval: of the mean, see ``bootstrap_interval``; None for fewer than two groups.
+        interval: of the mean, see ``mean_interval``; None for fewer than two groups.
         p_value: of no difference, see ``p_value_of_zero``; None likewise.
         num_better: images that the other is better on.
         num_worse: images that it is worse on; on all others both have the same value.
@@ -84,6 +84,7 @@ def paired_difference(
     baseline, other = baseline_N[both_N], other_N[both_N]
     difference = other - baseline
     difference[np.abs(difference) <= SAME_VALUE] = 0.0
+    within = ANY if lower_is_better else (-1.0, 1.0)
     groups_here = [groups[i] for i in np.flatnonzero(both_N)]
     gain = -difference if lower_is_better else difference
     return PairedDifference(
@@ -93,7 +94,7 @@ def paired_difference(
         other=float(other.mean()),
         mean=float(difference.mean()),
         median=float(np.median(difference)),
-        interval=bootstrap_interval(difference, groups_here, seed),
+        interval=mean_interval(difference, groups_here, seed, within),
         p_value=p_value_of_zero(difference, groups_here, seed),
         num_better=int((gain > 0).sum()),
         num_worse=int((gain < 0).sum()),

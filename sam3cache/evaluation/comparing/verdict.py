@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sam3cache.evaluation.comparing.statistics import PairedDifference
-from sam3cache.evaluation.shuffling import MIN_GROUPS
-from sam3cache.evaluation.statistics import LEVEL, gain_text, interval_text
+from sam3cache.evaluation.statistics import LEVEL, MIN_GROUPS, count_text, gain_text, interval_text
 
 SMALL_DICE = 0.01
 """Difference of mean Dice that hardly matters: an interval within it shows that two are alike."""
@@ -49,7 +48,7 @@ def judge(
     over = f"over {over}; {difference.num_better} {images} better, {difference.num_worse} worse"
     interval = difference.interval
     if interval is None or difference.num_groups < MIN_GROUPS:
-        groups = _number(difference.num_groups, "group")
+        groups = count_text(difference.num_groups, "group")
         return "undecided", (
             f"Whether {name} is better than {baseline} cannot be told from {groups}, at least "
             f"{MIN_GROUPS} are needed: {found} {over}."
@@ -76,9 +75,5 @@ def judge(
 
 
 def _over(difference: PairedDifference) -> str:
-    images = _number(difference.num_images, "image")
-    return f"{images} of {_number(difference.num_groups, 'group')}"
-
-
-def _number(number: int, of: str) -> str:
-    return f"{number} {of}" if number == 1 else f"{number} {of}s"
+    images = count_text(difference.num_images, "image")
+    return f"{images} of {count_text(difference.num_groups, 'group')}"
