@@ -3,6 +3,7 @@
     Sam3CacheError
     ├── ConfigError          an option or combination of options that cannot be used
     ├── ManifestError        the manifest, folder or column map as a whole is unusable
+    │   └── NoManifestError      there is none at this path
     ├── ImageError           one image or mask cannot be read; its sample is set aside
     ├── WeightsError         a checkpoint of SAM 3 is absent, gated, or not what it claims
     ├── InputSizeError       pixels that are not of the tower's own size
@@ -16,7 +17,8 @@
     │   ├── StoreBusyError       another process holds the store's lock
     │   ├── NoSpaceError         what is to be written does not fit on the disk
     │   └── FingerprintError     features made differently from what is asked for
-    ├── HeadError            a head is unknown, or needs what the store lacks
+    ├── HeadError            a head needs what the store lacks, or fails
+    │   └── UnknownHeadError     no head has this name, or takes these options
     ├── CheckpointError      a head's checkpoint cannot be read or does not fit
     └── StoppedError         a training was told to stop, and has saved where it was
 
@@ -41,6 +43,10 @@ class ConfigError(Sam3CacheError, ValueError):
 
 class ManifestError(Sam3CacheError, ValueError):
     """The manifest, image folder or column map as a whole is unusable."""
+
+
+class NoManifestError(ManifestError, ConfigError):
+    """A path that was given as a manifest or a folder of images has nothing."""
 
 
 class ImageError(Sam3CacheError, ValueError):
@@ -112,7 +118,11 @@ class FingerprintError(StoreError):
 
 
 class HeadError(Sam3CacheError, ValueError):
-    """A head is unknown, or needs something that the store lacks."""
+    """A head is unknown, needs something that the store lacks, or fails."""
+
+
+class UnknownHeadError(HeadError, ConfigError):
+    """No head has the name that was given, or it does not take the options that were."""
 
 
 class CheckpointError(Sam3CacheError, ValueError):

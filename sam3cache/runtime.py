@@ -23,6 +23,10 @@ from sam3cache.errors import ConfigError
 TEMPORARY_SUFFIX = ".partial"
 REPORTED_PACKAGES = ("sam3cache", "sam3", "torch", "torchvision", "zarr", "numpy")
 
+_WINDOWS_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))]
+)
+
 _DISK_PIECE_BYTES = 32 * 2**20
 
 _CGROUP_LISTING, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -364,6 +368,11 @@ def num_cpu_cores() -> int:
         # The mask may be the task's own already, if the launcher binds.
         return min(num_cores, max(1, rank.num_cores))
     return max(1, num_cores // rank.num_local)
+
+
+def is_device_name(name: str) -> bool:
+    """Return whether Windows takes a file's or folder's name for a device, whatever its suffix."""
+    return name.partition(".")[0].rstrip().casefold() in _WINDOWS_DEVICES
 
 
 def peak_memory_bytes() -> int:

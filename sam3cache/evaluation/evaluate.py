@@ -312,6 +312,14 @@ def _classes(
             f"{store.path} asks for {num_outputs(spec.task, len(spec.classes))} ({spec.task}: "
             f"{', '.join(spec.classes)}); name another by --label-set"
         )
+    # A single plane is what it is, whatever it is called; several are told apart by their place.
+    if len(spec.classes) > 1 and info.classes and tuple(info.classes) != tuple(spec.classes):
+        raise CheckpointError(
+            f"the head of {folder} was trained for classes {', '.join(info.classes)}, label set "
+            f"{label_set} of {store.path} has {', '.join(spec.classes)}: they are matched by their "
+            "place, so that figures would be of the wrong ones; set the labels in the head's order "
+            "(`sam3cache store labels set --classes`), or name another set by --label-set"
+        )
     return spec.classes
 
 
@@ -397,7 +405,10 @@ def _choose_threshold(
     )
     verb = "are" if num_evaluated > 1 else "is"
     sentence += f"; {num_evaluated or 'none'} of them {verb} evaluated here."
-    choice = ThresholdChoice("auto", sentence, AUTO_SPLIT, len(samples), mean_dice, on_evaluated)
+    num_seen = _num_known(info, "images", [sample.pixel_sha256 for sample in samples]) or 0
+    choice = ThresholdChoice(
+        "auto", sentence, AUTO_SPLIT, len(samples), mean_dice, on_evaluated, num_seen
+    )
     return _Chosen(replace(rule, threshold=threshold), choice, len(samples))
 
 

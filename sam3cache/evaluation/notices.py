@@ -54,6 +54,13 @@ def notices_of(
             f"The threshold was chosen on images of split {result.threshold_choice.split} that are "
             "measured here: scores are a little too high."
         )
+    choice = result.threshold_choice
+    if choice.num_seen:
+        sentences.append(
+            f"The threshold was chosen on {choice.num_images} images of split {choice.split}, of "
+            f"which the head was trained on {choice.num_seen}: it is surer of those than of new "
+            "ones, and the threshold may not suit these."
+        )
     num_unknown = num_unreadable(samples)
     if num_unknown:
         sentences.append(

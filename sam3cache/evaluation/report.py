@@ -182,14 +182,18 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        earlier = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+        text = summary.read_text(encoding="utf-8") if summary.exists() else ""
     except OSError as error:
         raise ConfigError(
             f"results cannot be written to {folder} ({error.strerror}); name another folder by "
             "--output"
         ) from None
-    except ValueError:
-        earlier = {}  # Not ours, or damaged: it will be replaced.
+    earlier = _parse_summary(text)
+    if earlier is None and not (folder / IMAGES_FILE).exists():
+        raise ConfigError(
+            f"{summary} is of something else than an evaluation; name another folder by --output"
+        )
+    earlier = earlier or {}  # What is damaged is replaced.
     before = earlier.get("data") or {}
     has_same_images = before.get("samples_sha256") == data.samples_sha256
     known = stores_told(earlier, folder)
@@ -212,8 +216,20 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
     return folder
 
 
+def _parse_summary(text: str) -> dict[str, Any] | None:
+    """Return an evaluation's summary, {} of no text; None of what is something else or damaged."""
+    try:
+        summary = json.loads(text or "{}")
+    except ValueError:
+        return None
+    is_ours = isinstance(summary, dict) and (not summary or "overall" in summary)
+    return summary if is_ours else None
+
+
 def write_result(result: EvalResult) -> None:
     """Write per_image.csv, a line an image and class, confusion.csv, and last summary.json."""
+    # Whatever ends this before its end leaves no summary beside the images of another evaluation.
+    (result.output / SUMMARY_FILE).unlink(missing_ok=True)
     lines = []
     for image in result.images:
         line = {name: getattr(image, name) for name in _COLUMNS}

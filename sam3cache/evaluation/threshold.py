@@ -35,6 +35,7 @@ class ThresholdChoice:
         num_images: images that it chose on.
         mean_dice: the Dice that it reached on them, mean over images.
         on_evaluated: whether it chose on images that are evaluated as well.
+        num_seen: images that it chose on, and that the head was trained on.
     """
 
     source: Literal["given", "checkpoint", "auto", "none"]
@@ -43,6 +44,7 @@ class ThresholdChoice:
     num_images: int = 0
     mean_dice: float | None = None
     on_evaluated: bool = False
+    num_seen: int = 0
 
 
 class DiceByThreshold:

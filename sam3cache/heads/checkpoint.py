@@ -38,6 +38,9 @@ RECORD_FILE = "checkpoint.json"
 BEST, LAST = CHECKPOINTS = ("best", "last")
 """Folders of a run: its best epoch's checkpoint, and its last one's."""
 
+TO_REPLACE = ".to-replace"
+"""In the folder of a run that ``train --overwrite`` is to replace, until its successor begins."""
+
 _HEADER_KEY = "checkpoint"
 
 
@@ -183,6 +186,11 @@ def check_fingerprints(
             f"level {level} was made differently from the features the head was trained on: "
             f"{'; '.join(differences)}; use a store extracted with the old values, or train again"
         )
+
+
+def is_to_be_replaced(run_dir: Path) -> bool:
+    """Return whether a run is there that ``train --overwrite`` is still to replace."""
+    return (run_dir / TO_REPLACE).exists()
 
 
 def short_hash(text: str) -> str:

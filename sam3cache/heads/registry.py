@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam3cache.errors import HeadError
+from sam3cache.errors import HeadError, UnknownHeadError
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.heads.film_conv import FilmConv
 from sam3cache.heads.film_detail import FilmDetail
@@ -84,7 +84,7 @@ def build_head(
     except HeadError:
         raise
     except mistakes_of(name) as error:
-        raise HeadError(
+        raise UnknownHeadError(
             f"head {name} cannot be built with options {options}: {one_line(error)}; correct the "
             "options, or the class's __init__(level_shapes, *, num_classes, ...)"
         ) from error
@@ -108,7 +108,7 @@ def find_head(name: str) -> Callable[..., Head]:
         return HEADS[name]
     module_name, colon, class_name = name.partition(":")
     if not (colon and module_name and class_name):
-        raise HeadError(
+        raise UnknownHeadError(
             f"no head is named {name!r}; take one of {', '.join(HEADS)}, or name your own as "
             "package.module:Class"
         )
@@ -118,14 +118,14 @@ def find_head(name: str) -> Callable[..., Head]:
     try:
         head_class = getattr(importlib.import_module(module_name), class_name)
     except mistakes_of(name) as error:
-        raise HeadError(
+        raise UnknownHeadError(
             f"head {name} cannot be imported: {one_line(error)}; expected a class {class_name} "
             f"in a module {module_name} on PYTHONPATH or in {here}"
         ) from error
     is_module = inspect.isclass(head_class) and issubclass(head_class, nn.Module)
     needs = getattr(head_class, "needs", None)
     if not is_module or not isinstance(needs, tuple) or not needs:
-        raise HeadError(
+        raise UnknownHeadError(
             f"{name} is no head: expected a torch.nn.Module class with `needs`, a tuple of the "
             "levels it reads such as ('fpn_72',); derive it from sam3cache.heads.Head"
         )
@@ -145,7 +145,7 @@ def _check_options(name: str, head_class: Callable[..., Head], options: Mapping[
         return
     accepted = [p.name for p in parameters if p.name not in ("level_shapes", "num_classes")]
     if unknown := [option for option in options if option not in accepted]:
-        raise HeadError(
+        raise UnknownHeadError(
             f"head {name} has no option {', '.join(unknown)}; it takes "
             f"{', '.join(accepted) or 'none'}"
         )

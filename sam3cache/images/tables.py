@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sam3cache.errors import ManifestError
+from sam3cache.errors import ManifestError, NoManifestError
 
 SPLIT_SYNONYMS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -75,7 +75,7 @@ def saying_path(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file or folder; check the path") from None
+        raise NoManifestError(f"{path}: no such file or folder; check the path") from None
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError:

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 
 from sam3cache.images.pseudonyms import pseudonym
 from sam3cache.records import Sample
+from sam3cache.runtime import is_device_name
 
 MAX_PART_CHARS = 100
 """Longest name of a file or folder: what systems allow ends at 255 bytes, of up to 4 a letter."""
 
 _KEPT = "-_.#@+=~ "
 _HASH_CHARS = 8
-_DEVICES = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))]
-)
 _FILE_SUFFIXES = (".png", ".npy")
 
 
@@ -87,7 +85,7 @@ def _part(text: str, *, is_folder: bool = False) -> str:
     if len(text) > MAX_PART_CHARS:
         digest = pseudonym(text, _HASH_CHARS)
         text = f"{text[: MAX_PART_CHARS - _HASH_CHARS - 1]}-{digest}"
-    if text.partition(".")[0].rstrip().casefold() in _DEVICES:
+    if is_device_name(text):
         text = f"_{text}"
     # A folder called like a file of another sample would be in its way.
     if is_folder and text.casefold().endswith(_FILE_SUFFIXES):

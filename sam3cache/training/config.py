@@ -19,12 +19,13 @@ from sam3cache.features import Precision as StoredPrecision
 from sam3cache.geometry import INPUT_SIZE_PX
 from sam3cache.loading import Residency
 from sam3cache.loading.augment import IMAGE_LEVEL, Augmentation
+from sam3cache.runtime import is_device_name
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 LearningRateScaling = Literal["none", "sqrt", "linear"]
 
 # A run's name becomes a folder's, on every system.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 
 # What a run's data are known by: they make its result, too, but are no settings to resume with.
 _OF_THE_DATA = frozenset({"data_sha256", "num_train", "num_val", "class_weights_used"})
@@ -194,10 +195,11 @@ class TrainConfig:
                 for element in value:
                     if not isinstance(element, one) or isinstance(element, bool):
                         raise ConfigError(f"{setting.name} holds {element!r}: expected {expected}")
-        if not _NAME.fullmatch(self.name):
+        if not _NAME.fullmatch(self.name) or is_device_name(self.name):
             raise ConfigError(
                 f"run name {self.name!r}: expected letters, digits, '.', '_' and '-', beginning "
-                "with a letter or digit; choose another with --name"
+                "with a letter or digit, not ending with '.', and none that Windows keeps for a "
+                "device; choose another with --name"
             )
         rules = (
             ("epochs", self.epochs >= 1, "at least 1"),

@@ -16,7 +16,7 @@ from sam3cache.features import FeatureStore, open_store
 from sam3cache.runtime import write_atomic
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.division import data_settings, divide, masks_sha256
-from sam3cache.training.folders import claimed, is_run, require_unused, runs_in
+from sam3cache.training.folders import claimed, is_run, mark_to_replace, require_unused, runs_in
 from sam3cache.training.loop import TrainResult
 from sam3cache.training.outlook import levels_of_head
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
@@ -139,7 +139,8 @@ def read_experiments(path: Path, base: TrainConfig) -> list[TrainConfig]:
             configs.append(replace(base, **{**defaults, **table}))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
-        if [config.name for config in configs].count(table["name"]) > 1:
+        # Windows and macOS do not tell capitals from small letters in the name of a folder.
+        if [config.name.casefold() for config in configs].count(table["name"].casefold()) > 1:
             raise ConfigError(f"{where} is named {table['name']!r}, as another is; rename one")
     return configs
 
@@ -307,11 +308,20 @@ def _run_all(
     report: Callable[[PoolProgress], None],
     stop: Stop,
 ) -> list[RunOutcome]:
-    outcomes = [
-        RunOutcome(run.experiment, run.config.name, run.config.seed, run.config.fold)
-        for run in runs
-    ]
     folder = Path(runs[0].config.output)
+    before = _read_summary(folder)
+    outcomes = []
+    for run in runs:
+        outcome = before.pop(run.config.name, None)
+        if outcome is None or outcome.status != "done" or not _is_finished(run.config):
+            config = run.config
+            outcome = RunOutcome(run.experiment, config.name, config.seed, config.fold)
+        outcomes.append(outcome)
+    # Of other seeds or experiments, in the same folder.
+    others = list(before.values())
+    for run in runs:
+        if run.config.overwrite:
+            mark_to_replace(run.config.run_dir)
 
     def ended(number: int, outcome: Outcome) -> None:
         if isinstance(outcome, StoppedError):
@@ -320,13 +330,13 @@ def _run_all(
             outcomes[number] = replace(outcomes[number], status="done", result=outcome)
         else:
             outcomes[number] = replace(
-                outcomes[number], status="failed", error=failure_text(outcome)
+                outcomes[number], status="failed", error=failure_text(outcome), result=None
             )
-        write_summary(folder, outcomes)
+        write_summary(folder, [*others, *outcomes])
 
     tasks = [PoolTask(number, run.config, levels) for number, run in enumerate(runs)]
     reason = DevicePool(tasks, devices, report, ended, stop).run()
-    write_summary(folder, outcomes)
+    write_summary(folder, [*others, *outcomes])
     if reason is not None:
         num_done = sum(outcome.status == "done" for outcome in outcomes)
         raise stopped(
@@ -348,7 +358,7 @@ def _levels_needed(runs: Sequence[PlannedRun]) -> tuple[str, ...]:
         try:
             levels += levels_of_head(first_of[experiment])
         except (ConfigError, HeadError) as error:
-            raise HeadError(f"experiment {experiment}: {error} (no run has begun)") from error
+            raise type(error)(f"experiment {experiment}: {error} (no run has begun)") from error
     return tuple(dict.fromkeys(levels))
 
 
@@ -391,6 +401,27 @@ def _result_json(outcome: RunOutcome) -> dict[str, Any] | None:
     values = asdict(outcome.result)
     # Where the summary lies is where the runs lie: no path of this machine is needed.
     return values | {"run_dir": outcome.name, "best_checkpoint": f"{outcome.name}/best"}
+
+
+def _read_summary(folder: Path) -> dict[str, RunOutcome]:
+    """Return how runs stood, by name, as far as their folders are still there.
+
+    What cannot be read, of another version or damaged, is no loss: the runs themselves know more.
+    """
+    try:
+        entries = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["runs"]
+        outcomes = [_from_json(folder, entry) for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {outcome.name: outcome for outcome in outcomes if is_run(folder / outcome.name)}
+
+
+def _from_json(folder: Path, entry: Mapping[str, Any]) -> RunOutcome:
+    result = entry["result"]
+    if result is not None:
+        paths = {key: folder / result[key] for key in ("run_dir", "best_checkpoint")}
+        result = TrainResult(**{**result, **paths})
+    return RunOutcome(**{**entry, "result": result})
 
 
 def write_summary(folder: Path, outcomes: Sequence[RunOutcome]) -> None:

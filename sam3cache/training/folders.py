@@ -9,11 +9,12 @@ from pathlib import Path
 from sam3cache.errors import ConfigError, StoreBusyError
 from sam3cache.features import store_lock
 from sam3cache.features.locks import locks_work
-from sam3cache.heads.checkpoint import BEST, LAST, MODEL_FILE
+from sam3cache.heads.checkpoint import BEST, LAST, MODEL_FILE, TO_REPLACE
 from sam3cache.training.config import TrainConfig
-from sam3cache.training.state import STATE_FILE
 
 METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "training.safetensors"
+"""In ``last``; see ``state``."""
 
 _LOCK = ".lock"
 
@@ -68,6 +69,20 @@ def claimed(folder: Path) -> Iterator[None]:
 def is_in_use(folder: Path) -> bool:
     """Return whether a folder holds anything beside what says who is at work in it."""
     return folder.exists() and any(path.name not in _OF_A_LOCK for path in folder.iterdir())
+
+
+def mark_to_replace(folder: Path) -> None:
+    """Note that what a folder holds is to be replaced: a later ``--resume`` begins there anew.
+
+    Until the new run begins, the old one can be evaluated.
+    """
+    if is_in_use(folder):
+        (folder / TO_REPLACE).touch()
+
+
+def unmark(folder: Path) -> None:
+    """Take the mark away: what there was to replace is gone."""
+    (folder / TO_REPLACE).unlink(missing_ok=True)
 
 
 def require_unused(config: TrainConfig, *, go_on: str, replace: str) -> None:

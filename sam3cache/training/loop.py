@@ -43,7 +43,7 @@ from sam3cache.heads import (
     describe_head,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import BEST, CHECKPOINTS, LAST
+from sam3cache.heads.checkpoint import BEST, CHECKPOINTS, LAST, is_to_be_replaced
 from sam3cache.heads.registry import one_line
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.augment import Augmentation, Draws, augment, choose_rows
@@ -67,18 +67,19 @@ from sam3cache.training.division import (
 )
 from sam3cache.training.folders import (
     METRICS_FILE,
+    STATE_FILE,
     claimed,
     is_in_use,
     is_run,
     require_unused,
     runs_in,
+    unmark,
 )
 from sam3cache.training.loss import Loss, balanced_weights, build_loss, default_loss
 from sam3cache.training.masks import HeldMasks
 from sam3cache.training.micro import blank_sample, pick_micro_batch, saved_bytes
 from sam3cache.training.opening import label_set_of, new_head, open_to_train
 from sam3cache.training.state import (
-    STATE_FILE,
     RunState,
     as_begun,
     check_same,
@@ -532,7 +533,7 @@ class Run:
         self._require_room()
         self._claim.enter_context(claimed(run_dir))
         self._require_room()  # Another may have been quicker.
-        if self.config.resume:
+        if self.config.resume and not is_to_be_replaced(run_dir):
             if state_file.exists():
                 return self._resume(state_file, fresh)
             if (run_dir / BEST).exists() or (run_dir / METRICS_FILE).exists():
@@ -566,6 +567,7 @@ class Run:
             if (run_dir / part).exists():
                 shutil.rmtree(run_dir / part)
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
+        unmark(run_dir)
 
     def _resume(self, state_file: Path, fresh: RunState) -> RunState:
         state, tensors = read_state(state_file)

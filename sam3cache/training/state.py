@@ -18,11 +18,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sam3cache.errors import CheckpointError
-from sam3cache.heads.checkpoint import LAST, read_metadata, read_tensors, untied
+from sam3cache.heads.checkpoint import (
+    LAST,
+    is_to_be_replaced,
+    read_metadata,
+    read_tensors,
+    untied,
+)
 from sam3cache.runtime import write_atomic
 from sam3cache.training.config import TrainConfig, check_same_run, other_data, variants_text
+from sam3cache.training.folders import STATE_FILE
 
-STATE_FILE = "training.safetensors"
 _HEADER_KEY = "training"
 
 
@@ -104,7 +110,9 @@ def read_record(run_dir: Path) -> RunState | None:
         CheckpointError: the file is damaged or not one of ours.
     """
     path = run_dir / LAST / STATE_FILE
-    return _parse(path, read_metadata(path)) if path.exists() else None
+    if is_to_be_replaced(run_dir) or not path.exists():
+        return None
+    return _parse(path, read_metadata(path))
 
 
 def _parse(path: Path, metadata: Mapping[str, str]) -> RunState:

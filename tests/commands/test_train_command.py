@@ -142,7 +142,7 @@ def test_settings_without_an_option_of_their_own_are_set_by_name(
     [
         (["features/y.zarr"], 1, "features/y.zarr does not exist"),
         (["features/x.zarr", "--epochs", "0"], 2, "epochs is 0: expected at least 1"),
-        (["features/x.zarr", "--head", "unet"], 1, "no head is named 'unet'"),
+        (["features/x.zarr", "--head", "unet"], 2, "no head is named 'unet'"),
         (
             ["features/x.zarr"],
             1,

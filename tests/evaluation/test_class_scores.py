@@ -13,6 +13,7 @@ from test_page import Page
 from sam3cache.errors import CheckpointError, ConfigError
 from sam3cache.evaluation import MEAN_OVER_CLASSES, EvalConfig, EvalResult, evaluate
 from sam3cache.features import open_store
+from sam3cache.heads import load_checkpoint, save_checkpoint
 
 NAME = "page_store:FromFeatures"
 CLASSES = ("LAD", "LCX")
@@ -147,6 +148,20 @@ def test_the_angles_check_works_on_class_numbers(tmp_path: Path) -> None:
     assert result.angle_use is not None
     assert result.angle_use.verdict == "unused"
     assert result.angle_use.num_images == 8
+
+
+@pytest.mark.parametrize("names", [("LCX", "LAD"), ("LAD", "LM")], ids=["order", "names"])
+def test_classes_that_are_others_or_elsewhere_are_not_measured(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    store = write_page_store(tmp_path / "a.zarr", [Drawn(1)], classes=CLASSES)
+    run = write_run(tmp_path / "run", store, num_classes=2)
+    head, info = load_checkpoint(run / "best", head=NAME)
+    save_checkpoint(run / "best", head, replace(info, classes=names))
+    with pytest.raises(CheckpointError, match=rf"for classes {names[0]}, {names[1]}, .* LAD, LCX"):
+        evaluate(EvalConfig(store, run, head=NAME, page=False))
+    save_checkpoint(run / "best", head, replace(info, classes=CLASSES))
+    assert evaluate(EvalConfig(store, run, head=NAME, page=False)).num_images == 1
 
 
 def test_a_matrix_of_an_earlier_evaluation_does_not_stay(tmp_path: Path) -> None:

@@ -306,6 +306,34 @@ def test_folds_of_several_seeds_have_a_mean_of_each_seed(tmp_path: Path) -> None
     assert any(sentence.startswith("One seed each: old. What") for sentence in result.notices)
 
 
+def test_folds_of_several_seeds_on_the_same_images_have_a_mean_of_each_seed(
+    tmp_path: Path, store: Path
+) -> None:
+    """On split test every fold of a seed scores all images."""
+    for seed, of_folds in enumerate(((0, 1), (2, 1))):
+        for fold, cells in enumerate(of_folds):
+            evaluated(tmp_path / f"new-seed{seed}-fold{fold}", store, cells)
+    evaluated(tmp_path / "old", store, 2)
+    result = comparison(tmp_path / "old", tmp_path / "new")
+    new = result.experiments[1]
+    means = {0: 0.75, 1: 23 / 24, 2: 3 / 4}
+    assert new.dice_of_seeds == pytest.approx(
+        ((means[0] + means[1]) / 2, (means[2] + means[1]) / 2)
+    )
+    (single,) = [sentence for sentence in result.notices if sentence.startswith("One seed each:")]
+    assert single.startswith("One seed each: old. What")
+
+
+def test_a_run_that_is_still_to_be_replaced_is_said(head: Head) -> None:
+    first, second = head(0), head(1)
+    (second / ".to-replace").touch()
+    notices = comparison(first, second).notices
+    assert notices[0] == (
+        "head1 is still of before: `train --overwrite` was ended before it was trained anew; "
+        "`train --resume` does it."
+    )
+
+
 def test_a_seed_that_lacks_a_fold_is_told_of_no_seed(tmp_path: Path) -> None:
     """Of two seeds and two folds the first seed's first fold failed: that seed has no mean."""
     drawn = [Drawn(s, id=f"image{i}") for i, s in enumerate(SHIFTS)]

@@ -228,6 +228,37 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ['{"runs": []}', "[1]", "text", '{"store": null}'])
+def test_what_is_of_something_else_is_not_written_over(
+    tmp_path: Path, store: Path, sided: Path, content: str
+) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    summary = folder / "summary.json"
+    summary.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match="is of something else than an evaluation; name another"):
+        evaluate(replace(config(store, sided), output=folder))
+    assert summary.read_text(encoding="utf-8") == content
+    # What was once ours and is damaged is written anew.
+    (folder / "per_image.csv").write_text("id\n", encoding="utf-8")
+    assert evaluate(replace(config(store, sided), output=folder)).num_images == len(VIEWS)
+
+
+def test_an_evaluation_that_ends_between_its_files_leaves_no_summary_of_others(
+    tmp_path: Path, store: Path, sided: Path
+) -> None:
+    settings = replace(config(store, sided), output=tmp_path / "out")
+    evaluate(settings)
+    images = tmp_path / "out" / "per_image.csv"
+    images.unlink()
+    (images / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"per_image\.csv"):
+        evaluate(replace(settings, threshold=0.9))
+    assert not (tmp_path / "out" / "summary.json").exists()
+    shutil.rmtree(images)
+    assert evaluate(settings).threshold == 0.5
+
+
 def test_an_unsealed_store_is_evaluated_when_asked_for(tmp_path: Path, sided: Path) -> None:
     store = write_view_store(tmp_path / "a.zarr", VIEWS, seal=False)
     result = evaluate(replace(config(store, sided), allow_unsealed=True))

@@ -13,7 +13,10 @@ from sam3cache.errors import ConfigError
 from sam3cache.evaluation import EvalConfig, evaluate
 from sam3cache.evaluation.predicting import Prediction
 from sam3cache.evaluation.threshold import THRESHOLDS, DiceByThreshold
+from sam3cache.features import open_store
+from sam3cache.heads import load_checkpoint, save_checkpoint
 from sam3cache.metrics import dice_iou_precision_recall
+from sam3cache.training.division import trained_on
 
 FAINT = "page_store:Faint"
 
@@ -136,6 +139,20 @@ def test_without_a_validation_mask_there_is_nothing_to_choose_by(
     store = write_page_store(tmp_path / "b.zarr", drawn, splits=splits)
     with pytest.raises(ConfigError, match=r"split val.* give .*a number, or leave "):
         evaluate(replace(config, store=store, output=tmp_path / "b"))
+
+
+def test_a_threshold_chosen_on_what_the_head_learned_from_is_said(
+    config: EvalConfig, tmp_path: Path
+) -> None:
+    store = open_store(config.store)
+    learned = trained_on([sample for sample in store.samples if sample.split == "val"][:4])
+    head, info = load_checkpoint(config.checkpoint / "best", head=FAINT)
+    assert not any("was trained on" in sentence for sentence in evaluate(config).notices)
+    save_checkpoint(tmp_path / "knows" / "best", head, replace(info, trained_on=learned))
+    result = evaluate(replace(config, checkpoint=tmp_path / "knows"))
+    assert result.threshold_choice.num_seen == 4
+    (said,) = [s for s in result.notices if s.startswith("The threshold was chosen")]
+    assert "on 6 images of split val, of which the head was trained on 4:" in said
 
 
 @pytest.mark.parametrize("threshold", ["auto", 0.4])

@@ -25,6 +25,8 @@ from sam3cache.training.config import check_same_run, resolve_precision
         ({"name": ""}, r"run name ''"),
         ({"name": "../up"}, r"run name '../up'"),
         ({"name": "C:run"}, r"run name 'C:run'"),
+        ({"name": "NUL.1"}, r"run name 'NUL.1'.* none that Windows keeps for a device"),
+        ({"name": "a."}, r"run name 'a.'"),
         ({"micro_batch": 0}, r"micro_batch is 0: expected at least 1"),
         ({"lr_scaling": "cubic"}, r"lr_scaling is 'cubic': expected none, sqrt, linear"),
         ({"warmup_epochs": 30.0}, r"warmup_epochs is 30.0: expected 0 to below the epochs"),

@@ -26,6 +26,7 @@ from sam3cache.errors import (
     NumericError,
     StoppedError,
     StoreError,
+    UnknownHeadError,
 )
 from sam3cache.features import open_store
 from sam3cache.loading import CachedSamples
@@ -40,10 +41,10 @@ from sam3cache.training import (
     train_together,
 )
 from sam3cache.training.experiments import as_json
-from sam3cache.training.folders import claimed
+from sam3cache.training.folders import STATE_FILE, claimed
 from sam3cache.training.loop import Progress, Run
 from sam3cache.training.pool import PoolProgress, PoolTask
-from sam3cache.training.state import STATE_FILE, read_state
+from sam3cache.training.state import read_state
 from sam3cache.training.together import SamplePool, is_device_fault
 
 SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
@@ -486,20 +487,23 @@ def test_experiments_of_a_file_run_in_processes_and_what_fails_is_set_aside(
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "error", "message"),
     [
-        ({"head": "film-detail", "head_options": {}}, "experiment second: head film-detail needs"),
-        ({"head_options": {"wide": 1}}, "experiment second: head film-conv has no option wide"),
-        ({"augment": ("photometric",)}, "experiment second: augmentation photometric changes"),
+        ({"head": "film-detail", "head_options": {}}, HeadError, "second: head film-detail needs"),
+        ({"head": "fil-det"}, UnknownHeadError, "second: no head is named 'fil-det'"),
+        ({"head_options": {"wide": 1}}, UnknownHeadError, "second: head film-conv has no option"),
+        ({"augment": ("photometric",)}, ConfigError, "second: augmentation photometric changes"),
+        ({"label_set": "other"}, ConfigError, "second: .* has no label set 'other'"),
     ],
 )
 def test_an_experiment_that_cannot_begin_is_refused_before_any_other_does(
-    store: Path, tmp_path: Path, values: dict[str, Any], message: str
+    store: Path, tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     first = config_for(store, tmp_path / "out", name="first")
     runs = plan_runs([first, replace(first, name="second", **values)])
-    with pytest.raises(HeadError, match=message):
+    with pytest.raises(error, match=f"experiment {message}") as caught:
         run_experiments(runs, ["cpu"])
+    assert type(caught.value) is error
     assert not (tmp_path / "out").exists()
 
 
@@ -581,6 +585,67 @@ def test_what_would_mix_the_runs_of_an_experiment_leaves_all_as_it_is(
     assert "\n" not in str(caught.value)
     assert not announced
     assert run_files(tmp_path / "out") == before
+
+
+def test_runs_that_overwrite_go_on_with_what_is_new_alone(store: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"head": "linear", "head_options": {}}
+    old = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
+    run_experiments(plan_runs([old], seeds=2), ["cpu"])
+    before = run_files(tmp_path / "out")
+    # The same settings: nothing but the mark tells the old runs from the new.
+    new = plan_runs([replace(old, overwrite=True)], seeds=2)
+    with pytest.raises(StoppedError, match=r"0 of 2 runs done; go on with --resume"):
+        run_experiments(new, ["cpu"], stop=lambda: "the test")
+    still = run_files(tmp_path / "out")
+    kept = {name: still[name] for name in before if name != "summary.json"}
+    assert kept == {name: content for name, content in before.items() if name != "summary.json"}
+    resumed = plan_runs([replace(old, resume=True)], seeds=2)
+    announced: list[TrainConfig] = []
+    outcomes = run_experiments(resumed, ["cpu"], announce=announced.extend)
+    assert [config.name for config in announced] == ["x-seed0", "x-seed1"], "neither is done"
+    trained = [outcome.result.images_per_s is not None for outcome in outcomes if outcome.result]
+    assert trained == [True, True]
+    assert not list((tmp_path / "out").rglob(".to-replace"))
+    after = run_files(tmp_path / "out")
+    for name in ("x-seed0", "x-seed1"):
+        assert after[f"{name}/metrics.jsonl"] != before[f"{name}/metrics.jsonl"], "other times"
+
+
+def test_the_summary_keeps_what_is_done_and_what_others_did(store: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"head": "linear", "head_options": {}}
+    base = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
+    first = run_experiments(plan_runs([base], seeds=2), ["cpu"])
+    more = run_experiments(plan_runs([replace(base, seed=2)], seeds=2), ["cpu"])
+    summary = tmp_path / "out" / "summary.json"
+    everything = json.loads(json.dumps(as_json([*first, *more])))
+    assert json.loads(summary.read_text("utf-8")) == everything
+    assert everything["experiments"][0]["num_done"] == 4
+
+    # Told to stop before any of them has been looked at again, they are still done.
+    resumed = plan_runs([replace(base, resume=True)], seeds=2)
+    with pytest.raises(StoppedError, match="with 2 of 2 runs done"):
+        run_experiments(resumed, ["cpu"], stop=lambda: "the test")
+    kept = json.loads(summary.read_text("utf-8"))
+    assert sorted(run["name"] for run in kept["runs"] if run["status"] == "done") == [
+        f"x-seed{seed}" for seed in range(4)
+    ]
+    # Of a run that was deleted nothing is kept.
+    shutil.rmtree(tmp_path / "out" / "x-seed3")
+    run_experiments(resumed, ["cpu"])
+    names = [run["name"] for run in json.loads(summary.read_text("utf-8"))["runs"]]
+    assert names == ["x-seed2", "x-seed0", "x-seed1"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"runs": 3}', '{"runs": [{"name": "x"}]}'])
+def test_a_summary_that_cannot_be_read_is_written_anew(
+    store: Path, tmp_path: Path, content: str
+) -> None:
+    own: dict[str, Any] = {"head": "linear", "head_options": {}}
+    runs = plan_runs([config_for(store, tmp_path, name="x", epochs=1, **own)])
+    (tmp_path / "summary.json").write_text(content, encoding="utf-8")
+    outcomes = run_experiments(runs, ["cpu"])
+    written = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert written == json.loads(json.dumps(as_json(outcomes)))
 
 
 def test_a_folder_of_runs_is_one_programs_at_a_time(store: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ from sam3cache.evaluation.scores import DISTANCES, range_of
 from sam3cache.evaluation.statistics import BOOTSTRAP, MIN_GROUPS, Interval, summarise
 from sam3cache.features import open_store, record_data
 from sam3cache.heads import CheckpointInfo
-from sam3cache.heads.checkpoint import LAST
+from sam3cache.heads.checkpoint import LAST, is_to_be_replaced
 from sam3cache.records import SPLITS
 from sam3cache.runtime import write_atomic
 
@@ -274,7 +274,7 @@ def compare(
     evaluated = [
         _evaluate(experiment, experiments, config, report, content_of) for experiment in first
     ]
-    notices = [*_of_origin(evaluated), *_check_alike(evaluated)]
+    notices = [*_of_replaced(evaluated), *_of_origin(evaluated), *_check_alike(evaluated)]
     everywhere = frozenset.intersection(*map(_ids, evaluated))
     ids = [name for name in evaluated[0].together.ids if name in everywhere]
     if not ids:
@@ -736,6 +736,17 @@ def _of_images(left_out: Mapping[str, Sequence[str]], num_images: int) -> list[s
         f"{num_images} stay: {listed(names)}."
         for name, names in left_out.items()
         if names
+    ]
+
+
+def _of_replaced(evaluated: Sequence[_Evaluated]) -> list[str]:
+    runs = [run for one in evaluated for run in one.experiment.runs]
+    old = [run.name for run in runs if run.folder and is_to_be_replaced(run.folder)]
+    if not old:
+        return []
+    return [
+        f"{listed(old)} {'is' if len(old) == 1 else 'are'} still of before: `train --overwrite` "
+        "was ended before it was trained anew; `train --resume` does it."
     ]
 
 

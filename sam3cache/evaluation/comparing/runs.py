@@ -333,14 +333,13 @@ def combine(experiment: Experiment, scores: Sequence[Scores]) -> Scores:
         )
     parts = []
     for same in _by_images(scores):
-        aligned = [one.of(same[0].ids, classes, metrics) for one in same]
+        aligned = _aligned(same, classes, metrics)
         if changed := sorted({name for one in aligned for name in one.of_other_masks(aligned[0])}):
             raise ConfigError(
                 f"the runs of {experiment.name} were measured against other masks of "
                 f"{len(changed)} images ({listed(changed)}); evaluate all anew on one label set"
             )
-        mean_NCM = np.mean([one.value_NCM for one in aligned], axis=0)
-        parts.append(dataclasses.replace(aligned[0], value_NCM=mean_NCM))
+        parts.append(_mean(aligned))
     ids = [name for part in parts for name in part.ids]
     if len(set(ids)) < len(ids):
         shared = sorted({name for name in ids if ids.count(name) > 1})
@@ -366,7 +365,13 @@ def by_seed(scores: Sequence[Scores], seeds: Sequence[int | None]) -> list[Score
     parts: dict[int, list[Scores]] = {}
     for key, one in zip(keys, scores, strict=True):
         parts.setdefault(key, []).append(one)
-    joined = [_joined(of) for of in parts.values()]
+    # The folds of a seed have images of their own, or, on split test, all the same ones.
+    joined = [
+        _joined(
+            [_mean(_aligned(same, same[0].classes, same[0].metrics)) for same in _by_images(of)]
+        )
+        for of in parts.values()
+    ]
     # A seed that lacks a fold lacks images, and is left out.
     num_images = len({name for one in scores for name in one.ids})
     return [one for one in joined if len(one.ids) == num_images]
@@ -378,6 +383,19 @@ def _by_images(scores: Sequence[Scores]) -> list[list[Scores]]:
     for one in scores:
         found.setdefault(frozenset(one.ids), []).append(one)
     return list(found.values())
+
+
+def _aligned(
+    same: Sequence[Scores], classes: Sequence[str], metrics: Sequence[str]
+) -> list[Scores]:
+    """Return runs of the same images with these in one order."""
+    return [one.of(same[0].ids, classes, metrics) for one in same]
+
+
+def _mean(aligned: Sequence[Scores]) -> Scores:
+    """Return the mean of each value over runs, where all of them have it."""
+    mean_NCM = np.mean([one.value_NCM for one in aligned], axis=0)
+    return dataclasses.replace(aligned[0], value_NCM=mean_NCM)
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:
