@@ -102,7 +102,9 @@ class CorruptStoreError(StoreError):
 
 
 class MissingSampleError(StoreError, LookupError):
-    """A row, level or label set that the store does not hold."""
+    """A row, level or label set was named that the store does not hold."""
+
+    exit_code = 2
 
 
 class StoreBusyError(StoreError):

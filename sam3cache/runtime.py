@@ -163,13 +163,14 @@ def _num_tasks_of_node(environment: Mapping[str, str]) -> int:
     return counts[min(_number(environment, "SLURM_NODEID", 0), len(counts) - 1)]
 
 
-def parse_devices(text: str) -> list[str]:
+def parse_devices(text: str, known: str = "all, cpu, cpu:2, or CUDA devices as 0,1") -> list[str]:
     """Resolve what the user wrote into torch device names, a worker each.
 
     Args:
         text: "all" (every CUDA device, or one CPU worker where there is none; of several processes
             that a launcher has started on this machine, each gets its own), "cpu", "cpu:N" for N
             workers on the CPU, or CUDA devices as "0,1" or "cuda:0,cuda:1".
+        known: what is said to be written instead of what is not known.
 
     Returns:
         "cpu" or "cuda:INDEX" in the order asked for; "cpu" once for each CPU worker.
@@ -192,9 +193,7 @@ def parse_devices(text: str) -> list[str]:
         return ["cpu"] * int(num_workers)
     indices = [part.strip().removeprefix("cuda:") for part in wanted.split(",")]
     if not all(map(_is_index, indices)):
-        raise ConfigError(
-            f"device {text!r} is not known: write all, cpu, cpu:2, or CUDA devices as 0,1"
-        )
+        raise ConfigError(f"device {text!r} is not known: write {known}")
     devices = [f"cuda:{int(index)}" for index in indices]
     for device in devices:
         if devices.count(device) > 1:
@@ -219,9 +218,10 @@ def pick_device(text: str = "auto") -> str:
     wanted = text.strip().lower()
     if wanted == "auto":
         return parse_devices("all")[0]
-    devices = parse_devices("cuda:0" if wanted == "cuda" else wanted)
+    known = "auto, cpu, or a CUDA device as cuda:1"
+    devices = parse_devices("cuda:0" if wanted == "cuda" else wanted, known)
     if len(devices) != 1 or wanted == "all":
-        raise ConfigError(f"device {text!r} names several: this command runs on one, like cuda:0")
+        raise ConfigError(f"device {text!r} names several: this command runs on one: {known}")
     return devices[0]
 
 

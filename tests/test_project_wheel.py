@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None
     ours = {
         path.relative_to(ROOT).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.suffix in {".py", ".jinja", ".safetensors", ".json"}
+        if path.suffix in {".py", ".jinja", ".css", ".safetensors", ".json"}
     }
     assert "sam3cache/evaluation/report.html.jinja" in ours
     assert held == ours | {"sam3cache/py.typed"}

@@ -124,7 +124,11 @@ def make_config(
     from sam3cache.runtime import parse_devices
 
     if engine == "ray":
-        from sam3cache.extract.ray_engine import cluster_devices as parse_devices
+        from sam3cache.extract.ray_engine import cluster_devices
+
+        names = cluster_devices(devices)
+    else:
+        names = parse_devices(devices)
     return ExtractConfig(
         manifest=manifest,
         output=output or Path("features") / f"{manifest.resolve().stem}.zarr",
@@ -132,7 +136,7 @@ def make_config(
         levels=tuple(name.strip() for name in levels.split(",") if name.strip()),
         backbone=backbone,
         weights=weights,
-        devices=tuple(parse_devices(devices)),
+        devices=tuple(names),
         batch_size=_parse_batch_size(batch_size),
         resize_mode="squash" if resize == "squash" else "letterbox",
         numeric_path=numeric_path,

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -156,7 +157,8 @@ class TrainResult:
         resident_bytes: memory that they took there.
         load_s: time that reading them took.
         elapsed_s: time that training and validation took, over all parts of a resumed run.
-        images_per_s: training speed in the last epoch; None if there was none to train.
+        images_per_s: training speed, the median of the epochs trained now; None of a run that had
+            ended before.
         peak_memory_bytes: of the GPU's tensors, or of the process on a CPU.
         stopped_early: whether it ended for want of a better Dice, before its last epoch.
         num_variants: variants of the training samples that were drawn from beside them.
@@ -361,7 +363,7 @@ class Run:
         self._choose_micro_batch()
         self.position = (self.state.epoch + 1, 0, self.state.num_seen)
         self._num_before = self.state.epoch * self.num_train + self.state.num_seen
-        self.images_per_s: float | None = None
+        self._rates: list[float] = []
         self._began_s = self._saved_s = time.monotonic()
         self._busy_s = 0.0
 
@@ -517,7 +519,7 @@ class Run:
             resident_bytes=self.train_samples.resident_bytes,
             load_s=self.train_samples.load_s,
             elapsed_s=state.elapsed_s,
-            images_per_s=self.images_per_s,
+            images_per_s=statistics.median(self._rates) if self._rates else None,
             peak_memory_bytes=self._peak_memory_bytes(),
             stopped_early=state.epoch < config.epochs,
             num_variants=self.num_variants,
@@ -620,12 +622,12 @@ class Run:
             scaler=self.scaler.state_dict(),
         )
         self._total_loss.zero_()
-        self.images_per_s = self.num_train / max(train_s, 1e-9)
+        self._rates.append(self.num_train / max(train_s, 1e-9))
         line = {
             "epoch": epoch,
             "lr": learning_rate,
             **metrics,
-            "images_per_s": self.images_per_s,
+            "images_per_s": self._rates[-1],
             "elapsed_s": elapsed_s,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }

@@ -405,7 +405,7 @@ def test_errors_end_with_1_and_a_wrong_command_with_2(data, invoke):
     (data.root / "images/3.png").unlink()
     assert invoke("check", data.write()).exit_code == 1
     nowhere = invoke("check", "nowhere.csv")
-    assert nowhere.exit_code == 1
+    assert nowhere.exit_code == 2
     assert "nowhere.csv: no such file or folder" in nowhere.stderr
     result = invoke("check", data.root / "angio.csv", "--by", "phase")
     assert result.exit_code == 2

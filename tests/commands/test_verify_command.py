@@ -155,7 +155,7 @@ def test_computing_again_finds_a_picture_that_changed(invoke, pictures_and_store
         (("--from", "x.csv"), 2, "go together"),
         (("--recompute", "0", "--from", "x.csv"), 2, "at least 1"),
         (("--recompute", "3", "--from", "x.csv", "--repair"), 2, "give one"),
-        (("--recompute", "1", "--from", "nowhere.csv"), 1, "nowhere.csv"),
+        (("--recompute", "1", "--from", "nowhere.csv"), 2, "nowhere.csv"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(invoke, sound, options, exit_code, message):

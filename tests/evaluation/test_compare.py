@@ -324,6 +324,15 @@ def test_folds_of_several_seeds_on_the_same_images_have_a_mean_of_each_seed(
     assert single.startswith("One seed each: old. What")
 
 
+def test_runs_that_are_on_both_sides_are_said(head: Head) -> None:
+    head(0, "x-seed0")
+    head(1, "x-seed1")
+    other = head(2, "y")
+    notices = comparison(other.with_name("x"), other.with_name("x-seed1"), other).notices
+    assert "x-seed1 is part of x and of x-seed1: the two differ less for it." in notices
+    assert sum("is part of" in sentence for sentence in notices) == 1
+
+
 def test_a_run_that_is_still_to_be_replaced_is_said(head: Head) -> None:
     first, second = head(0), head(1)
     (second / ".to-replace").touch()

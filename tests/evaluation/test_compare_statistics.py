@@ -208,7 +208,7 @@ def test_of_several_comparisons_the_corrected_p_value_decides() -> None:
     )
     assert judge("B", "A", found, p_corrected=0.08, num_comparisons=4) == (
         "undecided",
-        "Whether B is better than A cannot be told, there being 4 comparisons: "
+        "Whether B is better than A cannot be told after the correction for 4 comparisons: "
         f"{told}; p = 0.080 after Holm's correction for 4 comparisons.",
     )
     assert SMALL_DICE == 0.01

@@ -274,7 +274,8 @@ def compare(
     evaluated = [
         _evaluate(experiment, experiments, config, report, content_of) for experiment in first
     ]
-    notices = [*_of_replaced(evaluated), *_of_origin(evaluated), *_check_alike(evaluated)]
+    notices = [*_of_replaced(evaluated), *_of_shared_runs(evaluated)]
+    notices += [*_of_origin(evaluated), *_check_alike(evaluated)]
     everywhere = frozenset.intersection(*map(_ids, evaluated))
     ids = [name for name in evaluated[0].together.ids if name in everywhere]
     if not ids:
@@ -748,6 +749,19 @@ def _of_replaced(evaluated: Sequence[_Evaluated]) -> list[str]:
         f"{listed(old)} {'is' if len(old) == 1 else 'are'} still of before: `train --overwrite` "
         "was ended before it was trained anew; `train --resume` does it."
     ]
+
+
+def _of_shared_runs(evaluated: Sequence[_Evaluated]) -> list[str]:
+    sentences = []
+    for one, other in itertools.combinations(evaluated, 2):
+        own = {run.evaluation.resolve(): run.name for run in one.experiment.runs}
+        names = [own[p] for run in other.experiment.runs if (p := run.evaluation.resolve()) in own]
+        if names:
+            sentences.append(
+                f"{listed(names)} {'is' if len(names) == 1 else 'are'} part of {one.name} and of "
+                f"{other.name}: the two differ less for it."
+            )
+    return sentences
 
 
 def _of_origin(evaluated: Sequence[_Evaluated]) -> list[str]:

@@ -63,7 +63,7 @@ def judge(
     if interval.low > 0 or interval.high < 0:
         if num_comparisons > 1 and (p_corrected is None or p_corrected >= 1 - LEVEL):
             return "undecided", (
-                f"Whether {name} is better than {baseline} cannot be told, there being "
+                f"Whether {name} is better than {baseline} cannot be told after the correction for "
                 f"{num_comparisons} comparisons: {facts}"
             )
         verdict: Verdict = "better" if interval.low > 0 else "worse"
