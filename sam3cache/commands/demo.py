@@ -46,7 +46,7 @@ class _Size:
     duration: str
 
 
-_FULL = _Size(num_images=56, epochs=8, batch_size=4, duration="three minutes")
+_FULL = _Size(num_images=56, epochs=8, batch_size=4, duration="about three minutes")
 _QUICK = _Size(num_images=14, epochs=3, batch_size=4, duration="under a minute")
 
 # A narrower stem than the default's, for haste.
@@ -87,7 +87,7 @@ def demo(out: Path | None, quick: bool, seed: int, device: str, as_json: bool) -
             f"{_next_free(out.resolve())}"
         )
     device = pick_device(device)
-    click.echo(f"{WHAT_IT_IS} About {size.duration} on two cores.", err=True)
+    click.echo(f"{WHAT_IT_IS} Time on two cores: {size.duration}.", err=True)
     started_s = time.monotonic()
     trained, measured = _walk(out, size, seed, device)
     dice = next(iter(measured.classes.values()))["dice"].mean

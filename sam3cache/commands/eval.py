@@ -182,6 +182,11 @@ def _print(result: EvalResult, store: Place) -> None:
     )
     console.print(over_text(result.num_images, result.num_groups))
     console.print(result.threshold_choice.sentence)
+    if result.threshold_choice.source == "auto":
+        console.print(
+            f"New images have it by: sam3cache predict {result.checkpoint} IMAGES -o OUT "
+            f"--threshold {result.threshold:g}"
+        )
     for notice in result.notices:
         console.print(f"Note: {notice}")
     if len(result.classes) == 1:

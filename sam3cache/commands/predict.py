@@ -105,7 +105,7 @@ def predict(
             "no images are named; give files, folders, a pattern or a manifest, or --export FILE"
         )
     if images and output is None:
-        raise ConfigError("no folder for the masks is named; give one by --output")
+        raise ConfigError("no folder for the masks is named; give one by -o")
 
     from sam3cache.inference import PredictConfig, export_head, predict_images
     from sam3cache.runtime import pick_device
@@ -182,6 +182,8 @@ def _print(result: PredictResult | None, exported: ExportResult | None) -> None:
     )
     if not result.num_images:
         return
+    if result.threshold is not None:
+        click.echo(f"Threshold: a probability of {result.threshold:g}.")
     if result.num_from_store or result.num_from_tower:
         click.echo(
             f"Features: {result.num_from_store} from the store, {result.num_from_tower} by the "

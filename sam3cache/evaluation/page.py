@@ -25,7 +25,7 @@ from sam3cache.evaluation.cases import Case, shown_size_px, stored_picture
 from sam3cache.evaluation.notices import OWN_WEIGHTS
 from sam3cache.evaluation.predicting import IMAGE_LEVEL_PREFIX
 from sam3cache.evaluation.report import EvalResult
-from sam3cache.evaluation.scores import MEAN_OVER_CLASSES, METRICS, by_image
+from sam3cache.evaluation.scores import MEAN_OVER_CLASSES, METRICS, by_image, class_mean
 from sam3cache.evaluation.statistics import (
     LEVEL,
     METHOD,
@@ -163,24 +163,26 @@ def _numbers(result: EvalResult) -> dict[str, Any]:
     overall = result.overall["dice"]
     several = len(result.classes) > 1
     tables: list[dict[str, Any]] = [{"name": "", "rows": _summary_rows(result.overall)}]
-    spreads = []
-    for k, (name, summaries) in enumerate(result.classes.items()):
-        if several:
-            tables.append({"name": name, "rows": _summary_rows(summaries)})
-        dice = [scores[k].dice for scores in images]
-        known = [value for value in dice if value is not None]
-        if known:
-            spreads.append(
-                {
-                    "name": name,
-                    "num_images": len(known),
-                    "svgs": [
-                        figures.strip_svg(f"dice-{k}-{width}", known, summaries["dice"], width)
-                        for width in (pages.WIDE_PX, pages.NARROW_PX)
-                    ],
-                    "has_interval": summaries["dice"].interval is not None,
-                }
-            )
+    parts_of = [("over its classes", [class_mean(scores) for scores in images], overall)]
+    if several:
+        tables += [{"name": name, "rows": _summary_rows(s)} for name, s in result.classes.items()]
+        parts_of += [
+            (name, [scores[k].dice for scores in images], summaries["dice"])
+            for k, (name, summaries) in enumerate(result.classes.items())
+        ]
+    spreads = [
+        {
+            "name": name,
+            "num_images": len(known),
+            "svgs": [
+                figures.strip_svg(f"dice-{k}-{width}", known, summary, width)
+                for width in (pages.WIDE_PX, pages.NARROW_PX)
+            ],
+            "has_interval": summary.interval is not None,
+        }
+        for k, (name, dice, summary) in enumerate(parts_of)
+        if (known := [value for value in dice if value is not None])
+    ]
     return {
         "dice": number_text(overall.mean),
         "dice_interval": interval_text(overall.interval),

@@ -185,13 +185,12 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
         text = summary.read_text(encoding="utf-8") if summary.exists() else ""
     except OSError as error:
         raise ConfigError(
-            f"results cannot be written to {folder} ({error.strerror}); name another folder by "
-            "--output"
+            f"results cannot be written to {folder} ({error.strerror}); name another folder by -o"
         ) from None
     earlier = _parse_summary(text)
     if earlier is None and not (folder / IMAGES_FILE).exists():
         raise ConfigError(
-            f"{summary} is of something else than an evaluation; name another folder by --output"
+            f"{summary} is of something else than an evaluation; name another folder by -o"
         )
     earlier = earlier or {}  # What is damaged is replaced.
     before = earlier.get("data") or {}
@@ -211,7 +210,7 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
     if not is_same:
         raise ConfigError(
             f"{folder} holds the results on another store, {earlier['store']}; name another folder "
-            "by --output, or remove it"
+            "by -o, or remove it"
         )
     return folder
 

@@ -312,7 +312,7 @@ def _require_free(
         place = path.resolve()
         if place in given:
             raise ConfigError(
-                f"{path} is one of the files that were given; name another folder by --output"
+                f"{path} is one of the files that were given; name another folder by -o"
             )
         if place in seen:
             raise ConfigError(f"{path} would be written twice; name another file by --coco")
@@ -321,11 +321,11 @@ def _require_free(
     if there and not config.overwrite:
         more = f" (and {len(there) - 1} more files)" if len(there) > 1 else ""
         raise ConfigError(
-            f"{there[0]} is there already{more}; name another folder by --output, or replace what "
+            f"{there[0]} is there already{more}; name another folder by -o, or replace what "
             "is there by --overwrite"
         )
     if folders := [path for path in there if path.is_dir()]:
-        raise ConfigError(f"{folders[0]} is a folder; name another place by --output or --coco")
+        raise ConfigError(f"{folders[0]} is a folder; name another place by -o or --coco")
 
 
 def _prepare(folder: Path) -> None:
@@ -336,8 +336,7 @@ def _prepare(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"results cannot be written to {folder} ({error.strerror}); name another folder by "
-            "--output"
+            f"results cannot be written to {folder} ({error.strerror}); name another folder by -o"
         ) from None
 
 

@@ -360,8 +360,8 @@ def require_effect(config: TrainConfig, levels: Sequence[str]) -> None:
     if is_without_ce and config.bce_weight != TrainConfig.bce_weight:
         raise ConfigError(
             f"bce_weight is {config.bce_weight}, which loss {config.loss} does not have; leave it "
-            f"out (beside others of one file: bce_weight = {TrainConfig.bce_weight}), or take one "
-            f"of {', '.join(CE_WEIGHTS)}"
+            f"out (where [defaults] of a file set it, bce_weight = {TrainConfig.bce_weight} does "
+            f"so for one experiment), or take one of {', '.join(CE_WEIGHTS)}"
         )
     if "photometric" in config.augment and IMAGE_LEVEL not in levels:
         raise ConfigError(

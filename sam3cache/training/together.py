@@ -129,35 +129,37 @@ def train_together(
     lanes: list[_Lane] = []
     readings: list[JointReading] = []
     asked = False
-    while waiting or lanes:
-        # Memory that holds the samples is shared anyway: only a stream is worth going side by side.
-        while waiting and (not lanes or (lanes[0].streams and len(lanes) < MAX_TOGETHER)):
-            number, config = waiting.pop(0)
+    try:
+        while waiting or lanes:
+            # Memory that holds the samples is shared anyway: only a stream is worth sharing steps.
+            while waiting and (not lanes or (lanes[0].streams and len(lanes) < MAX_TOGETHER)):
+                number, config = waiting.pop(0)
+                try:
+                    run = Run(config, partial(report, number), stop, samples.open, samples.mask)
+                except FAILURES as error:
+                    yield number, error
+                    continue
+                lanes.append(_Lane(number, run))
+                if lanes[-1].streams and not asked:
+                    asked = True
+                    first_free = number + len(waiting) + 1
+                    waiting += enumerate(more(), start=first_free)
+            if lanes and lanes[0].streams:
+                readings = _join(lanes)
             try:
-                run = Run(config, partial(report, number), stop, samples.open, samples.mask)
-            except FAILURES as error:
-                yield number, error
-                continue
-            lanes.append(_Lane(number, run))
-            if lanes[-1].streams and not asked:
-                asked = True
-                first_free = number + len(waiting) + 1
-                waiting += enumerate(more(), start=first_free)
-        if lanes and lanes[0].streams:
-            readings = _join(lanes)
-        try:
-            while lanes:
-                lane = min(lanes, key=lambda lane: lane.run.position)
-                outcome = lane.advance()
-                if outcome is not None:
-                    lanes.remove(lane)
-                    yield lane.number, outcome
-        finally:
-            for reading in readings:
-                reading.close()
-            # Whoever takes no more outcomes would leave their folders claimed.
-            for lane in lanes:
-                lane.run.close()
+                while lanes:
+                    lane = min(lanes, key=lambda lane: lane.run.position)
+                    outcome = lane.advance()
+                    if outcome is not None:
+                        lanes.remove(lane)
+                        yield lane.number, outcome
+            finally:
+                for reading in readings:
+                    reading.close()
+    finally:
+        # Whoever takes no more outcomes would leave their folders claimed.
+        for lane in lanes:
+            lane.run.close()
 
 
 class _Lane:

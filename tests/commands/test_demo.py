@@ -39,7 +39,7 @@ def test_a_demo_that_does_not_find_the_vessels_says_so_and_leaves_all_it_made(
         result = invoke("demo", out, "--quick", "--device", "cpu", "--json")
     assert result.exit_code == DICE_MISSED_EXIT_CODE, result.output
     lines = result.stderr.splitlines()
-    assert lines[0] == f"{WHAT_IT_IS} About no time on two cores."
+    assert lines[0] == f"{WHAT_IT_IS} Time on two cores: no time."
     assert "expected at least 0.65; run `sam3cache doctor`" in lines[-1]
     stages = [line.partition(":")[0] for line in lines[1:-1]]
     assert list(dict.fromkeys(stages)) == [

@@ -71,6 +71,7 @@ def test_a_manifest_is_predicted_from_the_store_where_it_can_be(here, invoke):
     lines = result.stdout.splitlines()
     assert lines[0].startswith("out: masks of 3 images, in ")
     assert lines[1:] == [
+        "Threshold: a probability of 0.5.",
         "Features: 2 from the store, 1 by the tower.",
         "COCO: out/coco.json",
     ]
@@ -194,7 +195,7 @@ def test_nothing_is_written_over_unless_asked_for(here, invoke):
     result = invoke(*common)
     assert result.exit_code == 2
     assert result.stderr.endswith(
-        "out/masks/00.png is there already (and 2 more files); name another folder by --output, or "
+        "out/masks/00.png is there already (and 2 more files); name another folder by -o, or "
         "replace what is there by --overwrite\n"
     )
     assert {path: path.stat().st_mtime_ns for path in here.glob("out/**/*")} == before

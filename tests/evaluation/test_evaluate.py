@@ -215,7 +215,7 @@ def refused(tmp_path: Path, change: str) -> EvalResult:
         ("head", CheckpointError, "name it again with --head"),
         ("class numbers", ConfigError, "mask of s3 holds class numbers"),
         ("another store's results", ConfigError, "holds the results on another store"),
-        ("a file in the way", ConfigError, "name another folder by --output"),
+        ("a file in the way", ConfigError, "name another folder by -o"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(

@@ -267,7 +267,7 @@ def test_curves_mark_the_epoch_that_was_measured(spread: EvalConfig) -> None:
     # Once for a screen, once for a phone.
     assert page.text.count("epoch 3: 0.500") == page.text.count("epoch 3: 0.400") == 2
     assert page.text.count("Validation Dice") == 2
-    assert page.tags["svg"] == 6
+    assert page.tags["svg"] == 8
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_every_class_is_drawn_and_told(tmp_path: Path) -> None:
     assert "The borders of all 2 classes are drawn alike: LAD, LCX." in page.text
     assert "Median Dice 0.500 Image s0" in page.text
     assert "LAD 0.500, LCX 0.500" in page.text
-    assert page.tags["svg"] == 6
+    assert page.tags["svg"] == 8
     # The second plane begins one cell below the first, and ends one cell below it.
     drawn_HW3 = page.picture("s1 with the borders")
     for y in (2, 6, 3, 7):

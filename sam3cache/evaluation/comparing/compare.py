@@ -366,7 +366,7 @@ def _prepare_output(config: CompareConfig, experiments: Sequence[Experiment]) ->
     else:
         reason = "it holds something else"
     raise ConfigError(
-        f"results cannot be written to {folder} ({reason}); name another folder by --output"
+        f"results cannot be written to {folder} ({reason}); name another folder by -o"
     )
 
 
