@@ -71,7 +71,7 @@ def test_a_manifest_is_predicted_from_the_store_where_it_can_be(here, invoke):
     lines = result.stdout.splitlines()
     assert lines[0].startswith("out: masks of 3 images, in ")
     assert lines[1:] == [
-        "Threshold: a probability of 0.5.",
+        "Threshold: a probability of 0.48.",
         "Features: 2 from the store, 1 by the tower.",
         "COCO: out/coco.json",
     ]

@@ -267,7 +267,7 @@ def test_curves_mark_the_epoch_that_was_measured(spread: EvalConfig) -> None:
     # Once for a screen, once for a phone.
     assert page.text.count("epoch 3: 0.500") == page.text.count("epoch 3: 0.400") == 2
     assert page.text.count("Validation Dice") == 2
-    assert page.tags["svg"] == 8
+    assert page.tags["svg"] == 6
 
 
 @pytest.mark.parametrize(
