@@ -155,13 +155,14 @@ def _runs_table(result: Comparison) -> Table:
     rows = table("run", "trainings", "Dice", "95% interval", "Dice of each seed")
     for one in result.experiments:
         dice = sorted(value for value in one.dice_of_seeds if value is not None)
-        each = f"{number_text(dice[0])} to {number_text(dice[-1])}" if len(dice) > 1 else "–"
+        # The page has each; a line of a terminal holds two.
+        each = " to ".join(number_text(value) for value in dict.fromkeys([*dice[:1], *dice[-1:]]))
         rows.add_row(
             one.name,
             str(len(one.runs)),
             number_text(one.dice),
             interval_text(one.dice_interval),
-            each,
+            each or "–",
         )
     return rows
 

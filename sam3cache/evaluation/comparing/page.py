@@ -124,7 +124,7 @@ def _run(one: Compared) -> dict[str, Any]:
         "num_runs": len(one.runs),
         "dice": number_text(one.dice),
         "interval": interval_text(one.dice_interval),
-        "of_seeds": ", ".join(number_text(dice) for dice in known) if len(known) > 1 else "–",
+        "of_seeds": ", ".join(number_text(dice) for dice in known) or "–",
         "measured": [(title, ", ".join(values)) for title, values in one.measured.items()],
     }
 
