@@ -1,9 +1,10 @@
 """How often intervals and p-values are right, in simulations where the truth is known.
 
 Differences in Dice of one to four images of each of so many patients are drawn: a true mean, a
-patient's own deviation and an image's, the two equally large. Of each draw are taken
+patient's own deviation and an image's, the two equally large; and, uneven, the same where one of
+the patients has MANY images, as a long cine gives. Of each draw are taken
 
-- our interval: a bootstrap of whole patients, expanded percentiles; of few patients Student's;
+- our interval: a bootstrap of whole patients, expanded percentiles; of few or uneven Student's;
 - the bootstrap's usual percentiles, 2.5 and 97.5;
 - our interval of the images, as if no two were of one patient;
 - our p-value, where the true mean is 0.
@@ -12,7 +13,8 @@ An interval of 95% should hold the true mean in 95 of 100 cases, and a p-value b
 
 Exits with 1 when a bound is missed (not checked with --quick: too few draws):
 
-- our interval holds the true mean in COVERED of all cases;
+- our interval holds the true mean in COVERED of all cases; where patients are uneven in at least
+  as many as its lower end;
 - and our p-value claims a difference that is none in at most MAX_CLAIMED of them.
 """
 
@@ -34,6 +36,8 @@ from sam3cache.evaluation.statistics import (
 )
 
 NUM_GROUPS = (2, 3, 4, 5, 6, 8, 12, 20, 40)
+NUM_UNEVEN = (2, 4, 8, 20)
+MANY = 40
 MEAN, SPREAD = 0.02, 0.03
 COVERED = (0.925, 0.97)
 MAX_CLAIMED = 0.075
@@ -53,10 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate, print, and return the exit status."""
     options = parse_options(arguments)
     machine = Machine("cpu")
-    shares = {num: simulate(num, options.trials) for num in NUM_GROUPS}
+    shares = {str(num): simulate(num, options.trials) for num in NUM_GROUPS}
+    for num in NUM_UNEVEN:
+        shares[f"{num}, uneven"] = simulate(num, options.trials, uneven=True)
     bounds = []
-    low, high = COVERED
     for num, share in shares.items() if not options.quick else ():
+        low, high = COVERED[0], 1.0 if "uneven" in num else COVERED[1]
         claim = f"of {num} patients our interval holds the mean in {low:.1%} to {high:.1%}"
         bounds.append(Bound(claim, share["ours"], low <= share["ours"] <= high))
         claim = f"of {num} patients a difference is invented in at most {MAX_CLAIMED:.1%}"
@@ -65,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return Report(
         program="intervals",
         columns=("patients", *COLUMNS.values()),
-        rows=[(str(num), *(f"{share[c]:.1%}" for c in COLUMNS)) for num, share in shares.items()],
+        rows=[(num, *(f"{share[c]:.1%}" for c in COLUMNS)) for num, share in shares.items()],
         notes=[
             f"{options.trials} simulations a line, so that a share of 95% has a standard deviation "
             f"of {deviation:.1%}; one to four images a patient, half of the variance between "
-            "patients. Ideal are 95% and, in the last column, 5%."
+            f"patients; uneven: one of them has {MANY}. Ideal are 95% and, in the last column, 5%."
         ],
         bounds=bounds,
-        figures={str(num): share for num, share in shares.items()},
+        figures=shares,
         settings={"trials": options.trials, "mean": MEAN, "spread": SPREAD},
         machine=machine.fields(),
     ).publish(options.json)
@@ -90,13 +96,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def simulate(num_groups: int, num_trials: int) -> dict[str, float]:
+def simulate(num_groups: int, num_trials: int, *, uneven: bool = False) -> dict[str, float]:
     """Return the share of simulations in which each interval holds, and p claims too much."""
     num = dict.fromkeys(COLUMNS, 0)
     rng = np.random.default_rng(num_groups)
     for seed in range(NUM_SEEDS):
         for _ in range(num_trials // NUM_SEEDS):
-            noise_N, groups = differences(num_groups, rng)
+            noise_N, groups = differences(num_groups, rng, uneven)
             values_N = MEAN + noise_N
             ours = mean_interval(values_N, groups, seed)
             assert ours is not None
@@ -110,7 +116,7 @@ def simulate(num_groups: int, num_trials: int) -> dict[str, float]:
     # Of images there is another number each time, so that each draws anew: fewer will do.
     num_singly = num_trials // 4
     for seed in range(num_singly):
-        values_N = MEAN + differences(num_groups, rng)[0]
+        values_N = MEAN + differences(num_groups, rng, uneven)[0]
         singly = mean_interval(values_N, [str(i) for i in range(len(values_N))], seed)
         assert singly is not None
         num["images"] += singly.low <= MEAN <= singly.high
@@ -118,9 +124,14 @@ def simulate(num_groups: int, num_trials: int) -> dict[str, float]:
     return {name: num[name] / trials[name] for name in COLUMNS}
 
 
-def differences(num_groups: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], list[str]]:
+def differences(
+    num_groups: int, rng: np.random.Generator, uneven: bool
+) -> tuple[NDArray[np.float64], list[str]]:
     """Draw differences about 0 of so many patients' images, and whose each is."""
-    group_N = np.repeat(np.arange(num_groups), rng.integers(1, 5, num_groups))
+    num_images_G = rng.integers(1, 5, num_groups)
+    if uneven:
+        num_images_G[0] = MANY
+    group_N = np.repeat(np.arange(num_groups), num_images_G)
     of_patient_N = rng.normal(0, SPREAD, num_groups)[group_N]
     return of_patient_N + rng.normal(0, SPREAD, len(group_N)), [str(g) for g in group_N]
 

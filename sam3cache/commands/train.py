@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -283,8 +284,8 @@ def _train_many(experiments: list[TrainConfig], seeds: int, folds: int, as_json:
     """Train every run of some experiments, and say how they compare."""
     from sam3cache.runtime import parse_devices
     from sam3cache.training import plan_runs, run_experiments
-    from sam3cache.training.experiments import as_json as to_json
     from sam3cache.training.stopping import stop_on_signals
+    from sam3cache.training.summary import as_json as to_json
 
     runs = plan_runs(experiments, seeds=seeds, folds=folds)
     device = experiments[0].device.strip().lower()
@@ -309,7 +310,8 @@ def _show_many(stages: Stages, state: PoolProgress) -> None:
 def _print_many(outcomes: list[RunOutcome], experiments: list[TrainConfig]) -> None:
     from rich.table import Table
 
-    from sam3cache.training.experiments import summarize
+    from sam3cache.features import place_of
+    from sam3cache.training.summary import summarize
 
     table = Table(box=None, pad_edge=False)
     table.add_column("Experiment")
@@ -339,6 +341,14 @@ def _print_many(outcomes: list[RunOutcome], experiments: list[TrainConfig]) -> N
         click.echo(f"  {outcome.name}: {outcome.error}")
     folder = Path(experiments[0].output)
     click.echo(f"Runs: {folder.as_posix()}/NAME; summary: {(folder / 'summary.json').as_posix()}")
+    done = [outcome for outcome in outcomes if outcome.status == "done"]
+    names = {outcome.experiment for outcome in done}
+    own = [config for config in experiments if config.name in names]
+    if len(own) > 1:
+        click.echo(f"Next: sam3cache compare {folder.as_posix()}{_options_to_evaluate(own)}")
+    elif own:
+        store, run = place_of(own[0].store).as_posix(), (folder / done[0].name).as_posix()
+        click.echo(f"Next: sam3cache eval {store} {run}{_options_to_evaluate(own)}")
 
 
 def _parse_micro_batch(text: str) -> int | None:
@@ -379,7 +389,9 @@ class _Announced:
         if not self._is_announced:
             self._is_announced = True
             outlook = _look_ahead(self._config)
-            samples = _samples_text(outlook.num_train, outlook.num_variants)
+            samples = _samples_text(
+                outlook.num_train, outlook.num_variants, outlook.num_variants_left_out
+            )
             click.echo(
                 f"Training {self._config.head} on {samples}; validation on {outlook.num_val}.",
                 err=True,
@@ -397,7 +409,9 @@ def _announce_many(configs: list[TrainConfig]) -> None:
     outlooks = [(config, _look_ahead(config)) for config in first_of.values()]
     for config, outlook in outlooks:
         fold = f" in fold {config.fold}" if config.folds else ""
-        samples = _samples_text(outlook.num_train, outlook.num_variants)
+        samples = _samples_text(
+            outlook.num_train, outlook.num_variants, outlook.num_variants_left_out
+        )
         click.echo(
             f"Training on {samples}{fold}, label set {config.label_set}; validation on "
             f"{outlook.num_val}.",
@@ -418,9 +432,10 @@ def _look_ahead(config: TrainConfig) -> Outlook:
         return look_ahead(config, report)
 
 
-def _samples_text(num_samples: int, num_variants: int) -> str:
+def _samples_text(num_samples: int, num_variants: int, num_left_out: int = 0) -> str:
     if not num_variants:
-        return f"{num_samples} samples"
+        left_out = f", and none of {num_left_out} stored variants of them" if num_left_out else ""
+        return f"{num_samples} samples{left_out}"
     return (
         f"{num_samples} samples and {num_variants} variants of them (--variants none leaves them "
         "out)"
@@ -533,11 +548,17 @@ def _print_summary(result: TrainResult, config: TrainConfig) -> None:
     store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     for notice in notices_of_features(store, tuple(read_record(result.best_checkpoint).levels)):
         click.echo(f"Note: {notice}")
-    run_dir = result.run_dir.as_posix()
-    beside = "" if config.overlay is None else f" --overlay {Path(config.overlay).as_posix()}"
+    place, run_dir = place_of(config.store).as_posix(), result.run_dir.as_posix()
+    click.echo(f"Next: sam3cache eval {place} {run_dir}{_options_to_evaluate([config])}")
+
+
+def _options_to_evaluate(configs: Sequence[TrainConfig]) -> str:
+    """Return what has to be said again of runs that are evaluated."""
     # A user's own head is imported only when it is named.
-    own = f" --head {config.head}" if ":" in config.head else ""
-    click.echo(f"Next: sam3cache eval {place_of(config.store).as_posix()} {run_dir}{own}{beside}")
+    heads = dict.fromkeys(config.head for config in configs if ":" in config.head)
+    overlays = dict.fromkeys(config.overlay for config in configs if config.overlay is not None)
+    options = [f" --head {head}" for head in heads]
+    return "".join([*options, *(f" --overlay {Path(o).as_posix()}" for o in overlays)])
 
 
 def _as_json(result: TrainResult) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def notices_of(
     sentences += _of_chosen_epoch(result, store, info)
     if 1 < result.num_groups < MIN_GROUPS:
         sentences.append(
-            f"Only {result.num_groups} groups of images: intervals from so few are Student's, and "
-            "wide."
+            f"Only {result.num_groups} groups of images: intervals from so few are wide, and say "
+            "little."
         )
     if result.threshold_choice.on_evaluated:
         sentences.append(

@@ -182,12 +182,12 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        text = summary.read_text(encoding="utf-8") if summary.exists() else ""
+        content = summary.read_bytes() if summary.exists() else b""
     except OSError as error:
         raise ConfigError(
             f"results cannot be written to {folder} ({error.strerror}); name another folder by -o"
         ) from None
-    earlier = _parse_summary(text)
+    earlier = _parse_summary(content)
     if earlier is None and not (folder / IMAGES_FILE).exists():
         raise ConfigError(
             f"{summary} is of something else than an evaluation; name another folder by -o"
@@ -215,10 +215,10 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
     return folder
 
 
-def _parse_summary(text: str) -> dict[str, Any] | None:
-    """Return an evaluation's summary, {} of no text; None of what is something else or damaged."""
+def _parse_summary(content: bytes) -> dict[str, Any] | None:
+    """Return an evaluation's summary, {} of nothing; None of what is something else or damaged."""
     try:
-        summary = json.loads(text or "{}")
+        summary = json.loads(content or b"{}")
     except ValueError:
         return None
     is_ours = isinstance(summary, dict) and (not summary or "overall" in summary)

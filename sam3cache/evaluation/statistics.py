@@ -18,22 +18,29 @@ NUM_RESAMPLES = 2000
 LEVEL = 0.95
 
 MIN_GROUPS = 6
-"""Fewest groups for a bootstrap, and for a verdict: by chance alone all differences of five groups
-have one sign in 2 of 2⁵ = 32 cases, more than 5 %; of six groups in 2 of 64."""
+"""Fewest groups for a verdict: by chance alone all differences of five groups have one sign in 2 of
+2⁵ = 32 cases, more than 5 %; of six groups in 2 of 64."""
+
+MIN_EFFECTIVE_GROUPS = 10
+"""Fewest groups to draw from, in equal ones (Kish 1965: (Σn)² / Σn² of groups of n images).
+
+Of fewer, and of many of which one has most of the images, a bootstrap's intervals are too narrow.
+"""
 
 BOOTSTRAP = {
     "unit": "group",
     "num_resamples": NUM_RESAMPLES,
     "level": LEVEL,
     "method": "expanded percentile",
-    "min_groups": MIN_GROUPS,
+    "min_effective_groups": MIN_EFFECTIVE_GROUPS,
     "method_below": "Student's t",
 }
 """How intervals come about, as results record it."""
 
 METHOD = (
     f"by a bootstrap of {NUM_RESAMPLES} draws of whole groups (as a rule, patients), its "
-    f"percentiles widened for there being few; of fewer than {MIN_GROUPS} groups Student's"
+    f"percentiles widened for there being few; of groups that count as fewer than "
+    f"{MIN_EFFECTIVE_GROUPS}, being fewer or having most images in some, Student's"
 )
 """The same for people."""
 
@@ -120,8 +127,10 @@ def mean_interval(
     Should Know About the Bootstrap", on expanded percentile intervals).
 
     No draw leaves the range of the groups' own means, which of 2 groups holds the true mean in half
-    of all cases. Of fewer than ``MIN_GROUPS`` the interval is Student's: the mean and so many
-    standard errors, those of a ratio of sums over groups (Cochran 1977, §2.11), to either side.
+    of all cases, and of many of which one has most of the images hardly more often. Where groups
+    count as fewer than ``MIN_EFFECTIVE_GROUPS`` the interval is Student's: the mean and so many
+    standard errors to either side, from the deviation of the groups' own means, each with its share
+    of the images. It holds the true mean too often rather than too seldom where shares are unequal.
     ``benchmarks/intervals.py`` measures how often either is right.
 
     Args:
@@ -139,7 +148,7 @@ def mean_interval(
         return None
     freedom = num_groups - 1
     quantile = special.stdtrit(freedom, (1 + LEVEL) / 2)
-    if num_groups < MIN_GROUPS:
+    if _are_few(count_G):
         mean, error = _mean_and_error(sum_G, count_G)
         low, high = mean - quantile * error, mean + quantile * error
     else:
@@ -171,7 +180,7 @@ def p_value_of_zero(
     if num_groups < 2:
         return None
     freedom = num_groups - 1
-    if num_groups < MIN_GROUPS:
+    if _are_few(count_G):
         mean, error = _mean_and_error(sum_G, count_G)
         return float(2 * special.stdtr(freedom, -abs(mean) / max(error, _TINY)))
     stretch = math.sqrt(num_groups / freedom)
@@ -205,12 +214,18 @@ def _sums(
     return sum_G, np.bincount(group_N, minlength=len(names))
 
 
+def _are_few(count_G: NDArray[np.intp]) -> bool:
+    """Return whether groups of so many values count as fewer than ``MIN_EFFECTIVE_GROUPS``."""
+    # Whole numbers, so that equal groups are as many as they are.
+    return int(count_G.sum()) ** 2 < MIN_EFFECTIVE_GROUPS * int((count_G**2).sum())
+
+
 def _mean_and_error(sum_G: NDArray[np.float64], count_G: NDArray[np.intp]) -> tuple[float, float]:
-    """Return the mean over all values, and its standard error with groups drawn at random."""
-    num_groups, num_values = len(sum_G), count_G.sum()
-    mean = sum_G.sum() / num_values
-    variance = ((sum_G - mean * count_G) ** 2).sum() * num_groups / (num_groups - 1)
-    return float(mean), math.sqrt(variance) / float(num_values)
+    """Return the mean over all values, and its standard error from the groups' own means."""
+    share_G = count_G / count_G.sum()
+    deviation = (sum_G / count_G).std(ddof=1)
+    mean = sum_G.sum() / count_G.sum()
+    return float(mean), float(deviation * math.sqrt((share_G**2).sum()))
 
 
 def _draw_means(

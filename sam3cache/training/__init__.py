@@ -3,7 +3,6 @@
 from sam3cache.training.config import TrainConfig
 from sam3cache.training.experiments import (
     PlannedRun,
-    RunOutcome,
     plan_runs,
     read_experiments,
     run_experiments,
@@ -11,6 +10,7 @@ from sam3cache.training.experiments import (
 from sam3cache.training.loop import Progress, TrainResult, train
 from sam3cache.training.loss import build_loss, default_loss, dice_bce_loss
 from sam3cache.training.outlook import Outlook, look_ahead
+from sam3cache.training.summary import RunOutcome
 from sam3cache.training.together import train_together
 
 __all__ = [

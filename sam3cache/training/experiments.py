@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import difflib
-import json
-import statistics
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sam3cache.errors import CheckpointError, ConfigError, HeadError, StoppedError
 from sam3cache.features import FeatureStore, open_store
-from sam3cache.runtime import write_atomic
-from sam3cache.training.config import TrainConfig
+from sam3cache.training.config import TrainConfig, variants_text
 from sam3cache.training.division import data_settings, divide, masks_sha256
-from sam3cache.training.folders import claimed, is_run, mark_to_replace, require_unused, runs_in
+from sam3cache.training.folders import (
+    claimed,
+    is_in_use,
+    is_run,
+    mark_to_replace,
+    require_unused,
+    runs_in,
+)
 from sam3cache.training.loop import TrainResult
 from sam3cache.training.outlook import levels_of_head
 from sam3cache.training.pool import DevicePool, PoolProgress, PoolTask
 from sam3cache.training.state import RunState, as_begun, check_same, read_record
 from sam3cache.training.stopping import Stop, never, stopped
+from sam3cache.training.summary import RunOutcome, SummaryFile
 from sam3cache.training.together import Outcome, failure_text
-
-SUMMARY_FILE = "summary.json"
-
-Status = Literal["done", "failed", "waiting"]
 
 # What all trainings of a file have in common, and what is made up for each of them.
 _NOT_IN_A_FILE = frozenset(
@@ -45,56 +48,6 @@ class PlannedRun:
 
     experiment: str
     config: TrainConfig
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """How one of many trainings stands.
-
-    Attributes:
-        experiment: what it is a run of.
-        name: folder of the run.
-        seed: of it.
-        fold: part that it is validated on, or None.
-        status: "done", "failed", or "waiting" for the next start.
-        error: what it failed by, else empty.
-        result: what came out; None unless it is done.
-    """
-
-    experiment: str
-    name: str
-    seed: int
-    fold: int | None
-    status: Status = "waiting"
-    error: str = ""
-    result: TrainResult | None = None
-
-
-@dataclass(frozen=True)
-class ExperimentSummary:
-    """What came out of all runs of one experiment.
-
-    Attributes:
-        name: of the experiment.
-        num_runs: seeds times folds.
-        num_done: how many have ended well.
-        dice_mean: mean of their best validation Dice; None without any.
-        dice_std: its standard deviation (n - 1); None for fewer than two.
-        best_epoch_mean: mean of the epochs of it.
-        elapsed_s_mean: mean time of training and validation.
-        parameters: of the head.
-        gflop: of its forward pass over one image.
-    """
-
-    name: str
-    num_runs: int
-    num_done: int
-    dice_mean: float | None
-    dice_std: float | None
-    best_epoch_mean: float | None
-    elapsed_s_mean: float | None
-    parameters: int | None
-    gflop: float | None
 
 
 def read_experiments(path: Path, base: TrainConfig) -> list[TrainConfig]:
@@ -161,8 +114,8 @@ def plan_runs(
 
     Args:
         experiments: by their names; runs go into ``output/NAME``, with -seed1 and -fold0 behind
-            where there are several. To resume, runs draw from the stored variants that the first
-            of their experiment began with.
+            where there are several. Of the stored variants they draw from those that the runs of
+            their experiment which are there already began with.
         seeds: runs of each that differ in their seed, counted up from the experiment's own.
         folds: parts of a cross-validation; 0: none.
 
@@ -186,19 +139,40 @@ def plan_runs(
 
 def _with_variants_of_the_first(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     """Let runs that are still to begin draw from the variants of those that have begun."""
-    begun = dict[str, str]()
+    replaced = {run.config.name for run in planned if run.config.overwrite}
+    open_to_it = [run for run in planned if run.config.variants == "all"]
+    begun = {run.experiment: _variants_of(run, replaced) for run in open_to_it}
+    settled = []
     for run in planned:
-        if _record(run.config) is not None:
-            begun.setdefault(run.experiment, as_begun(run.config).variants)
-    return [
-        PlannedRun(
-            run.experiment,
-            as_begun(run.config)
-            if _record(run.config) is not None
-            else replace(run.config, variants=begun.get(run.experiment, run.config.variants)),
-        )
-        for run in planned
-    ]
+        config, there = run.config, sorted(begun.get(run.experiment, ()))
+        if _record(config) is not None:
+            config = as_begun(config)
+        elif len(there) == 1:
+            config = replace(config, variants=there[0])
+        elif there:
+            told = ", ".join(f"{name} {names}" for names, name in begun[run.experiment].items())
+            raise ConfigError(
+                f"the runs of {run.experiment} that are there began with several choices of stored "
+                f"variants ({told}): {config.name} could be like one of them alone; name them by "
+                "--variants, or begin under another --name"
+            )
+        settled.append(PlannedRun(run.experiment, config))
+    return settled
+
+
+def _variants_of(run: PlannedRun, replaced: Collection[str]) -> dict[str, str]:
+    """Return what variants the runs of an experiment began with, each with one that did."""
+    found = dict[str, str]()
+    folder = Path(run.config.output)
+    of_it = re.compile(re.escape(run.experiment) + r"(-seed\d+)?(-fold\d+)?")
+    for name in runs_in(folder):
+        if not of_it.fullmatch(name) or name in replaced:
+            continue
+        with suppress(CheckpointError):  # The run itself says what is the matter.
+            record = read_record(folder / name)
+            if record is not None and "variants_used" in record.settings:
+                found.setdefault(variants_text(record.settings["variants_used"]), name)
+    return found
 
 
 def _record(config: TrainConfig) -> RunState | None:
@@ -248,10 +222,19 @@ def run_experiments(
     for one in first_of.values():
         divide(store, one)
     _require_room(runs)
+    # Those that draw from the same rows share them, however they were asked for.
+    everything = variants_text(sorted({str(variant.variant) for variant in store.variants}))
+    runs = [
+        PlannedRun(run.experiment, replace(run.config, variants=everything))
+        if run.config.variants == "all"
+        else run
+        for run in runs
+    ]
     levels = _levels_needed(runs)
     with claimed(Path(first.output)):
         _require_room(runs)  # Another may have been quicker.
         _require_same(runs, store)
+        _mark_to_replace(runs)
         announce([run.config for run in runs if not _is_finished(run.config)])
         return _run_all(runs, levels, devices, report, stop)
 
@@ -285,6 +268,17 @@ def _require_same(runs: Sequence[PlannedRun], store: FeatureStore) -> None:
             raise ConfigError(f"run {config.name}: {error} (no run has begun)") from error
 
 
+def _mark_to_replace(runs: Sequence[PlannedRun]) -> None:
+    """Mark what ``--overwrite`` is to replace, unless any of it is at work."""
+    folders = [run.config.run_dir for run in runs if run.config.overwrite]
+    with ExitStack() as stack:
+        for folder in folders:
+            if is_in_use(folder):
+                stack.enter_context(claimed(folder))
+        for folder in folders:
+            mark_to_replace(folder)
+
+
 def _is_finished(config: TrainConfig) -> bool:
     record = _record(config)
     return record is not None and config.is_over(record.epoch, record.best_epoch)
@@ -309,19 +303,13 @@ def _run_all(
     stop: Stop,
 ) -> list[RunOutcome]:
     folder = Path(runs[0].config.output)
-    before = _read_summary(folder)
+    summary = SummaryFile(folder)
     outcomes = []
     for run in runs:
-        outcome = before.pop(run.config.name, None)
-        if outcome is None or outcome.status != "done" or not _is_finished(run.config):
-            config = run.config
-            outcome = RunOutcome(run.experiment, config.name, config.seed, config.fold)
-        outcomes.append(outcome)
-    # Of other seeds or experiments, in the same folder.
-    others = list(before.values())
-    for run in runs:
-        if run.config.overwrite:
-            mark_to_replace(run.config.run_dir)
+        config = run.config
+        done = summary.done(config.name) if _is_finished(config) else None
+        waiting = RunOutcome(run.experiment, config.name, config.seed, config.fold)
+        outcomes.append(done or waiting)
 
     def ended(number: int, outcome: Outcome) -> None:
         if isinstance(outcome, StoppedError):
@@ -332,11 +320,11 @@ def _run_all(
             outcomes[number] = replace(
                 outcomes[number], status="failed", error=failure_text(outcome), result=None
             )
-        write_summary(folder, [*others, *outcomes])
+        summary.write(outcomes)
 
     tasks = [PoolTask(number, run.config, levels) for number, run in enumerate(runs)]
     reason = DevicePool(tasks, devices, report, ended, stop).run()
-    write_summary(folder, [*others, *outcomes])
+    summary.write(outcomes)
     if reason is not None:
         num_done = sum(outcome.status == "done" for outcome in outcomes)
         raise stopped(
@@ -360,71 +348,3 @@ def _levels_needed(runs: Sequence[PlannedRun]) -> tuple[str, ...]:
         except (ConfigError, HeadError) as error:
             raise type(error)(f"experiment {experiment}: {error} (no run has begun)") from error
     return tuple(dict.fromkeys(levels))
-
-
-def summarize(outcomes: Sequence[RunOutcome]) -> list[ExperimentSummary]:
-    """Put the runs of each experiment together, in their order."""
-    summaries = []
-    for name in dict.fromkeys(outcome.experiment for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome.experiment == name]
-        results = [outcome.result for outcome in own if outcome.result is not None]
-        dice = [result.best_dice for result in results]
-        summaries.append(
-            ExperimentSummary(
-                name=name,
-                num_runs=len(own),
-                num_done=len(results),
-                dice_mean=statistics.fmean(dice) if dice else None,
-                dice_std=statistics.stdev(dice) if len(dice) > 1 else None,
-                best_epoch_mean=(
-                    statistics.fmean(r.best_epoch for r in results) if results else None
-                ),
-                elapsed_s_mean=statistics.fmean(r.elapsed_s for r in results) if results else None,
-                parameters=results[0].parameters["total"] if results else None,
-                gflop=results[0].gflop if results else None,
-            )
-        )
-    return summaries
-
-
-def as_json(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
-    """Return what ``summary.json`` holds."""
-    return {
-        "experiments": [asdict(summary) for summary in summarize(outcomes)],
-        "runs": [asdict(outcome) | {"result": _result_json(outcome)} for outcome in outcomes],
-    }
-
-
-def _result_json(outcome: RunOutcome) -> dict[str, Any] | None:
-    if outcome.result is None:
-        return None
-    values = asdict(outcome.result)
-    # Where the summary lies is where the runs lie: no path of this machine is needed.
-    return values | {"run_dir": outcome.name, "best_checkpoint": f"{outcome.name}/best"}
-
-
-def _read_summary(folder: Path) -> dict[str, RunOutcome]:
-    """Return how runs stood, by name, as far as their folders are still there.
-
-    What cannot be read, of another version or damaged, is no loss: the runs themselves know more.
-    """
-    try:
-        entries = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["runs"]
-        outcomes = [_from_json(folder, entry) for entry in entries]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return {outcome.name: outcome for outcome in outcomes if is_run(folder / outcome.name)}
-
-
-def _from_json(folder: Path, entry: Mapping[str, Any]) -> RunOutcome:
-    result = entry["result"]
-    if result is not None:
-        paths = {key: folder / result[key] for key in ("run_dir", "best_checkpoint")}
-        result = TrainResult(**{**result, **paths})
-    return RunOutcome(**{**entry, "result": result})
-
-
-def write_summary(folder: Path, outcomes: Sequence[RunOutcome]) -> None:
-    """Write how all runs stand, replacing what was there."""
-    content = json.dumps(as_json(outcomes), indent=2) + "\n"
-    write_atomic(folder / SUMMARY_FILE, content.encode())

@@ -19,6 +19,7 @@ class Outlook:
     Attributes:
         num_train: images that are learned from.
         num_variants: variants of them that are drawn from as well.
+        num_variants_left_out: variants of them that the store has, and that are not drawn from.
         num_val: images that are validated on.
         num_classes: of the label set.
         not_trained: where there are several, classes that no image learned from shows.
@@ -27,6 +28,7 @@ class Outlook:
 
     num_train: int
     num_variants: int
+    num_variants_left_out: int
     num_val: int
     num_classes: int
     not_trained: tuple[str, ...] = ()
@@ -51,10 +53,15 @@ def look_ahead(
     store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     classes = label_set_of(store, config).classes
     rows = divide(store, config)
-    outlook = Outlook(len(rows.groups), rows.num_variants, len(rows.val), len(classes))
+    learned = [group[0] for group in rows.groups]  # an image's own row, without its variants
+    own = frozenset(learned)
+    num_stored = sum(variant.base_row in own for variant in store.variants)
+    num_left_out = num_stored - rows.num_variants
+    outlook = Outlook(
+        len(learned), rows.num_variants, num_left_out, len(rows.val), num_classes=len(classes)
+    )
     if len(classes) == 1:
         return outlook
-    learned = [group[0] for group in rows.groups]  # an image's own row, without its variants
     num_masks = len(learned) + len(rows.val)
 
     def absent(of: list[int], num_before: int) -> tuple[str, ...]:

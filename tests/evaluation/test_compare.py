@@ -324,6 +324,42 @@ def test_folds_of_several_seeds_on_the_same_images_have_a_mean_of_each_seed(
     assert single.startswith("One seed each: old. What")
 
 
+def test_a_seed_that_lacks_a_fold_on_the_same_images_has_no_mean(
+    tmp_path: Path, store: Path
+) -> None:
+    for name, cells in (("seed0-fold0", 0), ("seed0-fold1", 1), ("seed1-fold0", 1)):
+        evaluated(tmp_path / f"new-{name}", store, cells)
+    evaluated(tmp_path / "old", store, 2)
+    result = comparison(tmp_path / "old", tmp_path / "new")
+    assert result.experiments[1].dice_of_seeds == pytest.approx(((0.75 + 23 / 24) / 2,))
+
+
+def test_seeds_of_before_variants_were_recorded_otherwise_are_of_one_experiment(
+    tmp_path: Path, store: Path
+) -> None:
+    before, now = {"variants": "all", "variants_used": []}, {"variants_used": []}
+    for seed, settings in enumerate((before, now)):
+        evaluated(tmp_path / f"x-seed{seed}", store, seed, settings=settings)
+    evaluated(tmp_path / "y", store, 2)
+    assert len(comparison(tmp_path / "y", tmp_path / "x").experiments[1].runs) == 2
+    evaluated(tmp_path / "x-seed2", store, 1, settings={"variants_used": ["hflip"]})
+    with pytest.raises(ConfigError, match=r"variants_used \[\] → \['hflip'\]"):
+        comparison(tmp_path / "y", tmp_path / "x")
+
+
+def test_evaluations_of_before_the_origin_was_recorded_say_nothing_of_it(tmp_path: Path) -> None:
+    drawn = [Drawn(shift, extra={"synthetic": "yes"}) for shift in (1, 0, 1)]
+    store = write_page_store(tmp_path / "d.zarr", drawn, settings={"backbone": "sam3-mini"})
+    first, second = evaluated(tmp_path / "a", store, 0), evaluated(tmp_path / "b", store, 1)
+    summary = second / "eval-test" / "summary.json"
+    content = json.loads(summary.read_text(encoding="utf-8"))
+    del content["origin"], content["num_synthetic"]
+    summary.write_text(json.dumps(content), encoding="utf-8")
+    notices = comparison(first, second).notices
+    assert notices[0].startswith("The pictures are synthetic angiograms")
+    assert notices[1].startswith("The features come from sam3-mini")
+
+
 def test_runs_that_are_on_both_sides_are_said(head: Head) -> None:
     head(0, "x-seed0")
     head(1, "x-seed1")
@@ -505,7 +541,7 @@ def test_the_page_says_what_the_figures_stand_on(tmp_path: Path, head: Head) -> 
         "patients.",
         "The features come from sam3-mini, a miniature of SAM 3's classes pretrained on synthetic "
         "angiograms: this shows that the road works, not how good SAM 3 is.",
-        "Only 3 groups of images: intervals from so few are Student's, and wide.",
+        "Only 3 groups of images: intervals from so few are wide, and say little.",
     )
     assert all(sentence in page.text for sentence in result.notices)
     assert "Threshold 0.3 Label set mask Store drawn.zarr Checkpoint a/best Epoch" in page.text

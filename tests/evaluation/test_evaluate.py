@@ -228,17 +228,17 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['{"runs": []}', "[1]", "text", '{"store": null}'])
+@pytest.mark.parametrize("content", ['{"runs": []}', "[1]", "Fläche", '{"store": null}'])
 def test_what_is_of_something_else_is_not_written_over(
     tmp_path: Path, store: Path, sided: Path, content: str
 ) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
     summary = folder / "summary.json"
-    summary.write_text(content, encoding="utf-8")
+    summary.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match="is of something else than an evaluation; name another"):
         evaluate(replace(config(store, sided), output=folder))
-    assert summary.read_text(encoding="utf-8") == content
+    assert summary.read_text(encoding="latin-1") == content
     # What was once ours and is damaged is written anew.
     (folder / "per_image.csv").write_text("id\n", encoding="utf-8")
     assert evaluate(replace(config(store, sided), output=folder)).num_images == len(VIEWS)

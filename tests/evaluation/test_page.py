@@ -208,7 +208,7 @@ def test_notices_say_what_the_figures_stand_on(tmp_path: Path) -> None:
         "The features come from sam3-mini, a miniature of SAM 3's classes pretrained on synthetic "
         "angiograms: this shows that the road works, not how good SAM 3 is.",
         "The store is not sealed",
-        "Only 3 groups of images: intervals from so few are Student's",
+        "Only 3 groups of images: intervals from so few are wide",
         "1 of 3 images without a mask",
         "1 of 2 images have a mask without a pixel, and a prediction without one",
     )

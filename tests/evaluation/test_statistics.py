@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from sam3cache.evaluation import Interval, Summary, mean_interval, summarise
+from sam3cache.evaluation.statistics import p_value_of_zero
 
 
 def test_a_summary_states_the_sample_deviation_and_leaves_out_what_has_no_value() -> None:
@@ -38,6 +39,28 @@ def test_the_interval_is_that_of_the_normal_law_for_many_independent_values() ->
     assert interval.high == pytest.approx(values.mean() + half_width, abs=0.15 * half_width)
 
 
+@pytest.mark.parametrize(
+    "sizes", [(20, 1), (40, 2, 2, 2), (30, *7 * (2,)), (1, 2, 3, 4, 1, 2, 3, 4)]
+)
+def test_the_interval_holds_the_mean_where_one_patient_has_most_images(
+    sizes: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(0)
+    groups = [str(g) for g, size in enumerate(sizes) for _ in range(size)]
+    held = claimed = 0
+    for _ in range(600):
+        of_patient = np.repeat(rng.normal(0, 1, len(sizes)), sizes)
+        values = of_patient + rng.normal(0, 1, len(groups))
+        interval, p = mean_interval(values, groups, seed=0), p_value_of_zero(values, groups, seed=0)
+        assert interval is not None
+        assert p is not None
+        held += interval.low <= 0 <= interval.high
+        claimed += p < 0.05
+    # Three standard deviations of 600 draws below 95 %.
+    assert held / 600 > 0.923
+    assert claimed / 600 < 0.077
+
+
 def test_copies_of_a_patients_image_do_not_narrow_the_interval() -> None:
     values = np.random.default_rng(2).uniform(size=12)
     patients = [f"p{i}" for i in range(12)]
@@ -63,8 +86,8 @@ def test_a_seed_gives_the_same_interval_again_and_another_seed_another() -> None
     [
         ([0.3, 0.5], ["a", "a"], None),
         ([0.3, 0.3, 0.3], ["a", "b", "b"], Interval(0.3, 0.3)),
-        # sums 0.6 and 0.4 about a mean of 1/3: (0.6 - 2/3)^2 + (0.4 - 1/3)^2 = 0.08 / 9
-        ([0.1, 0.5, 0.4], ["a", "a", "b"], 12.7062047364 * (0.08 / 9 * 2) ** 0.5 / 3),
+        # means 0.3 and 0.4, of two and of one image
+        ([0.1, 0.5, 0.4], ["a", "a", "b"], 12.7062047364 * 0.1 / 2**0.5 * (4 / 9 + 1 / 9) ** 0.5),
     ],
 )
 def test_the_interval_of_few_groups(

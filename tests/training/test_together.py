@@ -17,7 +17,15 @@ import torch
 from own_heads import write_head
 from safetensors.torch import load_file
 from store_builder import build_store
-from variant_store import NUM_ROWS, NUM_TRAIN, NUM_VAL, Noting, build_variant_store, image_of
+from variant_store import (
+    NUM_ROWS,
+    NUM_TRAIN,
+    NUM_VAL,
+    VARIANT,
+    Noting,
+    build_variant_store,
+    image_of,
+)
 
 from sam3cache.errors import (
     ConfigError,
@@ -40,11 +48,11 @@ from sam3cache.training import (
     train,
     train_together,
 )
-from sam3cache.training.experiments import as_json
 from sam3cache.training.folders import STATE_FILE, claimed
 from sam3cache.training.loop import Progress, Run
 from sam3cache.training.pool import PoolProgress, PoolTask
 from sam3cache.training.state import read_state
+from sam3cache.training.summary import RunOutcome, SummaryFile, as_json
 from sam3cache.training.together import SamplePool, is_device_fault
 
 SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
@@ -622,9 +630,8 @@ def test_the_summary_keeps_what_is_done_and_what_others_did(store: Path, tmp_pat
     first = run_experiments(plan_runs([base], seeds=2), ["cpu"])
     more = run_experiments(plan_runs([replace(base, seed=2)], seeds=2), ["cpu"])
     summary = tmp_path / "out" / "summary.json"
-    everything = json.loads(json.dumps(as_json([*first, *more])))
-    assert json.loads(summary.read_text("utf-8")) == everything
-    assert everything["experiments"][0]["num_done"] == 4
+    everything = json.loads(json.dumps(as_json([*first, *more])))["runs"]
+    assert json.loads(summary.read_text("utf-8"))["runs"] == everything
 
     # Told to stop before any of them has been looked at again, they are still done; of a run that
     # was deleted nothing is kept.
@@ -636,6 +643,66 @@ def test_the_summary_keeps_what_is_done_and_what_others_did(store: Path, tmp_pat
     kept = json.loads(summary.read_text("utf-8"))["runs"]
     assert [run["name"] for run in kept] == ["x-seed2", "x-seed0", "x-seed1"]
     assert {run["status"] for run in kept} == {"done"}
+
+
+def test_what_came_out_with_other_settings_is_no_part_of_the_mean(
+    store: Path, tmp_path: Path
+) -> None:
+    base = config_for(store, tmp_path, name="x")
+    outcome = RunOutcome("x", "x-seed0", 0, None, "done", "", train(replace(base, name="x-seed0")))
+    other = replace(outcome, experiment="y", name="y")
+    train(replace(base, name="y"))
+    train(replace(base, name="x-seed5", learning_rate=0.1))
+    SummaryFile(tmp_path).write([outcome, other])
+    later = replace(outcome, name="x-seed5", seed=5)
+    SummaryFile(tmp_path).write([later])
+    written = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert [run["name"] for run in written["runs"]] == ["x-seed0", "y", "x-seed5"]
+    assert [(one["name"], one["num_runs"]) for one in written["experiments"]] == [
+        ("y", 1),
+        ("x", 1),
+    ]
+    assert SummaryFile(tmp_path).done("x-seed0") == outcome
+    assert SummaryFile(tmp_path).done("x-seed7") is None
+
+
+def test_seeds_that_are_added_draw_as_those_that_are_there(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
+    root = build_variant_store(tmp_path / "x.zarr")
+    base = config_for(root, tmp_path / "out", name="x", **own)
+    train(replace(base, name="x-seed0", variants="none"))
+    for resume in (True, False):
+        (added,) = plan_runs([replace(base, seed=4, resume=resume)])[:1]
+        assert added.config.variants == "none"
+    # Whoever names them decides, and what is replaced says nothing.
+    assert plan_runs([replace(base, variants=VARIANT)])[0].config.variants == VARIANT
+    replaced = plan_runs([replace(base, overwrite=True)], seeds=2)
+    assert [run.config.variants for run in replaced] == ["all", "all"]
+    # Another experiment, whose name begins alike.
+    assert plan_runs([replace(base, name="x-seed")])[0].config.variants == "all"
+
+    train(replace(base, name="x-seed1"))
+    expected = (
+        r"the runs of x that are there began with several choices of stored variants "
+        rf"\(x-seed0 none, x-seed1 {VARIANT}\): x-seed2 could be like one of them alone"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        plan_runs([replace(base, resume=True)], seeds=3)
+    both = plan_runs([replace(base, resume=True)], seeds=2)
+    assert [run.config.variants for run in both] == ["none", VARIANT]
+
+
+def test_a_run_that_is_at_work_is_not_to_be_replaced(store: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"head": "linear", "head_options": {}}
+    base = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
+    runs = plan_runs([base], seeds=2)
+    for run in runs:
+        train(run.config)
+    again = plan_runs([replace(base, overwrite=True)], seeds=2)
+    with claimed(runs[1].config.run_dir):
+        with pytest.raises(ConfigError, match=r"x-seed1 is being changed by process"):
+            run_experiments(again, ["cpu"])
+        assert not list((tmp_path / "out").rglob(".to-replace"))
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"runs": 3}', '{"runs": [{"name": "x"}]}'])

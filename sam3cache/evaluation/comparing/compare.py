@@ -300,7 +300,7 @@ def compare(
     num_groups = len(set(groups))
     if 1 < num_groups < MIN_GROUPS:
         notices.append(
-            f"Only {num_groups} groups of images: intervals from so few are Student's, and wide."
+            f"Only {num_groups} groups of images: intervals from so few are wide, and say little."
         )
 
     told = [one.name for one in presence if one.num_with or one.name == presence[0].name]
@@ -766,22 +766,24 @@ def _of_shared_runs(evaluated: Sequence[_Evaluated]) -> list[str]:
 
 def _of_origin(evaluated: Sequence[_Evaluated]) -> list[str]:
     """Say what limits all figures because of the pictures and features that they come from."""
-    summaries = [summary for one in evaluated for summary in one.summaries]
+    # Evaluations of before versions that recorded it say nothing of either.
+    knowing = [one for one in evaluated if all("origin" in s for s in one.summaries)]
+    summaries = [summary for one in knowing for summary in one.summaries]
     sentences = []
-    drawn = [int(s.get("num_synthetic") or 0) for s in summaries]
+    drawn = [int(s["num_synthetic"]) for s in summaries]
     if any(drawn):
-        all_drawn = drawn == [s.get("num_images") for s in summaries]
+        all_drawn = drawn == [s["num_images"] for s in summaries]
         sentences.append(
             f"{'The' if all_drawn else 'Some of the'} pictures are synthetic angiograms, drawn and "
             f"not measured: {'nothing here speaks' if all_drawn else 'these do not speak'} of "
             "patients."
         )
     of_sentence: dict[str, list[str]] = {}
-    for one in evaluated:
-        for sentence in dict.fromkeys(s for of in one.summaries for s in of.get("origin") or ()):
+    for one in knowing:
+        for sentence in dict.fromkeys(s for of in one.summaries for s in of["origin"]):
             of_sentence.setdefault(sentence, []).append(one.name)
     for sentence, names in of_sentence.items():
-        whose = "" if len(names) == len(evaluated) else f"Of {listed(names)}: "
+        whose = "" if len(names) == len(knowing) else f"Of {listed(names)}: "
         sentences.append(whose + sentence)
     return sentences
 

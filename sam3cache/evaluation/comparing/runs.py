@@ -57,6 +57,8 @@ _OF_ONE_RUN = frozenset(
         *("name", "seed", "order_seed", "store", "overlay", "num_train", "num_val", "data_sha256"),
         *("device", "residency", "precision", "micro_batch", "compile", "save_minutes"),
         *("allow_unsealed", "class_weights_used"),
+        # What was asked for; which they were stands in "variants_used".
+        "variants",
     }
 )
 
@@ -277,7 +279,11 @@ def is_evaluated(run: Run) -> bool:
     info = run.info()
     if info is None:
         return True
-    return bool(read_summary(run.evaluation).get("weights_sha256") == info.weights_sha256)
+    summary = read_summary(run.evaluation)
+    classes = tuple(summary.get("classes") or ())
+    # Those of before versions that compared names may stand at the wrong ones.
+    is_named_alike = len(classes) < 2 or not info.classes or classes == tuple(info.classes)
+    return is_named_alike and bool(summary.get("weights_sha256") == info.weights_sha256)
 
 
 def check_same_training(experiment: Experiment) -> None:
@@ -372,9 +378,14 @@ def by_seed(scores: Sequence[Scores], seeds: Sequence[int | None]) -> list[Score
         )
         for of in parts.values()
     ]
-    # A seed that lacks a fold lacks images, and is left out.
+    # A seed that lacks a fold is left out: it lacks images or, on split test, a head.
     num_images = len({name for one in scores for name in one.ids})
-    return [one for one in joined if len(one.ids) == num_images]
+    num_runs = max(map(len, parts.values()))
+    return [
+        one
+        for one, of in zip(joined, parts.values(), strict=True)
+        if len(one.ids) == num_images and len(of) == num_runs
+    ]
 
 
 def _by_images(scores: Sequence[Scores]) -> list[list[Scores]]:
