@@ -35,6 +35,7 @@ from sam3cache.evaluation.predicting import (
 from sam3cache.evaluation.report import (
     EvalResult,
     known_or_none,
+    not_left_empty,
     path_from,
     prepare_output,
     write_result,
@@ -117,6 +118,11 @@ class EvalConfig:
     page: bool = True
     overlay: Path | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.output or self.checkpoint / f"eval-{self.split}"
+
     def __post_init__(self) -> None:
         """Check what can be checked without touching a file.
 
@@ -151,6 +157,11 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
         ConfigError: the split has no images, a mask holds what is no class, results are asked by
             what is no annotation, a threshold cannot be chosen, or the output cannot be written.
     """
+    with not_left_empty(config.folder):
+        return _evaluate(config, report)
+
+
+def _evaluate(config: EvalConfig, report: Report) -> EvalResult:
     start_s = time.monotonic()
     store = open_store(config.store, allow_unsealed=config.allow_unsealed, overlay=config.overlay)
     folder = checkpoint_folder(config.checkpoint)
@@ -161,9 +172,14 @@ def evaluate(config: EvalConfig, report: Report = lambda num_done, num_total: No
     columns = columns_of(samples, config.by)
     label_set = config.label_set or info.label_set
     has_mask = [store.has_mask(sample.row, label_set) for sample in samples]
-    classes = _classes(store, label_set, info, folder)
+    try:
+        classes = _classes(store, label_set, info, folder)
+    except CheckpointError as error:
+        if config.label_set is None:
+            raise
+        raise ConfigError(str(error)) from error
     data, images_sha256 = record_data(store, label_set), _data_sha256(samples)
-    output = config.output or config.checkpoint / f"eval-{config.split}"
+    output = config.folder
     prepare_output(output, store.path, data, images_sha256)
 
     chosen = _choose_threshold(config, store, label_set, head, info, report, samples)

@@ -11,7 +11,7 @@ from sam3cache.evaluation.spacing import num_unreadable
 from sam3cache.evaluation.statistics import MIN_GROUPS
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.heads import CheckpointInfo
-from sam3cache.heads.checkpoint import LAST
+from sam3cache.heads.checkpoint import LAST, is_to_be_replaced
 
 MINIATURE = "sam3-mini"
 OWN_WEIGHTS = "default"
@@ -36,6 +36,11 @@ def notices_of(
         info: of the checkpoint.
     """
     sentences = [*of_pictures(result.num_synthetic, result.num_images), *result.origin]
+    if is_to_be_replaced(Path(result.checkpoint).parent):
+        sentences.append(
+            "This is the run of before: `train --overwrite` was ended before it was trained anew; "
+            "`train --resume` does it."
+        )
     num_seen, num_in_groups = result.num_seen_in_training, result.num_in_training_groups
     # Who measures on the training split asks for just that.
     if result.split != "train" and (num_seen or num_in_groups):

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -213,6 +214,17 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
             "by -o, or remove it"
         )
     return folder
+
+
+@contextmanager
+def not_left_empty(folder: Path) -> Iterator[None]:
+    """Take a folder away that was made for results, if there are none after all."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _parse_summary(content: bytes) -> dict[str, Any] | None:

@@ -442,7 +442,8 @@ def check_seal(root: Place) -> tuple[str, ReceiptsOnDemand]:
         if found != expected:
             raise CorruptStoreError(
                 f"{root / name} is not what the store was sealed with (SHA-256 {found[:12]}, "
-                f"expected {expected[:12]}); restore the file, or extract into a new store"
+                f"expected {expected[:12]}); `sam3cache store verify {root} --repair` mends what "
+                "the store still has twice; else restore the file, or extract into a new store"
             )
     return seal, ReceiptsOnDemand(receipts)
 

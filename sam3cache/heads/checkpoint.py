@@ -38,6 +38,12 @@ RECORD_FILE = "checkpoint.json"
 BEST, LAST = CHECKPOINTS = ("best", "last")
 """Folders of a run: its best epoch's checkpoint, and its last one's."""
 
+STATE_FILE = "training.safetensors"
+"""In ``last``: what training goes on from."""
+
+LOG_FOLDER = "tensorboard"
+"""Of a run: made as it begins."""
+
 TO_REPLACE = ".to-replace"
 """In the folder of a run that ``train --overwrite`` is to replace, until its successor begins."""
 

@@ -71,7 +71,7 @@ def build_head(
     options = dict(options or {})
     needs = _levels_read(head_class, options)
     if missing := [level for level in needs if level not in level_shapes]:
-        fitting = fitting_heads(level_shapes)
+        fitting = [fits for fits in fitting_heads(level_shapes) if fits != name]
         raise HeadError(
             f"head {name} needs {', '.join(missing)}, which is not among the store's levels "
             f"({', '.join(level_shapes) or 'none'}); run `sam3cache extract` with "

@@ -102,7 +102,7 @@ class OpenedStore:
         split: str | None = None,
         *,
         target_size_px: int | None = None,
-        label_set: str = "mask",
+        label_set: str | None = None,
     ) -> StoreDataset:
         """Return samples as a map-style dataset for ``torch.utils.data.DataLoader``.
 
@@ -114,14 +114,16 @@ class OpenedStore:
             split: "train", "val" or "test"; None: all samples.
             target_size_px: T, side of square targets over the padded input; None for none. With
                 targets, samples without a mask are left out.
-            label_set: of the targets.
+            label_set: of the targets; None: "mask".
 
         Raises:
-            ConfigError: when the split is unknown, or has no samples.
+            ConfigError: when the split is unknown, or has no samples, or a label set is named and
+                no side of targets.
             MissingSampleError: when the store has no such level or label set.
         """
+        labels = _label_set(label_set, target_size_px)
         return StoreDataset(
-            self.features, self.rows(split), self._names(levels), target_size_px, label_set
+            self.features, self.rows(split), self._names(levels), target_size_px, labels
         )
 
     def batches(
@@ -131,7 +133,7 @@ class OpenedStore:
         batch_size: int = 16,
         levels: Sequence[str] | None = None,
         target_size_px: int | None = None,
-        label_set: str = "mask",
+        label_set: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -148,15 +150,16 @@ class OpenedStore:
             levels: what to read; None: every level by its plain name.
             target_size_px: T, side of square targets over the padded input; None for none. With
                 targets, samples without a mask are left out.
-            label_set: of the targets.
+            label_set: of the targets; None: "mask".
             shuffle: whether each epoch has a random order of its own.
             seed: of the orders.
             device: where batches are made.
             residency: where samples lie: "auto", "device", "ram" or "stream".
 
         Raises:
-            ConfigError: when the split is unknown or has no samples, the batch size is below 1, or
-                samples do not fit where they are told to lie.
+            ConfigError: when the split is unknown or has no samples, the batch size is below 1, a
+                label set is named and no side of targets, or samples do not fit where they are told
+                to lie.
             MissingSampleError: when the store has no such level or label set.
             CorruptStoreError: when bytes in the store are damaged.
         """
@@ -169,7 +172,7 @@ class OpenedStore:
             device=device,
             residency=residency,
             target_size_px=target_size_px,
-            label_set=label_set,
+            label_set=_label_set(label_set, target_size_px),
         )
         return Batches(cached, batch_size, shuffle=shuffle, seed=seed)
 
@@ -237,6 +240,15 @@ class Level:
 
     def _read(self, row: int) -> NDArray[Any]:
         return decode(self._spec.precision, self._store.read_stored(self._spec.name, row))
+
+
+def _label_set(name: str | None, target_size_px: int | None) -> str:
+    """Return the label set of targets, unless it is named and there are to be none."""
+    if name is not None and target_size_px is None:
+        raise ConfigError(
+            f"label set {name!r} without targets: give their side, such as target_size_px=1008"
+        )
+    return name or "mask"
 
 
 class Labels:

@@ -9,12 +9,10 @@ from pathlib import Path
 from sam3cache.errors import ConfigError, StoreBusyError
 from sam3cache.features import store_lock
 from sam3cache.features.locks import locks_work
-from sam3cache.heads.checkpoint import BEST, LAST, MODEL_FILE, TO_REPLACE
+from sam3cache.heads.checkpoint import BEST, LAST, MODEL_FILE, STATE_FILE, TO_REPLACE
 from sam3cache.training.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
-STATE_FILE = "training.safetensors"
-"""In ``last``; see ``state``."""
 
 _LOCK = ".lock"
 

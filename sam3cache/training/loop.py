@@ -44,7 +44,14 @@ from sam3cache.heads import (
     describe_head,
     save_checkpoint,
 )
-from sam3cache.heads.checkpoint import BEST, CHECKPOINTS, LAST, is_to_be_replaced
+from sam3cache.heads.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    LOG_FOLDER,
+    STATE_FILE,
+    is_to_be_replaced,
+)
 from sam3cache.heads.registry import one_line
 from sam3cache.loading import CachedSamples
 from sam3cache.loading.augment import Augmentation, Draws, augment, choose_rows
@@ -68,7 +75,6 @@ from sam3cache.training.division import (
 )
 from sam3cache.training.folders import (
     METRICS_FILE,
-    STATE_FILE,
     claimed,
     is_in_use,
     is_run,
@@ -456,7 +462,7 @@ class Run:
                 torch.cuda.reset_peak_memory_stats(self.device)
             self._began_s = self._saved_s = time.monotonic()
             self._report_train(min(self.state.epoch + 1, self.config.epochs), self._num_before)
-            log_dir = self.config.run_dir / "tensorboard"
+            log_dir = self.config.run_dir / LOG_FOLDER
             purge_step = self.state.epoch + 1
             with self._memory(), SummaryWriter(str(log_dir), purge_step=purge_step) as tensorboard:
                 while not self.config.is_over(self.state.epoch, self.state.best_epoch):
@@ -565,7 +571,7 @@ class Run:
         """Make the run's folder ready for a run from the start."""
         run_dir = self.config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        for part in (*CHECKPOINTS, "tensorboard"):
+        for part in (*CHECKPOINTS, LOG_FOLDER):
             if (run_dir / part).exists():
                 shutil.rmtree(run_dir / part)
         (run_dir / METRICS_FILE).unlink(missing_ok=True)

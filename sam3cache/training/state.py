@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sam3cache.errors import CheckpointError
 from sam3cache.heads.checkpoint import (
     LAST,
+    STATE_FILE,
     is_to_be_replaced,
     read_metadata,
     read_tensors,
@@ -27,7 +28,6 @@ from sam3cache.heads.checkpoint import (
 )
 from sam3cache.runtime import write_atomic
 from sam3cache.training.config import TrainConfig, check_same_run, other_data, variants_text
-from sam3cache.training.folders import STATE_FILE
 
 _HEADER_KEY = "training"
 

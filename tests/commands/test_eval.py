@@ -111,7 +111,11 @@ def test_the_only_store_and_run_need_not_be_named(here, invoke):
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--threshold", "auto"], 2, "10 test"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--by", "x"], 2, "--by x"),
         (["features/angio.zarr", "checkpoints/first", *HEAD, "--label-set", "x"], 2, "has: mask"),
-        (["features/angio.zarr", "checkpoints/first", *HEAD, "-o", "file"], 2, "--output"),
+        (
+            ["features/angio.zarr", "checkpoints/first", *HEAD, "-o", "file"],
+            2,
+            "another folder by -o",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line_on_stderr(here, invoke, arguments, exit_code, words):

@@ -360,6 +360,52 @@ def test_evaluations_of_before_the_origin_was_recorded_say_nothing_of_it(tmp_pat
     assert notices[1].startswith("The features come from sam3-mini")
 
 
+def test_a_run_that_has_no_checkpoint_yet_is_left_out_and_said(tmp_path: Path, head: Head) -> None:
+    """As ``train --overwrite`` leaves it: what was evaluated is of the run that is gone."""
+    folder = tmp_path / "many"
+    for name, cells in (("x-seed0", 0), ("x-seed1", 1), ("y", 2)):
+        shutil.copytree(head(cells, f"of {name}"), folder / name)
+    gone = folder / "x-seed1"
+    shutil.rmtree(gone / "best")
+    (gone / "tensorboard").mkdir()
+    for path in (folder, folder / "x"):
+        paths = [folder] if path == folder else [path, folder / "y"]
+        result = comparison(*paths)
+        assert result.experiments[0].runs == ("x-seed0",)
+        assert (
+            result.notices[0] == "x-seed1 has begun, and no checkpoint of an epoch yet: left out."
+        )
+    with pytest.raises(ConfigError, match="x-seed1 has begun and has no checkpoint of an epoch"):
+        comparison(gone, folder / "y")
+    # A folder of runs of which one is called as the last checkpoint is.
+    shutil.copytree(head(3), folder / "last")
+    assert {one.name for one in comparison(folder).experiments} == {"x", "y", "last"}
+
+
+def test_a_seed_stands_for_its_folds(tmp_path: Path) -> None:
+    drawn = [Drawn(s, id=f"image{i}") for i, s in enumerate(SHIFTS)]
+    for fold, part in enumerate((drawn[:5], drawn[5:])):
+        store = write_page_store(tmp_path / f"{fold}.zarr", part)
+        for name, cells in (("a-seed1", 0), ("a-seed10", 2), ("b-seed1", 1)):
+            evaluated(tmp_path / f"{name}-fold{fold}", store, cells)
+    result = comparison(tmp_path / "a-seed1", tmp_path / "b-seed1")
+    assert [(one.name, one.runs) for one in result.experiments] == [
+        ("a-seed1", ("a-seed1-fold0", "a-seed1-fold1")),
+        ("b-seed1", ("b-seed1-fold0", "b-seed1-fold1")),
+    ]
+
+
+def test_a_table_that_lacks_lines_is_damaged(head: Head) -> None:
+    first, second = head(0), head(1)
+    table = second / "eval-test" / "per_image.csv"
+    table.write_text("".join(table.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")
+    expected = "per_image.csv has 11 images, summary.json 12.*write it anew"
+    with pytest.raises(ConfigError, match=expected):
+        comparison(first, second)
+    # Nothing was written, and nothing is left.
+    assert not (first.parent / "compare-test-head0-head1").exists()
+
+
 def test_runs_that_are_on_both_sides_are_said(head: Head) -> None:
     head(0, "x-seed0")
     head(1, "x-seed1")

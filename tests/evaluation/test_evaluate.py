@@ -228,6 +228,19 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_refused_leaves_no_folder(tmp_path: Path, store: Path, sided: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(ConfigError, match="no images in split val"):
+        evaluate(replace(config(store, sided), output=folder, threshold="auto"))
+    assert not folder.exists()
+
+
+def test_a_run_that_is_still_to_be_replaced_is_said(store: Path, sided: Path) -> None:
+    (sided / ".to-replace").touch()
+    notices = evaluate(config(store, sided)).notices
+    assert any(sentence.startswith("This is the run of before:") for sentence in notices)
+
+
 @pytest.mark.parametrize("content", ['{"runs": []}', "[1]", "Fläche", '{"store": null}'])
 def test_what_is_of_something_else_is_not_written_over(
     tmp_path: Path, store: Path, sided: Path, content: str

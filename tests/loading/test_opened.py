@@ -197,6 +197,9 @@ def test_what_cannot_be_had_is_refused(store: OpenedStore) -> None:
         store.dataset(["fpn_144"])
     with pytest.raises(MissingSampleError, match="no label set other"):
         store.dataset(target_size_px=20, label_set="other")
+    for made in (store.dataset, store.batches):
+        with pytest.raises(ConfigError, match="label set 'mask' without targets: give their side"):
+            made(label_set="mask")
 
 
 def test_the_loop_in_the_documentation_runs_and_learns(

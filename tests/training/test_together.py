@@ -37,6 +37,7 @@ from sam3cache.errors import (
     UnknownHeadError,
 )
 from sam3cache.features import open_store
+from sam3cache.heads.checkpoint import STATE_FILE
 from sam3cache.loading import CachedSamples
 from sam3cache.training import (
     TrainConfig,
@@ -48,7 +49,7 @@ from sam3cache.training import (
     train,
     train_together,
 )
-from sam3cache.training.folders import STATE_FILE, claimed
+from sam3cache.training.folders import claimed
 from sam3cache.training.loop import Progress, Run
 from sam3cache.training.pool import PoolProgress, PoolTask
 from sam3cache.training.state import read_state

@@ -39,6 +39,7 @@ from sam3cache.evaluation.comparing.runs import (
     listed,
     read_scores,
     read_summary,
+    runs_under_way,
 )
 from sam3cache.evaluation.comparing.statistics import (
     Differences,
@@ -50,7 +51,7 @@ from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
 from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.page import PAGE_FILE
-from sam3cache.evaluation.report import stores_told
+from sam3cache.evaluation.report import not_left_empty, stores_told
 from sam3cache.evaluation.scores import DISTANCES, range_of
 from sam3cache.evaluation.statistics import BOOTSTRAP, MIN_GROUPS, Interval, summarise
 from sam3cache.features import open_store, record_data
@@ -269,12 +270,24 @@ def compare(
     experiments = find_experiments(config.paths, config.split)
     first = _baseline_first(experiments, config.baseline)
     output = _prepare_output(config, first)
+    with not_left_empty(output):
+        return _compare(config, report, experiments, first, output)
+
+
+def _compare(
+    config: CompareConfig,
+    report: Report,
+    experiments: Sequence[Experiment],
+    first: Sequence[Experiment],
+    output: Path,
+) -> Comparison:
     # Many runs, mostly of one store.
     content_of = cache(partial(_content, config))
     evaluated = [
         _evaluate(experiment, experiments, config, report, content_of) for experiment in first
     ]
-    notices = [*_of_replaced(evaluated), *_of_shared_runs(evaluated)]
+    notices = _of_under_way(config.paths)
+    notices += [*_of_replaced(evaluated), *_of_shared_runs(evaluated)]
     notices += [*_of_origin(evaluated), *_check_alike(evaluated)]
     everywhere = frozenset.intersection(*map(_ids, evaluated))
     ids = [name for name in evaluated[0].together.ids if name in everywhere]
@@ -738,6 +751,14 @@ def _of_images(left_out: Mapping[str, Sequence[str]], num_images: int) -> list[s
         for name, names in left_out.items()
         if names
     ]
+
+
+def _of_under_way(paths: Sequence[Path]) -> list[str]:
+    names = runs_under_way(paths)
+    if not names:
+        return []
+    verb = "has" if len(names) == 1 else "have"
+    return [f"{listed(names)} {verb} begun, and no checkpoint of an epoch yet: left out."]
 
 
 def _of_replaced(evaluated: Sequence[_Evaluated]) -> list[str]:

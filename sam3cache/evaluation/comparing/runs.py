@@ -28,7 +28,10 @@ from sam3cache.evaluation.report import IMAGES_FILE, SUMMARY_FILE
 from sam3cache.heads.checkpoint import (
     BEST,
     CHECKPOINTS,
+    LAST,
+    LOG_FOLDER,
     MODEL_FILE,
+    STATE_FILE,
     CheckpointInfo,
     read_record,
 )
@@ -50,6 +53,8 @@ MAX_NAMES = 5
 """Most names that are listed in one sentence."""
 
 _MEMBER = re.compile(r"(?:^|[-_.])(seed|fold)[-_]?(\d+)(?=$|[-_.])")
+
+_FOLD = re.compile(r"[-_.]fold[-_]?\d+")
 
 # Beside anything of folds: what may differ between the runs of one experiment.
 _OF_ONE_RUN = frozenset(
@@ -233,6 +238,26 @@ def find_experiments(paths: Sequence[Path], split: str) -> list[Experiment]:
     return found
 
 
+def runs_under_way(paths: Sequence[Path]) -> list[str]:
+    """Return the runs among the paths, or in them, that have no checkpoint yet to be compared."""
+    found = []
+    for path in paths:
+        beside = path.parent.glob(f"{path.name}*") if not path.exists() else ()
+        for folder in sorted((*beside, *path.glob("*"), *path.glob("*/*"))):
+            if _is_under_way(folder):
+                found.append(folder.name)
+    return list(dict.fromkeys(found))
+
+
+def _is_under_way(folder: Path) -> bool:
+    """Return whether a run has begun in a folder, and has not finished its first epoch.
+
+    What was evaluated there is then of a run that it replaces.
+    """
+    has_begun = (folder / LOG_FOLDER).is_dir() or (folder / LAST / STATE_FILE).is_file()
+    return has_begun and not (folder / BEST / MODEL_FILE).is_file()
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """Read the summary that an evaluation wrote.
 
@@ -256,7 +281,11 @@ def read_scores(folder: Path, summary: Mapping[str, Any]) -> Scores:
         classes = tuple(summary["classes"])
         metrics = tuple(summary["classes"][classes[0]])
         with (folder / IMAGES_FILE).open(encoding="utf-8", newline="") as file:
-            return _read_table(csv.DictReader(file), classes, metrics)
+            scores = _read_table(csv.DictReader(file), classes, metrics)
+        num_here, num_told = len(scores.ids), summary.get("num_images", len(scores.ids))
+        if num_here != num_told:
+            raise ValueError(f"{IMAGES_FILE} has {num_here} images, {SUMMARY_FILE} {num_told}")
+        return scores
 
 
 @contextmanager
@@ -431,21 +460,32 @@ def _experiments_in(path: Path, split: str) -> list[Experiment]:
     if run is not None:
         _require_no_runs_inside(path, split)
         return [Experiment(run.name, (run,))]
+    if _is_under_way(path):
+        raise ConfigError(
+            f"{path} has begun and has no checkpoint of an epoch yet; let it go on (`sam3cache "
+            "train --resume`), or name others"
+        )
     if path.is_dir():
         experiments = _by_stem(sorted(path.iterdir()), split, path.resolve().name)
         # Seeds, folds and experiments lie in a folder of their own, one deeper.
         for inside in sorted(path.iterdir()):
-            if inside.is_dir() and _run_at(inside, split) is None:
+            if inside.is_dir() and _run_at(inside, split) is None and not _is_under_way(inside):
                 experiments += _by_stem(sorted(inside.iterdir()), split, inside.name)
         if experiments:
             return experiments
     elif path.parent.is_dir():
-        beside = [
-            other
-            for other in sorted(path.parent.iterdir())
-            if other.name.startswith(path.name) and _stem(other.name, "") == path.name
-        ]
+        named = [p for p in sorted(path.parent.iterdir()) if p.name.startswith(path.name)]
+        beside = [other for other in named if _stem(other.name, "") == path.name]
         experiments = _by_stem(beside, split, path.name)
+        if not experiments and _MEMBER.search(path.name):
+            # A seed of which there are folds.
+            folds = [
+                run
+                for p in named
+                if _FOLD.fullmatch(p.name[len(path.name) :])
+                if (run := _run_at(p, split)) is not None
+            ]
+            experiments = [Experiment(path.name, tuple(sorted(folds, key=_order)))] if folds else []
         if experiments:
             return experiments
     raise ConfigError(
@@ -462,6 +502,8 @@ def _run_at(path: Path, split: str) -> Run | None:
             own_name = path.resolve().parent.name
         return Run(own_name, None, path)
     evaluation = path / f"eval-{split}"
+    if _is_under_way(path):
+        return None
     if (checkpoint_folder(path) / MODEL_FILE).is_file():
         if own_name in CHECKPOINTS:
             own_name = f"{path.resolve().parent.name}/{own_name}"
