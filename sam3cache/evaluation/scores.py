@@ -25,16 +25,16 @@ DISTANCES = frozenset({"hd95_px", "assd_px", "hd95_mm", "assd_mm"})
 """Those of which less is better; they have no upper bound."""
 
 
-def range_of(metric: str) -> tuple[float, float]:
-    """Return between which values a measure can lie."""
-    return 0.0, math.inf if metric in DISTANCES else 1.0
-
-
 MEAN_OVER_CLASSES = (
     "Dice of an image: the mean over its classes that are there or marked, 0 for a class that is "
     "marked and not there."
 )
 """What ``class_mean`` comes to, for whoever reads a figure of several classes."""
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """Return between which values a measure can lie."""
+    return 0.0, math.inf if metric in DISTANCES else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ def plan_runs(
         folds: parts of a cross-validation; 0: none.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number that cannot be, or runs that are there drew from several choices of
+            variants, so that one to begin could be like some of them alone.
     """
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}: expected at least 1")
@@ -166,10 +167,8 @@ def _variants_of(run: PlannedRun, replaced: Collection[str]) -> dict[str, str]:
     folder = Path(run.config.output)
     of_it = re.compile(re.escape(run.experiment) + r"(-seed\d+)?(-fold\d+)?")
     for name in runs_in(folder):
-        if not of_it.fullmatch(name) or name in replaced:
-            continue
-        with suppress(CheckpointError):  # The run itself says what is the matter.
-            record = read_record(folder / name)
+        if of_it.fullmatch(name) and name not in replaced:
+            record = _record_in(folder / name)
             if record is not None and "variants_used" in record.settings:
                 found.setdefault(variants_text(record.settings["variants_used"]), name)
     return found
@@ -177,8 +176,12 @@ def _variants_of(run: PlannedRun, replaced: Collection[str]) -> dict[str, str]:
 
 def _record(config: TrainConfig) -> RunState | None:
     """Return where the run to resume stands; None: it is to begin, or cannot be read."""
+    return _record_in(config.run_dir) if config.resume else None
+
+
+def _record_in(run_dir: Path) -> RunState | None:
     try:
-        return read_record(config.run_dir) if config.resume else None
+        return read_record(run_dir)
     except CheckpointError:
         return None  # The run itself says what is the matter.
 
@@ -248,7 +251,7 @@ def _require_same(runs: Sequence[PlannedRun], store: FeatureStore) -> None:
     data = dict[tuple[Any, ...], tuple[dict[str, Any], str]]()
     for config in (run.config for run in runs):
         record = _record(config)
-        if record is None or config.label_set not in store.label_sets:
+        if record is None:
             continue
         key: tuple[Any, ...] = (config.label_set, config.variants, config.folds, config.fold)
         key += (config.fold_seed, config.stratify)
