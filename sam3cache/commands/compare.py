@@ -82,8 +82,8 @@ def compare(
     stands for all of them. What was not evaluated on the split yet is evaluated first.
 
     Differences are paired by image; their 95% intervals come from a bootstrap over groups
-    (patients). With several runs p-values are corrected by Holm's method. Only the images that all
-    runs scored count.
+    (patients), of few groups from Student's law. With several runs p-values are corrected by Holm's
+    method. Only the images that all runs scored count.
 
     \b
     Examples:

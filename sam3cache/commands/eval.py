@@ -105,8 +105,8 @@ def eval_(
 
     Dice, IoU, precision, recall, clDice, Hausdorff 95 and the average surface distance are taken
     image by image and class by class, on the mask's own grid, and written to per_image.csv; their
-    means, with 95% bootstrap intervals over groups (patients), to summary.json: in all, by class,
-    by view region and by annotation. report.html shows them in any browser. docs/evaluation.md
+    means, with 95% intervals over groups (patients), to summary.json: in all, by class, by view
+    region and by annotation. report.html shows them in any browser. docs/evaluation.md
     defines each.
 
     \b
@@ -185,7 +185,7 @@ def _print(result: EvalResult, store: Place) -> None:
     if result.threshold_choice.source == "auto":
         console.print(
             f"New images have it by: sam3cache predict {result.checkpoint} IMAGES -o OUT "
-            f"--threshold {result.threshold:g}"
+            f"--threshold {result.threshold:g}" + (f" --head {result.head}" * (":" in result.head))
         )
     for notice in result.notices:
         console.print(f"Note: {notice}")

@@ -345,7 +345,8 @@ def _print_many(outcomes: list[RunOutcome], experiments: list[TrainConfig]) -> N
     names = {outcome.experiment for outcome in done}
     own = [config for config in experiments if config.name in names]
     if len(own) > 1:
-        click.echo(f"Next: sam3cache compare {folder.as_posix()}{_options_to_evaluate(own)}")
+        options = f" --store {place_of(own[0].store).as_posix()}{_options_to_evaluate(own)}"
+        click.echo(f"Next: sam3cache compare {folder.as_posix()}{options}")
     elif own:
         store, run = place_of(own[0].store).as_posix(), (folder / done[0].name).as_posix()
         click.echo(f"Next: sam3cache eval {store} {run}{_options_to_evaluate(own)}")

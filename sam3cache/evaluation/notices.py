@@ -35,7 +35,7 @@ def notices_of(
         samples: the images that were measured.
         info: of the checkpoint.
     """
-    sentences = [*of_pictures(result.num_synthetic, result.num_images), *result.origin]
+    sentences = [*_of_pictures(result.num_synthetic, result.num_images), *result.origin]
     if is_to_be_replaced(Path(result.checkpoint).parent):
         sentences.append(
             "This is the run of before: `train --overwrite` was ended before it was trained anew; "
@@ -49,11 +49,7 @@ def notices_of(
             f"names of {num_in_groups or 0} of them: scores on those say little about new ones."
         )
     sentences += _of_chosen_epoch(result, store, info)
-    if 1 < result.num_groups < MIN_GROUPS:
-        sentences.append(
-            f"Only {result.num_groups} groups of images: intervals from so few are wide, and say "
-            "little."
-        )
+    sentences += of_few_groups(result.num_groups)
     if result.threshold_choice.on_evaluated:
         sentences.append(
             f"The threshold was chosen on images of split {result.threshold_choice.split} that are "
@@ -105,6 +101,13 @@ def origin_of(result: EvalResult, store: FeatureStore, info: CheckpointInfo) -> 
     return tuple(sentences)
 
 
+def of_few_groups(num_groups: int) -> list[str]:
+    """Say where there are too few groups for a verdict, and enough for an interval."""
+    if not 1 < num_groups < MIN_GROUPS:
+        return []
+    return [f"Only {num_groups} groups of images: intervals from so few are wide, and say little."]
+
+
 def num_synthetic(samples: Sequence[StoredSample]) -> int:
     """Count the pictures that were drawn by ``sam3cache phantom``."""
     return sum(sample.extra.get("synthetic") == "yes" for sample in samples)
@@ -145,7 +148,7 @@ def _of_data(result: EvalResult, info: CheckpointInfo) -> list[str]:
     ]
 
 
-def of_pictures(num_drawn: int, num_pictures: int) -> list[str]:
+def _of_pictures(num_drawn: int, num_pictures: int) -> list[str]:
     """Say where pictures are not of patients.
 
     Args:

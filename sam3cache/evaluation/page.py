@@ -38,7 +38,7 @@ from sam3cache.evaluation.statistics import (
 from sam3cache.features import FeatureStore, StoredSample
 from sam3cache.geometry import Letterbox
 from sam3cache.heads import CheckpointInfo
-from sam3cache.heads.checkpoint import CHECKPOINTS
+from sam3cache.heads.checkpoint import CHECKPOINTS, METRICS_FILE
 from sam3cache.records import IGNORE_LABEL
 from sam3cache.runtime import installed_version
 from sam3cache.tasks import default_loss
@@ -46,9 +46,6 @@ from sam3cache.views import format_view
 
 PAGE_FILE = "report.html"
 TEMPLATE_FILE = "report.html.jinja"
-
-METRICS_FILE = "metrics.jsonl"
-"""Written by training, line by line; evaluation knows the file, not the code."""
 
 PREFERRED_LEVEL = "fpn_72"
 """Shown in colours where there are several levels: SAM 3's own stride, and small."""

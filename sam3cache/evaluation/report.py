@@ -218,12 +218,14 @@ def prepare_output(folder: Path, store: Place, data: DataRecord, data_sha256: st
 
 @contextmanager
 def not_left_empty(folder: Path) -> Iterator[None]:
-    """Take a folder away that was made for results, if there are none after all."""
+    """Take a folder away that is made for results, if there are none after all."""
+    was_there = folder.exists()
     try:
         yield
     except BaseException:
-        with suppress(OSError):
-            folder.rmdir()
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

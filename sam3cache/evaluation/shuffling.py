@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sam3cache.evaluation.statistics import (
     MIN_GROUPS,
     Interval,
+    count_text,
     gain_text,
     interval_text,
     mean_interval,
@@ -131,10 +132,9 @@ def verdict(
         )
     if interval is None or num_groups < MIN_GROUPS:
         return "undecided", (
-            f"Whether the head gains from {subject} cannot be told from {num_groups} "
-            f"{'group' if num_groups == 1 else 'groups'} of images, at least {MIN_GROUPS} are "
-            f"needed: true {shuffled} change Dice by {gain_text(mean, 4)} against shuffled ones, "
-            f"and {changes}."
+            f"Whether the head gains from {subject} cannot be told from "
+            f"{count_text(num_groups, 'group')} of images, at least {MIN_GROUPS} are needed: true "
+            f"{shuffled} change Dice by {gain_text(mean, 4)} against shuffled ones, and {changes}."
         )
     bounds = f"95% interval {interval_text(interval, 4)}"
     if max(-interval.low, interval.high) <= NEGLIGIBLE_DICE:

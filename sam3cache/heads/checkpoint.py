@@ -41,6 +41,9 @@ BEST, LAST = CHECKPOINTS = ("best", "last")
 STATE_FILE = "training.safetensors"
 """In ``last``: what training goes on from."""
 
+METRICS_FILE = "metrics.jsonl"
+"""Of a run: a line an epoch."""
+
 LOG_FOLDER = "tensorboard"
 """Of a run: made as it begins."""
 

@@ -142,7 +142,8 @@ def _with_variants_of_the_first(planned: Sequence[PlannedRun]) -> list[PlannedRu
     """Let runs that are still to begin draw from the variants of those that have begun."""
     replaced = {run.config.name for run in planned if run.config.overwrite}
     open_to_it = [run for run in planned if run.config.variants == "all"]
-    begun = {run.experiment: _variants_of(run, replaced) for run in open_to_it}
+    first_of = {run.experiment: run for run in open_to_it}
+    begun = {name: _variants_of(run, replaced) for name, run in first_of.items()}
     settled = []
     for run in planned:
         config, there = run.config, sorted(begun.get(run.experiment, ()))
@@ -214,35 +215,44 @@ def run_experiments(
         StoreError: the store cannot be used.
         StoppedError: it was told to stop, and all runs have saved where they were.
     """
-    first = runs[0].config
-    store = open_store(first.store, allow_unsealed=first.allow_unsealed, overlay=first.overlay)
+    configs = [run.config for run in runs]
+    # By overlay, which changes labels and annotations, and so splits.
+    stores = {
+        one.overlay: open_store(one.store, allow_unsealed=one.allow_unsealed, overlay=one.overlay)
+        for one in {config.overlay: config for config in configs}.values()
+    }
     # What stands against the folds of one label set stands against all of its runs.
     first_of = {
-        (one.label_set, one.variants, one.fold_seed, one.stratify): one
-        for one in (run.config for run in reversed(runs))
-        if one.folds and one.label_set in store.label_sets
+        (one.overlay, one.label_set, one.variants, one.fold_seed, one.stratify): one
+        for one in reversed(configs)
+        if one.folds and one.label_set in stores[one.overlay].label_sets
     }
     for one in first_of.values():
-        divide(store, one)
+        divide(stores[one.overlay], one)
     _require_room(runs)
     # Those that draw from the same rows share them, however they were asked for.
-    everything = variants_text(sorted({str(variant.variant) for variant in store.variants}))
     runs = [
-        PlannedRun(run.experiment, replace(run.config, variants=everything))
+        PlannedRun(
+            run.experiment, replace(run.config, variants=_all_of(stores[run.config.overlay]))
+        )
         if run.config.variants == "all"
         else run
         for run in runs
     ]
     levels = _levels_needed(runs)
-    with claimed(Path(first.output)):
+    with claimed(Path(configs[0].output)):
         _require_room(runs)  # Another may have been quicker.
-        _require_same(runs, store)
-        _mark_to_replace(runs)
+        _require_same(runs, stores)
         announce([run.config for run in runs if not _is_finished(run.config)])
+        _mark_to_replace(runs)  # Last: what is refused leaves what is there.
         return _run_all(runs, levels, devices, report, stop)
 
 
-def _require_same(runs: Sequence[PlannedRun], store: FeatureStore) -> None:
+def _all_of(store: FeatureStore) -> str:
+    return variants_text(sorted({str(variant.variant) for variant in store.variants}))
+
+
+def _require_same(runs: Sequence[PlannedRun], stores: Mapping[str | None, FeatureStore]) -> None:
     """Refuse runs of which some began with other settings or data than the rest would.
 
     Before any begins: those that are done stay so in the summary, and no experiment has seeds that
@@ -253,9 +263,10 @@ def _require_same(runs: Sequence[PlannedRun], store: FeatureStore) -> None:
         record = _record(config)
         if record is None:
             continue
-        key: tuple[Any, ...] = (config.label_set, config.variants, config.folds, config.fold)
-        key += (config.fold_seed, config.stratify)
+        key: tuple[Any, ...] = (config.overlay, config.label_set, config.variants)
+        key += (config.folds, config.fold, config.fold_seed, config.stratify)
         if key not in data:
+            store = stores[config.overlay]
             rows = divide(store, config)
             masks = masks_sha256(store, rows.all, config.label_set)
             data[key] = data_settings(store, rows, config.label_set), masks

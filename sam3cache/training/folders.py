@@ -9,10 +9,15 @@ from pathlib import Path
 from sam3cache.errors import ConfigError, StoreBusyError
 from sam3cache.features import store_lock
 from sam3cache.features.locks import locks_work
-from sam3cache.heads.checkpoint import BEST, LAST, MODEL_FILE, STATE_FILE, TO_REPLACE
+from sam3cache.heads.checkpoint import (
+    BEST,
+    LAST,
+    METRICS_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    TO_REPLACE,
+)
 from sam3cache.training.config import TrainConfig
-
-METRICS_FILE = "metrics.jsonl"
 
 _LOCK = ".lock"
 

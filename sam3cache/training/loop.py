@@ -49,6 +49,7 @@ from sam3cache.heads.checkpoint import (
     CHECKPOINTS,
     LAST,
     LOG_FOLDER,
+    METRICS_FILE,
     STATE_FILE,
     is_to_be_replaced,
 )
@@ -74,10 +75,10 @@ from sam3cache.training.division import (
     trained_on,
 )
 from sam3cache.training.folders import (
-    METRICS_FILE,
     claimed,
     is_in_use,
     is_run,
+    mark_to_replace,
     require_unused,
     runs_in,
     unmark,
@@ -571,6 +572,8 @@ class Run:
         """Make the run's folder ready for a run from the start."""
         run_dir = self.config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
+        # Killed in between, it is not taken for the run whose half is left.
+        mark_to_replace(run_dir)
         for part in (*CHECKPOINTS, LOG_FOLDER):
             if (run_dir / part).exists():
                 shutil.rmtree(run_dir / part)

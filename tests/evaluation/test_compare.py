@@ -377,9 +377,17 @@ def test_a_run_that_has_no_checkpoint_yet_is_left_out_and_said(tmp_path: Path, h
         )
     with pytest.raises(ConfigError, match="x-seed1 has begun and has no checkpoint of an epoch"):
         comparison(gone, folder / "y")
-    # A folder of runs of which one is called as the last checkpoint is.
-    shutil.copytree(head(3), folder / "last")
-    assert {one.name for one in comparison(folder).experiments} == {"x", "y", "last"}
+    # A folder of runs of which one is called as the last checkpoint is, or as the logs are.
+    for name in ("last", "tensorboard"):
+        shutil.copytree(head(3, f"of {name}"), folder / name)
+    names = {one.name for one in comparison(folder).experiments}
+    assert names == {"x", "y", "last", "tensorboard"}
+    # Of others whose names begin alike nothing is said.
+    shutil.move(gone, folder / "x2-seed1")
+    assert not any("has begun" in s for s in comparison(folder / "x", folder / "y").notices)
+    # A run that has had epochs, and whose checkpoint was deleted, is its evaluation.
+    (folder / "x2-seed1" / "metrics.jsonl").touch()
+    assert comparison(folder / "x", folder / "x2-seed1").experiments[1].runs == ("x2-seed1",)
 
 
 def test_a_seed_stands_for_its_folds(tmp_path: Path) -> None:
@@ -418,11 +426,11 @@ def test_runs_that_are_on_both_sides_are_said(head: Head) -> None:
 def test_a_run_that_is_still_to_be_replaced_is_said(head: Head) -> None:
     first, second = head(0), head(1)
     (second / ".to-replace").touch()
-    notices = comparison(first, second).notices
-    assert notices[0] == (
-        "head1 is still of before: `train --overwrite` was ended before it was trained anew; "
-        "`train --resume` does it."
-    )
+    for path, name in ((second, "head1"), (second / "best", "head1/best")):
+        assert comparison(first, path).notices[0] == (
+            f"{name} is still of before: `train --overwrite` was ended before it was trained anew; "
+            "`train --resume` does it."
+        )
 
 
 def test_a_seed_that_lacks_a_fold_is_told_of_no_seed(tmp_path: Path) -> None:

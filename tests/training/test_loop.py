@@ -773,6 +773,18 @@ def test_a_run_of_before_masks_were_hashed_goes_on(
     assert train(config).epochs == 4
 
 
+def test_a_run_that_was_killed_as_it_was_replaced_begins_anew(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    """What --overwrite had not deleted yet is the half of another run."""
+    config = config_for(store, tmp_path, resume=True)
+    shutil.copytree(straight, config.run_dir)
+    shutil.rmtree(config.run_dir / "best")
+    (config.run_dir / ".to-replace").touch()
+    assert_same_run(straight, train(config).run_dir)
+    assert not (config.run_dir / ".to-replace").exists()
+
+
 def test_a_damaged_run_is_not_resumed(store: Path, tmp_path: Path) -> None:
     config = config_for(store, tmp_path)
     (config.run_dir / "last").mkdir(parents=True)

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from own_heads import write_head
+from PIL import Image
 from safetensors.torch import load_file
 from store_builder import build_store
 from variant_store import (
@@ -36,6 +38,7 @@ from sam3cache.errors import (
     StoreError,
     UnknownHeadError,
 )
+from sam3cache.extract.relabel import LabelsConfig, set_labels
 from sam3cache.features import open_store
 from sam3cache.heads.checkpoint import STATE_FILE
 from sam3cache.loading import CachedSamples
@@ -691,6 +694,50 @@ def test_seeds_that_are_added_draw_as_those_that_are_there(tmp_path: Path) -> No
         plan_runs([replace(base, resume=True)], seeds=3)
     both = plan_runs([replace(base, resume=True)], seeds=2)
     assert [run.config.variants for run in both] == ["none", VARIANT]
+
+
+def test_an_overwriting_that_is_refused_leaves_what_is_there(store: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"head": "linear", "head_options": {}}
+    base = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
+    for run in plan_runs([base], seeds=2):
+        train(run.config)
+    before = run_files(tmp_path / "out")
+
+    def refuse(configs: list[TrainConfig]) -> None:
+        look_ahead(configs[0])  # as the command does, which says what there is to learn from
+
+    again = plan_runs([replace(base, overwrite=True, variants="rot10")], seeds=2)
+    with pytest.raises(ConfigError, match="has no variant 'rot10'"):
+        run_experiments(again, ["cpu"], announce=refuse)
+    assert run_files(tmp_path / "out") == before
+
+
+def test_experiments_with_an_overlay_of_their_own_are_resumed(store: Path, tmp_path: Path) -> None:
+    """Its labels are others than those of the store, of which the first experiment learns."""
+    labels = tmp_path / "labels.csv"
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    lines = ["id,mask"]
+    for sample in open_store(store).samples:
+        mask = np.zeros((96, 96), np.uint8)
+        mask[20:60, 10 : 40 + sample.row] = 255
+        Image.fromarray(mask).save(masks / f"{sample.row}.png")
+        lines.append(f"{sample.id},masks/{sample.row}.png")
+    labels.write_text("\n".join(lines), encoding="utf-8")
+    overlay = tmp_path / "overlay"
+    set_labels(LabelsConfig(store, "own", labels, overlay=overlay))
+
+    plain = config_for(store, tmp_path / "out", name="plain", epochs=1)
+    beside = replace(plain, name="beside", overlay=str(overlay), label_set="own")
+    first = [run.config for run in plan_runs([plain, beside], seeds=2)]
+    for config in first:
+        train(config)
+    again = [replace(config, resume=True) for config in (plain, beside)]
+    outcomes = run_experiments(plan_runs(again, seeds=2), ["cpu"])
+    assert [(o.name, o.status) for o in outcomes] == [(c.name, "done") for c in first]
+    folds = [replace(config, output=str(tmp_path / "folds")) for config in (plain, beside)]
+    with pytest.raises(StoppedError):
+        run_experiments(plan_runs(folds, folds=2), ["cpu"], stop=lambda: "the test")
 
 
 def test_a_run_that_is_at_work_is_not_to_be_replaced(store: Path, tmp_path: Path) -> None:

@@ -48,12 +48,13 @@ from sam3cache.evaluation.comparing.statistics import (
     paired_difference,
 )
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
-from sam3cache.evaluation.evaluate import EvalConfig, evaluate
+from sam3cache.evaluation.evaluate import EvalConfig, checkpoint_folder, evaluate
 from sam3cache.evaluation.figures import differences_svg
+from sam3cache.evaluation.notices import of_few_groups
 from sam3cache.evaluation.page import PAGE_FILE
 from sam3cache.evaluation.report import not_left_empty, stores_told
 from sam3cache.evaluation.scores import DISTANCES, range_of
-from sam3cache.evaluation.statistics import BOOTSTRAP, MIN_GROUPS, Interval, summarise
+from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
 from sam3cache.features import open_store, record_data
 from sam3cache.heads import CheckpointInfo
 from sam3cache.heads.checkpoint import LAST, is_to_be_replaced
@@ -311,10 +312,7 @@ def _compare(
     groups = scores[0].groups
     notices += _of_groups(evaluated, scores)
     num_groups = len(set(groups))
-    if 1 < num_groups < MIN_GROUPS:
-        notices.append(
-            f"Only {num_groups} groups of images: intervals from so few are wide, and say little."
-        )
+    notices += of_few_groups(num_groups)
 
     told = [one.name for one in presence if one.num_with or one.name == presence[0].name]
     pairs = _pairs(evaluated, scores, told, config.seed)
@@ -762,8 +760,12 @@ def _of_under_way(paths: Sequence[Path]) -> list[str]:
 
 
 def _of_replaced(evaluated: Sequence[_Evaluated]) -> list[str]:
-    runs = [run for one in evaluated for run in one.experiment.runs]
-    old = [run.name for run in runs if run.folder and is_to_be_replaced(run.folder)]
+    old = [
+        run.name
+        for one in evaluated
+        for run in one.experiment.runs
+        if run.folder and is_to_be_replaced(checkpoint_folder(run.folder).parent)
+    ]
     if not old:
         return []
     return [

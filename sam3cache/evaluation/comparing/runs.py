@@ -30,6 +30,7 @@ from sam3cache.heads.checkpoint import (
     CHECKPOINTS,
     LAST,
     LOG_FOLDER,
+    METRICS_FILE,
     MODEL_FILE,
     STATE_FILE,
     CheckpointInfo,
@@ -242,10 +243,8 @@ def runs_under_way(paths: Sequence[Path]) -> list[str]:
     """Return the runs among the paths, or in them, that have no checkpoint yet to be compared."""
     found = []
     for path in paths:
-        beside = path.parent.glob(f"{path.name}*") if not path.exists() else ()
-        for folder in sorted((*beside, *path.glob("*"), *path.glob("*/*"))):
-            if _is_under_way(folder):
-                found.append(folder.name)
+        inside = _named(path) if not path.exists() else (*path.glob("*"), *path.glob("*/*"))
+        found += [folder.name for folder in sorted(inside) if _is_under_way(folder)]
     return list(dict.fromkeys(found))
 
 
@@ -255,7 +254,8 @@ def _is_under_way(folder: Path) -> bool:
     What was evaluated there is then of a run that it replaces.
     """
     has_begun = (folder / LOG_FOLDER).is_dir() or (folder / LAST / STATE_FILE).is_file()
-    return has_begun and not (folder / BEST / MODEL_FILE).is_file()
+    has_epoch = (folder / METRICS_FILE).exists() or (folder / BEST).exists()
+    return has_begun and not has_epoch and not any(folder.glob(f"*/{BEST}"))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -474,24 +474,30 @@ def _experiments_in(path: Path, split: str) -> list[Experiment]:
         if experiments:
             return experiments
     elif path.parent.is_dir():
-        named = [p for p in sorted(path.parent.iterdir()) if p.name.startswith(path.name)]
-        beside = [other for other in named if _stem(other.name, "") == path.name]
-        experiments = _by_stem(beside, split, path.name)
-        if not experiments and _MEMBER.search(path.name):
-            # A seed of which there are folds.
-            folds = [
-                run
-                for p in named
-                if _FOLD.fullmatch(p.name[len(path.name) :])
-                if (run := _run_at(p, split)) is not None
-            ]
-            experiments = [Experiment(path.name, tuple(sorted(folds, key=_order)))] if folds else []
+        named = _named(path)
+        experiments = _by_stem(
+            [other for other in named if _stem(other.name, "") == path.name], split, path.name
+        )
+        # A seed of which there are folds.
+        folds = [run for other in named if (run := _run_at(other, split)) is not None]
+        if not experiments and folds:
+            experiments = [Experiment(path.name, tuple(sorted(folds, key=_order)))]
         if experiments:
             return experiments
     raise ConfigError(
         f"{path} holds nothing to compare: expected a run such as checkpoints/first, a folder of "
         f"runs, or an evaluation with {IMAGES_FILE} and {SUMMARY_FILE}"
     )
+
+
+def _named(path: Path) -> list[Path]:
+    """Return the seeds and folds that a name stands for; of that of a seed, its folds."""
+    return [
+        other
+        for other in sorted(path.parent.glob("*"))
+        if _stem(other.name, "") == path.name
+        or (_MEMBER.search(path.name) and _FOLD.fullmatch(other.name.removeprefix(path.name)))
+    ]
 
 
 def _run_at(path: Path, split: str) -> Run | None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from sam3cache.evaluation.comparing.statistics import PairedDifference
-from sam3cache.evaluation.statistics import LEVEL, MIN_GROUPS, count_text, gain_text, interval_text
+from sam3cache.evaluation.statistics import (
+    LEVEL,
+    MIN_GROUPS,
+    count_text,
+    gain_text,
+    interval_text,
+    over_text,
+)
 
 SMALL_DICE = 0.01
 """Difference of mean Dice that hardly matters: an interval within it shows that two are alike."""
@@ -39,7 +46,7 @@ def judge(
     measure = "Dice over the classes of an image" if over_classes else "Dice"
     if difference.mean is None:
         return "undecided", f"{name} and {baseline} have no image in common that both have Dice of."
-    over = _over(difference)
+    over = over_text(difference.num_images, difference.num_groups)
     if difference.num_better == difference.num_worse == 0:
         return "equal", f"{name} and {baseline} are equal: the same {measure} on all {over}."
     digits = 3 if abs(difference.mean) >= 0.001 else 5
@@ -72,8 +79,3 @@ def judge(
     if is_small:
         return "alike", f"{name} and {baseline} are alike, within {SMALL_DICE}: {facts}"
     return "undecided", f"Whether {name} is better than {baseline} cannot be told: {facts}"
-
-
-def _over(difference: PairedDifference) -> str:
-    images = count_text(difference.num_images, "image")
-    return f"{images} of {count_text(difference.num_groups, 'group')}"
