@@ -270,8 +270,9 @@ def compare(
     """
     experiments = find_experiments(config.paths, config.split)
     first = _baseline_first(experiments, config.baseline)
-    output = _prepare_output(config, first)
+    output = _output_of(config, first)
     with not_left_empty(output):
+        _prepare_output(output)
         return _compare(config, report, experiments, first, output)
 
 
@@ -358,20 +359,24 @@ def _baseline_first(experiments: Sequence[Experiment], baseline: str | None) -> 
     return [experiments[at], *experiments[:at], *experiments[at + 1 :]]
 
 
-def _prepare_output(config: CompareConfig, experiments: Sequence[Experiment]) -> Path:
-    """Make the folder of the results, before anything is computed for it."""
+def _output_of(config: CompareConfig, experiments: Sequence[Experiment]) -> Path:
+    """Return the folder of the results."""
     run = experiments[0].runs[0]
     beside = (run.folder or run.evaluation).resolve().parent
     if run.folder is None and run.evaluation.name.startswith("eval-"):
         beside = beside.parent
     names = "-".join(re.sub(r"[^\w.-]", "-", experiment.name) for experiment in experiments)
     # A name of a folder has its limits on every system; the record names all that were compared.
-    folder = config.output or _as_given(beside) / f"compare-{config.split}-{names[:80]}"
+    return config.output or _as_given(beside) / f"compare-{config.split}-{names[:80]}"
+
+
+def _prepare_output(folder: Path) -> None:
+    """Make the folder of the results, before anything is computed for it."""
     if (folder / RECORD_FILE).exists() or not folder.exists() or not any(folder.iterdir()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                return folder
+                return
         except OSError as error:
             reason = error.strerror
     else:
