@@ -343,7 +343,10 @@ def test_seeds_of_before_variants_were_recorded_otherwise_are_of_one_experiment(
     evaluated(tmp_path / "y", store, 2)
     assert len(comparison(tmp_path / "y", tmp_path / "x").experiments[1].runs) == 2
     evaluated(tmp_path / "x-seed2", store, 1, settings={"variants_used": ["hflip"]})
-    with pytest.raises(ConfigError, match=r"variants_used \[\] → \['hflip'\]"):
+    with pytest.raises(ConfigError, match=r"variants_used \[\] → \['hflip'\]\); rename one"):
+        comparison(tmp_path / "y", tmp_path / "x")
+    (tmp_path / "x-seed1" / ".to-replace").touch()
+    with pytest.raises(ConfigError, match=r"; x-seed1 still to be replaced: go on with"):
         comparison(tmp_path / "y", tmp_path / "x")
 
 

@@ -48,7 +48,7 @@ from sam3cache.evaluation.comparing.statistics import (
     paired_difference,
 )
 from sam3cache.evaluation.comparing.verdict import SMALL_DICE, Verdict, judge
-from sam3cache.evaluation.evaluate import EvalConfig, checkpoint_folder, evaluate
+from sam3cache.evaluation.evaluate import EvalConfig, evaluate
 from sam3cache.evaluation.figures import differences_svg
 from sam3cache.evaluation.notices import of_few_groups
 from sam3cache.evaluation.page import PAGE_FILE
@@ -57,7 +57,7 @@ from sam3cache.evaluation.scores import DISTANCES, range_of
 from sam3cache.evaluation.statistics import BOOTSTRAP, Interval, summarise
 from sam3cache.features import open_store, record_data
 from sam3cache.heads import CheckpointInfo
-from sam3cache.heads.checkpoint import LAST, is_to_be_replaced
+from sam3cache.heads.checkpoint import LAST
 from sam3cache.records import SPLITS
 from sam3cache.runtime import write_atomic
 
@@ -765,12 +765,8 @@ def _of_under_way(paths: Sequence[Path]) -> list[str]:
 
 
 def _of_replaced(evaluated: Sequence[_Evaluated]) -> list[str]:
-    old = [
-        run.name
-        for one in evaluated
-        for run in one.experiment.runs
-        if run.folder and is_to_be_replaced(checkpoint_folder(run.folder).parent)
-    ]
+    runs = [run for one in evaluated for run in one.experiment.runs]
+    old = [run.name for run in runs if run.is_to_be_replaced]
     if not old:
         return []
     return [

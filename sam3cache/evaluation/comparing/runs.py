@@ -34,6 +34,7 @@ from sam3cache.heads.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
     CheckpointInfo,
+    is_to_be_replaced,
     read_record,
 )
 
@@ -91,6 +92,12 @@ class Run:
             return read_record(checkpoint_folder(self.folder))
         except CheckpointError:
             return None
+
+    @property
+    def is_to_be_replaced(self) -> bool:
+        """Whether it is what ``train --overwrite`` has not trained anew yet."""
+        folder = self.folder
+        return folder is not None and is_to_be_replaced(checkpoint_folder(folder).parent)
 
     def member(self) -> tuple[int | None, int | None]:
         """Return its seed and its fold, as its checkpoint or else its name tells them."""
@@ -343,9 +350,15 @@ def check_same_training(experiment: Experiment) -> None:
             if of_first.get(name) != here.get(name)
         ]
         if differences:
+            old = [one.name for one in experiment.runs if one.is_to_be_replaced]
+            advice = "rename one, or give the two by themselves"
+            if old:
+                advice = (
+                    f"{listed(old)} still to be replaced: go on with `sam3cache train --resume`"
+                )
             raise ConfigError(
                 f"{first.name} and {run.name} are not seeds or folds of one experiment "
-                f"({'; '.join(differences)}); rename one, or give the two by themselves"
+                f"({'; '.join(differences)}); {advice}"
             )
 
 
