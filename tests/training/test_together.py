@@ -60,6 +60,8 @@ from sam3cache.training.summary import RunOutcome, SummaryFile, as_json
 from sam3cache.training.together import SamplePool, is_device_fault
 
 SHAPES = {"fpn_72": (8, 12, 12), "fpn_144": (4, 24, 24)}
+LINEAR: dict[str, Any] = {"head": "linear", "head_options": {}}
+NOTING: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +237,9 @@ def test_folds_with_variants_share_their_samples_and_learn_from_none_that_is_hel
     tmp_path: Path, residency: str
 ) -> None:
     store = build_variant_store(tmp_path / "x.zarr")
-    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}, "batch_size": 3}
-    base = config_for(store, tmp_path / "together", residency=residency, epochs=2, **own)
+    base = config_for(
+        store, tmp_path / "together", residency=residency, epochs=2, batch_size=3, **NOTING
+    )
     configs = [run.config for run in plan_runs([base], folds=3)]
     Noting.trained.clear()
     outcomes = dict(train_together(configs))
@@ -537,15 +540,19 @@ def run_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("variants", ["all", "none"])
-def test_runs_go_on_with_the_variants_that_they_began_with(tmp_path: Path, variants: str) -> None:
-    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
-    root = build_variant_store(tmp_path / "x.zarr", num_rows=NUM_TRAIN + NUM_VAL)
-    base = config_for(root, tmp_path / "out", name="floor", **own)
+def train_two_seeds(base: TrainConfig) -> dict[str, bytes]:
+    """Train two runs of an experiment; return the files of its folder."""
     for run in plan_runs([base], seeds=2):
         train(run.config)
-    before = run_files(tmp_path / "out")
-    halfway = config_for(root, tmp_path, name="halfway", epochs=3, **own)
+    return run_files(Path(base.output))
+
+
+@pytest.mark.parametrize("variants", ["all", "none"])
+def test_runs_go_on_with_the_variants_that_they_began_with(tmp_path: Path, variants: str) -> None:
+    root = build_variant_store(tmp_path / "x.zarr", num_rows=NUM_TRAIN + NUM_VAL)
+    base = config_for(root, tmp_path / "out", name="floor", **NOTING)
+    before = train_two_seeds(base)
+    halfway = config_for(root, tmp_path, name="halfway", epochs=3, **NOTING)
     straight = train(replace(halfway, name="straight"))
     seen: list[Progress] = []
     with pytest.raises(StoppedError):
@@ -586,12 +593,9 @@ def test_runs_go_on_with_the_variants_that_they_began_with(tmp_path: Path, varia
 def test_what_would_mix_the_runs_of_an_experiment_leaves_all_as_it_is(
     tmp_path: Path, values: dict[str, Any], expected: str
 ) -> None:
-    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
     root = build_variant_store(tmp_path / "x.zarr", num_rows=NUM_TRAIN + NUM_VAL)
-    base = config_for(root, tmp_path / "out", name="floor", **own)
-    for run in plan_runs([base], seeds=2):
-        train(run.config)
-    before = run_files(tmp_path / "out")
+    base = config_for(root, tmp_path / "out", name="floor", **NOTING)
+    before = train_two_seeds(base)
     shutil.rmtree(root)
     build_variant_store(root, num_rows=NUM_ROWS if values else NUM_TRAIN + NUM_VAL - 1)
     runs = plan_runs([replace(base, resume=True, **values)], seeds=3)
@@ -604,11 +608,8 @@ def test_what_would_mix_the_runs_of_an_experiment_leaves_all_as_it_is(
 
 
 def test_runs_that_overwrite_go_on_with_what_is_new_alone(store: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"head": "linear", "head_options": {}}
-    old = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
-    for run in plan_runs([old], seeds=2):
-        train(run.config)
-    before = run_files(tmp_path / "out")
+    old = config_for(store, tmp_path / "out", name="x", epochs=1, **LINEAR)
+    before = train_two_seeds(old)
     # The same settings: nothing but the mark tells the old runs from the new.
     new = plan_runs([replace(old, overwrite=True)], seeds=2)
     with pytest.raises(StoppedError, match=r"0 of 2 runs done; go on with --resume"):
@@ -629,8 +630,7 @@ def test_runs_that_overwrite_go_on_with_what_is_new_alone(store: Path, tmp_path:
 
 
 def test_the_summary_keeps_what_is_done_and_what_others_did(store: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"head": "linear", "head_options": {}}
-    base = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
+    base = config_for(store, tmp_path / "out", name="x", epochs=1, **LINEAR)
     first = run_experiments(plan_runs([base], seeds=2), ["cpu"])
     more = run_experiments(plan_runs([replace(base, seed=2)], seeds=2), ["cpu"])
     summary = tmp_path / "out" / "summary.json"
@@ -671,9 +671,8 @@ def test_what_came_out_with_other_settings_is_no_part_of_the_mean(
 
 
 def test_seeds_that_are_added_draw_as_those_that_are_there(tmp_path: Path) -> None:
-    own: dict[str, Any] = {"head": "variant_store:Noting", "head_options": {}}
     root = build_variant_store(tmp_path / "x.zarr")
-    base = config_for(root, tmp_path / "out", name="x", **own)
+    base = config_for(root, tmp_path / "out", name="x", **NOTING)
     train(replace(base, name="x-seed0", variants="none"))
     for resume in (True, False):
         (added,) = plan_runs([replace(base, seed=4, resume=resume)])[:1]
@@ -697,11 +696,8 @@ def test_seeds_that_are_added_draw_as_those_that_are_there(tmp_path: Path) -> No
 
 
 def test_an_overwriting_that_is_refused_leaves_what_is_there(store: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"head": "linear", "head_options": {}}
-    base = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
-    for run in plan_runs([base], seeds=2):
-        train(run.config)
-    before = run_files(tmp_path / "out")
+    base = config_for(store, tmp_path / "out", name="x", epochs=1, **LINEAR)
+    before = train_two_seeds(base)
 
     def refuse(configs: list[TrainConfig]) -> None:
         look_ahead(configs[0])  # as the command does, which says what there is to learn from
@@ -740,8 +736,7 @@ def test_experiments_with_an_overlay_of_their_own_are_resumed(store: Path, tmp_p
 
 
 def test_a_run_that_is_at_work_is_not_to_be_replaced(store: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"head": "linear", "head_options": {}}
-    base = config_for(store, tmp_path / "out", name="x", epochs=1, **own)
+    base = config_for(store, tmp_path / "out", name="x", epochs=1, **LINEAR)
     runs = plan_runs([base], seeds=2)
     for run in runs:
         train(run.config)
